@@ -1,0 +1,5 @@
+"""`python -m pyblock`: the command line."""
+
+from pyblock.cli import main
+
+main()

@@ -1,0 +1,258 @@
+"""The life of a block device in one sandbox: attach, detach, counts.
+
+The logic exists once and does no I/O of its own: it reserves, calls the receiver, then commits or rolls back. LIFE is the table of what
+may follow what; docs draw their diagram from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+from pyblock.errors import AttachCountExhausted, AttachPending, DetachPending, NotAttached, PyblockError, TransportError
+from pyblock.operation import Operation
+
+if TYPE_CHECKING:
+    from pyblock.host import Identity
+    from pyblock.model import BlockDrive, DeviceInfo
+    from pyblock.state import DeviceState
+
+ATTACH_COUNT_MAX = 2**63 - 1  # the original's count is a Go uint, which JSON readers hold in 64 bits with a sign
+
+
+class Phase(StrEnum):
+    """Where a device stands."""
+
+    DETACHED = "detached"
+    ATTACHING = "attaching"
+    ATTACHED = "attached"
+    DETACHING = "detaching"
+    ATTACH_PENDING = "attach-pending"
+    DETACH_PENDING = "detach-pending"
+
+
+class Event(StrEnum):
+    """What moves it on."""
+
+    ATTACH = "first attach"
+    PLUGGED = "VMM has it"
+    UNDONE = "failed and undone"
+    UNKNOWN = "outcome unknown"
+    DETACH = "last detach"
+    GONE = "VMM says gone"
+    KEPT = "refused, VMM keeps it"
+
+
+LIFE: dict[tuple[Phase, Event], Phase] = {
+    (Phase.DETACHED, Event.ATTACH): Phase.ATTACHING,
+    (Phase.ATTACHING, Event.PLUGGED): Phase.ATTACHED,
+    (Phase.ATTACHING, Event.UNDONE): Phase.DETACHED,
+    (Phase.ATTACHING, Event.UNKNOWN): Phase.ATTACH_PENDING,
+    (Phase.ATTACH_PENDING, Event.DETACH): Phase.DETACHING,
+    (Phase.ATTACHED, Event.DETACH): Phase.DETACHING,
+    (Phase.DETACHING, Event.GONE): Phase.DETACHED,
+    (Phase.DETACHING, Event.KEPT): Phase.ATTACHED,
+    (Phase.DETACHING, Event.UNKNOWN): Phase.DETACH_PENDING,
+    (Phase.DETACH_PENDING, Event.DETACH): Phase.DETACHING,
+}
+
+# In these phases an index, an ID, a slot and an address are taken.
+HOLDING = frozenset(Phase) - {Phase.DETACHED}
+
+
+class Unsettled(Exception):
+    """Raised by a receiver when the VMM may still hold part of a drive; `error` is what the caller is to see."""
+
+    def __init__(self, error: PyblockError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class DeviceReceiver(Protocol):
+    """Whatever devices are attached to."""
+
+    running: set[Operation]
+
+    def reserve(self, device: BlockDevice) -> BlockDrive:
+        """Takes index, ordinal and drive ID for a device. No I/O. Raises a CapacityError or CallerError, having taken nothing."""
+
+    def release(self, device: BlockDevice, drive: BlockDrive, *, late: bool) -> None:
+        """Gives back what `reserve` took, the device being detached. `late`: its caller was told that the outcome is pending, or went
+        away."""
+
+    async def plug(self, drive: BlockDrive) -> None:
+        """Plugs a drive in and fills in the addresses really used. On an error nothing is left in the VMM, except on Unsettled."""
+
+    async def unplug(self, drive: BlockDrive) -> None:
+        """Removes whatever the VMM has of a drive; returns when the VMM says that it is gone. Unsettled: not known; other errors: it is
+        kept."""
+
+    def nudge(self, drive: BlockDrive) -> None:
+        """Has a removal that is under way asked for once more."""
+
+
+class BlockDevice:
+    """A disk that can be attached to one receiver, any number of times at once.
+
+    :ivar id: the device ID.
+    :ivar info: what the caller asked for.
+    :ivar identity: what makes two devices the same; None for one out of a saved state whose image was not looked at.
+    :ivar drive: how the receiver presents it; None while it is detached.
+    :ivar phase: where it stands in LIFE.
+    :ivar attach_count: attaches that no detach stands against yet.
+    :ivar ref_count: how many users the manager has given it to.
+    :ivar saved: the saved state it came from, kept for what pyblock does not know; None otherwise.
+    """
+
+    __slots__ = ("_operation", "attach_count", "drive", "id", "identity", "info", "phase", "ref_count", "saved")
+
+    def __init__(self, device_id: str, info: DeviceInfo, identity: Identity | None = None) -> None:
+        self.id = device_id
+        self.info = info
+        self.identity = identity
+        self.drive: BlockDrive | None = None
+        self.phase = Phase.DETACHED
+        self.attach_count = 0
+        self.ref_count = 0
+        self.saved: DeviceState | None = None
+        self._operation: Operation | None = None
+
+    def __repr__(self) -> str:
+        return f"<BlockDevice {self.id} {self.phase} count={self.attach_count} {self.info.path!r}>"
+
+    async def attach(self, receiver: DeviceReceiver, deadline: float | None) -> None:
+        """Counts one attach; the first plugs the device in. Returns when the VMM has it.
+
+        :param deadline: event-loop time in seconds, or None.
+        Raises what the receiver raises, having undone everything; AttachPending when the deadline passes (the attach is then undone by
+        itself as soon as the VMM answers) or the connection breaks half-way; AttachPending or DetachPending when an earlier outcome is
+        not known yet; AttachCountExhausted. Cancelled, it is undone.
+        """
+        await self._turn(deadline)
+        if self.phase is Phase.ATTACHED:
+            if self.attach_count >= ATTACH_COUNT_MAX:
+                raise AttachCountExhausted(f"device {self.id} is attached {self.attach_count} times, which is all the count can hold")
+            self.attach_count += 1
+            return
+        if self.drive is not None:
+            raise self._pending("settle it with detach first")
+        self.drive = receiver.reserve(self)
+        self._move(Event.ATTACH)
+        operation = self._operation = Operation(lambda op: self._plug(receiver, op), receiver.running)
+        try:
+            await self._result(operation, deadline, "the deadline passed; it will be undone as soon as the VMM answers")
+        except asyncio.CancelledError:
+            if operation.succeeded and not operation.abandoned:  # in the very moment of the cancellation
+                self.attach_count -= 1
+                if not self.attach_count:
+                    self._remove(receiver).abandoned = True
+            raise
+
+    async def detach(self, receiver: DeviceReceiver, deadline: float | None) -> None:
+        """Takes one attach back; the last unplugs the device. Returns when the VMM says that it is gone.
+
+        Raises NotAttached; what the receiver raises when the device is kept (it stays attached); DetachPending when the deadline passes
+        or the connection breaks: everything stays taken, calling again resumes, and a late confirmation finishes the job by itself.
+        """
+        operation = self._operation
+        if operation is not None and operation.abandoned and self.phase is Phase.DETACHING:
+            receiver.nudge(self.held)
+        else:
+            await self._turn(deadline)
+            if self.phase is Phase.DETACHED:
+                raise NotAttached(f"device {self.id} is not attached; every detach needs an attach of its own")
+            if self.phase is Phase.ATTACHED and self.attach_count > 1:
+                self.attach_count -= 1
+                return
+            operation = self._remove(receiver)
+        await self._result(operation, deadline, "the VMM did not confirm the removal before the deadline; call detach again to resume")
+
+    @property
+    def held(self) -> BlockDrive:
+        """The drive of a device that holds one."""
+        if self.drive is None:
+            raise NotAttached(f"device {self.id} is not attached and has no drive")
+        return self.drive
+
+    async def _turn(self, deadline: float | None) -> None:
+        while (operation := self._operation) is not None:
+            try:
+                await operation.settled(deadline)
+            except TimeoutError:
+                raise self._pending("the deadline passed while an earlier operation on it was under way") from None
+
+    async def _result(self, operation: Operation, deadline: float | None, why: str) -> None:
+        try:
+            await operation.result(deadline)
+        except TimeoutError:
+            if operation.done:  # in the very moment of the deadline
+                return await operation.result(None)
+            raise self._pending(why) from None
+
+    def _remove(self, receiver: DeviceReceiver) -> Operation:
+        self._move(Event.DETACH)
+        self._operation = Operation(lambda op: self._unplug(receiver, op), receiver.running)
+        return self._operation
+
+    async def _plug(self, receiver: DeviceReceiver, operation: Operation) -> None:
+        operation.undoing = True  # should its caller go away
+        try:
+            try:
+                await receiver.plug(self.held)
+            except Unsettled as unsettled:
+                self._move(Event.UNKNOWN)
+                raise self._unknown(unsettled.error) from unsettled.error
+            except asyncio.CancelledError:
+                self._move(Event.UNKNOWN)
+                raise self._pending("it was cut off before the VMM answered") from None
+            except BaseException:
+                self._free(receiver, Event.UNDONE, operation)
+                raise
+            self._move(Event.PLUGGED)
+            if operation.abandoned:
+                self._move(Event.DETACH)
+                await self._unplug(receiver, operation)
+            else:
+                self.attach_count = 1
+        finally:
+            self._operation = None
+
+    async def _unplug(self, receiver: DeviceReceiver, operation: Operation) -> None:
+        try:
+            try:
+                await receiver.unplug(self.held)
+            except Unsettled as unsettled:
+                self._move(Event.UNKNOWN)
+                raise self._unknown(unsettled.error) from unsettled.error
+            except asyncio.CancelledError:
+                self._move(Event.UNKNOWN)
+                raise self._pending("it was cut off before the VMM answered") from None
+            except BaseException:
+                self._move(Event.KEPT if self.attach_count else Event.UNKNOWN)
+                raise
+            self._free(receiver, Event.GONE, operation)
+        finally:
+            self._operation = None
+
+    def _free(self, receiver: DeviceReceiver, event: Event, operation: Operation) -> None:
+        drive = self.held
+        self._move(event)
+        self.drive = None
+        self.attach_count = 0
+        receiver.release(self, drive, late=operation.abandoned)
+
+    def _move(self, event: Event) -> None:
+        self.phase = LIFE[self.phase, event]
+
+    def _pending(self, why: str) -> AttachPending | DetachPending:
+        going = self.phase in (Phase.DETACHING, Phase.DETACH_PENDING)
+        what = DetachPending if going else AttachPending
+        drive = f" (index {self.drive.index}, drive {self.drive.id})" if self.drive else ""
+        return what(f"device {self.id}{drive} is {self.phase}, and what it took stays taken: {why}")
+
+    def _unknown(self, error: PyblockError) -> PyblockError:
+        if isinstance(error, TransportError):
+            return self._pending(str(error))
+        error.add_note(f"the VMM may still hold part of device {self.id}; what it took stays taken until detach has settled it")
+        return error

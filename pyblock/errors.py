@@ -1,0 +1,179 @@
+"""The exceptions of pyblock: one tree, whose first level says whose fault it is.
+
+PyblockError
+├── CallerError                the arguments are wrong; nothing was changed and nothing was sent
+│   ├── InvalidValue           malformed or out of range (also a ValueError)
+│   │   ├── InvalidIndex         a block index, number or capacity
+│   │   ├── InvalidName          a drive name or prefix
+│   │   ├── InvalidAddress       a SCSI address
+│   │   ├── InvalidID            a device, drive or sandbox ID
+│   │   ├── InvalidSerial        a serial that the driver cannot carry whole
+│   │   └── InvalidTimeout       a deadline that is not a number of seconds >= 0
+│   ├── InvalidImage           what should be plugged in cannot be (missing, empty, a directory…)
+│   ├── UnknownDriver          a block driver that pyblock, or this VMM, does not have
+│   ├── UnknownScheme          a VMM address that no adapter answers to
+│   ├── UnknownDevice          no such device in this sandbox (also a KeyError)
+│   ├── DeviceConflict         the device exists already, in another form
+│   ├── NotAttached            a detach that no attach stands against
+│   ├── IndexTaken             reserving an index that is taken
+│   ├── IndexFree              releasing an index that is free
+│   ├── SandboxClosed          the sandbox was closed, or not opened yet
+│   └── StateError             a saved state that cannot be used
+│       ├── InvalidState         cut off, not JSON, or of the wrong shape
+│       └── NewerState           written by a newer pyblock; it is left as it is
+├── CapacityError              something is used up
+│   ├── IndexesExhausted         all block indexes are taken
+│   ├── SlotsExhausted           no free hot-pluggable slot in the machine
+│   └── AttachCountExhausted     more attaches than the count can hold
+├── VmmRefused                 the VMM said no; `request` and `reply` are kept
+├── TransportError             the VMM could not be asked
+│   ├── VmmUnreachable           no connection: socket absent, not a socket, nobody listening
+│   ├── VmmProtocolError         what answered does not speak the VMM's protocol
+│   └── ConnectionLost           the connection broke while an answer was awaited
+├── AttachPending              attach: the outcome is unknown, everything stays taken
+└── DetachPending              detach: not confirmed before the deadline, everything stays taken
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class PyblockError(Exception):
+    """Base of every error that pyblock raises on purpose."""
+
+
+class CallerError(PyblockError):
+    """The caller's arguments are wrong. Nothing was changed and nothing was sent to the VMM."""
+
+
+class InvalidValue(CallerError, ValueError):
+    """A value is malformed or out of its range."""
+
+
+class InvalidIndex(InvalidValue):
+    """A block index, a number or a capacity is out of its range."""
+
+
+class InvalidName(InvalidValue):
+    """A drive name or its prefix is malformed or too long."""
+
+
+class InvalidAddress(InvalidValue):
+    """A SCSI address is malformed."""
+
+
+class InvalidID(InvalidValue):
+    """An ID is empty, too long, or holds a character that a VMM refuses."""
+
+
+class InvalidSerial(InvalidValue):
+    """A serial cannot be carried whole by the chosen driver."""
+
+
+class InvalidTimeout(InvalidValue):
+    """A deadline is not a number of seconds that is zero or more."""
+
+
+class InvalidImage(CallerError):
+    """What should be plugged in cannot be: missing, unreadable, empty, a directory, a FIFO…"""
+
+
+class UnknownDriver(CallerError):
+    """A block driver that pyblock does not know, or that this VMM does not offer."""
+
+
+class UnknownScheme(CallerError):
+    """A VMM address whose scheme no adapter answers to."""
+
+
+class UnknownDevice(CallerError, KeyError):
+    """No device of that ID is known in this sandbox."""
+
+    def __str__(self) -> str:  # KeyError would print the repr of the message
+        return str(self.args[0]) if self.args else ""
+
+
+class DeviceConflict(CallerError):
+    """The same host object, or the same ID, is there already in a form that does not fit the request."""
+
+
+class NotAttached(CallerError):
+    """A detach that no attach stands against."""
+
+
+class IndexTaken(CallerError):
+    """The index to reserve is taken."""
+
+
+class IndexFree(CallerError):
+    """The index to release is free."""
+
+
+class SandboxClosed(CallerError):
+    """The sandbox was closed, or is not open yet."""
+
+
+class StateError(CallerError):
+    """A saved state cannot be used. The file is left as it is."""
+
+
+class InvalidState(StateError):
+    """The saved state is cut off, not JSON, or of the wrong shape."""
+
+
+class NewerState(StateError):
+    """The saved state was written by a newer pyblock."""
+
+
+class CapacityError(PyblockError):
+    """Something is used up; the request was fine."""
+
+
+class IndexesExhausted(CapacityError):
+    """Every block index up to the capacity is taken."""
+
+
+class SlotsExhausted(CapacityError):
+    """The machine has no free slot that takes a hot-plugged device."""
+
+
+class AttachCountExhausted(CapacityError):
+    """The attach count of a device is at its limit."""
+
+
+class VmmRefused(PyblockError):
+    """The VMM refused a request; `step` names it, `request` and `reply` hold both sides."""
+
+    def __init__(self, message: str, *, step: str = "", request: Any = None, reply: Any = None) -> None:
+        super().__init__(message)
+        self.step = step
+        self.request = request
+        self.reply = reply
+
+
+class TransportError(PyblockError):
+    """The VMM could not be asked."""
+
+
+class VmmUnreachable(TransportError):
+    """No connection to the VMM could be made."""
+
+
+class VmmProtocolError(TransportError):
+    """What answered does not speak the VMM's protocol."""
+
+
+class ConnectionLost(TransportError):
+    """The connection broke while an answer was awaited."""
+
+
+class AttachPending(PyblockError):
+    """The outcome of an attach is unknown. Index, ID, slot and address stay taken until it is settled."""
+
+
+class DetachPending(PyblockError):
+    """The VMM did not confirm a removal before the deadline.
+
+    Index, ID, slot and address stay taken. Calling detach again is safe, and a late confirmation finishes the job by itself.
+    """

@@ -1,0 +1,44 @@
+"""A device that needs no plugging: a host device node that is only counted, as the original's GenericDevice is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pyblock.device import ATTACH_COUNT_MAX
+from pyblock.errors import AttachCountExhausted, NotAttached
+
+if TYPE_CHECKING:
+    from pyblock.model import DeviceInfo
+
+
+class GenericDevice:
+    """Counts attaches and touches no VMM.
+
+    :ivar id: the device ID.
+    :ivar info: what the caller asked for.
+    :ivar attach_count: attaches that no detach stands against yet.
+    :ivar ref_count: how many users the manager has given it to.
+    """
+
+    __slots__ = ("attach_count", "id", "info", "ref_count")
+
+    def __init__(self, device_id: str, info: DeviceInfo) -> None:
+        self.id = device_id
+        self.info = info
+        self.attach_count = 0
+        self.ref_count = 0
+
+    def __repr__(self) -> str:
+        return f"<GenericDevice {self.id} count={self.attach_count} {self.info.dev_type} {self.info.major}:{self.info.minor}>"
+
+    def attach(self) -> None:
+        """Counts one attach. Raises AttachCountExhausted."""
+        if self.attach_count >= ATTACH_COUNT_MAX:
+            raise AttachCountExhausted(f"device {self.id} is attached {self.attach_count} times, which is all the count can hold")
+        self.attach_count += 1
+
+    def detach(self) -> None:
+        """Takes one attach back. Raises NotAttached."""
+        if self.attach_count == 0:
+            raise NotAttached(f"device {self.id} is not attached; every detach needs an attach of its own")
+        self.attach_count -= 1

@@ -1,0 +1,182 @@
+"""A machine that exists in memory only, for callers' own tests: it keeps what it was given, and fails when it is told to.
+
+Any step of base.SteppedHypervisor can be refused, delayed, held back or lost. It is no guest: names stay predictions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Literal
+
+import msgspec
+
+from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK_CCW, VIRTIO_MMIO, VIRTIO_SCSI
+from pyblock.errors import ConnectionLost, InvalidValue, SlotsExhausted, VmmRefused, VmmUnreachable
+from pyblock.hypervisors.base import FoundDisk, SteppedHypervisor
+from pyblock.index import BlockIndex
+from pyblock.model import BlockDrive
+
+BRIDGES = 30  # PCI bridges in slots 2 … 31 of the root bus
+BRIDGE_SLOTS = 32
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """What befalls a step once: `refuse` (the VMM says no), `delay` (it takes `seconds`), `hold` (it waits for `let_go`), `lose` (the
+    connection breaks before the reply; `done` tells whether the request had been carried out)."""
+
+    kind: Literal["refuse", "delay", "hold", "lose"]
+    seconds: float = 0.0
+    done: bool = True
+
+
+class MemoryHypervisor(SteppedHypervisor):
+    """:param address: what follows `memory:`; a label of no consequence.
+    :param slots: PCI slots for virtio-blk, at most 960.
+    :param existing: disks that the machine has from the start.
+
+    :ivar backends: drive ID to host path, as the machine has them now.
+    :ivar devices: drive ID to slot or address, likewise.
+    :ivar journal: every step that was asked for, as (step, drive ID).
+    :ivar dead: set it to have every connection refused.
+    """
+
+    def __init__(self, address: str = "", *, slots: int = BRIDGES * BRIDGE_SLOTS, existing: tuple[FoundDisk, ...] = ()) -> None:
+        if not 0 <= slots <= BRIDGES * BRIDGE_SLOTS:
+            raise InvalidValue(f"slots {slots!r} is not in 0 … {BRIDGES * BRIDGE_SLOTS}")
+        self.address = address
+        self.backends: dict[str, str] = {}
+        self.devices: dict[str, str] = {}
+        self.journal: deque[tuple[str, str]] = deque(maxlen=1000)
+        self.dead = False
+        self._existing = existing
+        self._slots = BlockIndex(slots) if slots else None
+        self._faults: dict[str, deque[Fault]] = {}
+        self._gates: dict[str, asyncio.Event] = {}
+
+    @property
+    def drivers(self) -> frozenset[str]:
+        return frozenset(DRIVERS)
+
+    def fail(self, step: str, fault: Fault, *, times: int = 1) -> None:
+        """Has the next `times` runs of a step meet with a fault. Raises InvalidValue for a step that is not in STEPS."""
+        if step not in self.STEPS:
+            raise InvalidValue(f"step {step!r} is unknown; known are {', '.join(self.STEPS)}")
+        self._faults.setdefault(step, deque()).extend([fault] * times)
+
+    def let_go(self, step: str) -> None:
+        """Lets go of what a `hold` holds back at a step, now and from here on."""
+        if faults := self._faults.get(step):
+            self._faults[step] = deque(fault for fault in faults if fault.kind != "hold")
+        if gate := self._gates.pop(step, None):
+            gate.set()
+
+    async def inventory(self) -> list[FoundDisk]:
+        self._connect()
+        return [*self._existing, *(FoundDisk(drive_id, DRIVERS[kind].family) for drive_id, kind in self._kinds())]
+
+    def _kinds(self) -> list[tuple[str, str]]:
+        return [(drive_id, place.partition(" ")[0]) for drive_id, place in self.devices.items()]
+
+    def adopt(self, drive: BlockDrive) -> None:
+        if drive.slot is not None and self._slots is not None and drive.slot.isdigit() and int(drive.slot) not in self._slots:
+            self._slots.reserve(int(drive.slot))
+
+    async def place(self, drive: BlockDrive) -> None:
+        if drive.kind.name != "virtio-blk":
+            return
+        if self._slots is None or len(self._slots) == self._slots.capacity:
+            raise SlotsExhausted(
+                f"no free PCI slot for drive {drive.id}: the machine in memory has {self._slots.capacity if self._slots else 0}"
+            )
+        drive.slot = str(self._slots.acquire())
+
+    def vacate(self, drive: BlockDrive) -> None:
+        if drive.slot is not None and self._slots is not None:
+            self._slots.release(int(drive.slot))
+            drive.slot = None
+
+    async def backend_add(self, drive: BlockDrive) -> None:
+        def do() -> None:
+            if drive.id in self.backends:
+                raise VmmRefused(f"backend {drive.id} exists already", step="backend-add", request=drive.id, reply="duplicate")
+            self.backends[drive.id] = drive.file
+
+        await self._step("backend-add", drive, do)
+
+    async def device_add(self, drive: BlockDrive) -> None:
+        def do() -> None:
+            if drive.id in self.devices:
+                raise VmmRefused(f"device {drive.id} exists already", step="device-add", request=drive.id, reply="duplicate")
+            place = f"{drive.driver} {drive.slot or drive.index}"
+            if place in self.devices.values():
+                raise VmmRefused(f"place {place} is taken", step="device-add", request=drive.id, reply="in use")
+            self.devices[drive.id] = place
+
+        await self._step("device-add", drive, do)
+
+    async def locate(self, drive: BlockDrive) -> None:
+        if drive.kind is VIRTIO_SCSI:
+            drive.guest_match = f"/0:0:{drive.index // 256}:{drive.index % 256}/"
+        elif drive.kind is NVDIMM:
+            drive.nvdimm_id = drive.id
+            drive.guest_match = f"/region{drive.ordinal + drive.offset}/"
+        elif drive.kind is VIRTIO_BLK_CCW:
+            drive.dev_no = f"fe.{drive.index >> 16:x}.{drive.index & 0xFFFF:04x}"
+            drive.guest_match = f"/0.{drive.index >> 16:x}.{drive.index & 0xFFFF:04x}/"
+        elif drive.kind is VIRTIO_MMIO:
+            drive.guest_match = f"/{drive.predicted_name.removeprefix('/dev/')}"
+        elif drive.slot is not None:
+            bridge, slot = divmod(int(drive.slot), BRIDGE_SLOTS)
+            drive.pci_path = f"{bridge + 2:02x}/{slot:02x}"
+            drive.guest_match = f"0000:00:{bridge + 2:02x}.0/0000:{bridge + 1:02x}:{slot:02x}.0"
+
+    async def device_del(self, drive: BlockDrive) -> bool:
+        await self._step("device-del", drive, lambda: None)
+        return drive.id in self.devices
+
+    async def device_gone(self, drive: BlockDrive) -> None:
+        def do() -> None:
+            self.devices.pop(drive.id, None)
+
+        await self._step("device-gone", drive, do)
+
+    def nudge(self, drive: BlockDrive) -> None:
+        self.journal.append(("device-del", drive.id))
+
+    async def backend_del(self, drive: BlockDrive) -> None:
+        def do() -> None:
+            if drive.id in self.devices:
+                raise VmmRefused(f"backend {drive.id} is in use", step="backend-del", request=drive.id, reply="in use")
+            self.backends.pop(drive.id, None)
+
+        await self._step("backend-del", drive, do)
+
+    async def close(self) -> None:
+        return None
+
+    def _connect(self) -> None:
+        if self.dead:
+            raise VmmUnreachable(f"the machine in memory {self.address!r} is dead")
+
+    async def _step(self, step: str, drive: BlockDrive, do: Callable[[], None]) -> None:
+        self._connect()
+        self.journal.append((step, drive.id))
+        faults = self._faults.get(step)
+        fault = faults.popleft() if faults else None
+        if fault is None:
+            return do()
+        if fault.kind == "refuse":
+            raise VmmRefused(
+                f"{step} of drive {drive.id} was refused, as it was told to be", step=step, request=drive.id, reply="told to refuse"
+            )
+        if fault.kind == "delay":
+            await asyncio.sleep(fault.seconds)
+        elif fault.kind == "hold":
+            await self._gates.setdefault(step, asyncio.Event()).wait()
+        elif not fault.done:
+            raise ConnectionLost(f"the connection broke before {step} of drive {drive.id} was carried out")
+        do()
+        if fault.kind == "lose":
+            raise ConnectionLost(f"the connection broke before {step} of drive {drive.id} was answered")

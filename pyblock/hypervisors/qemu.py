@@ -1,0 +1,220 @@
+"""QEMU, over its QMP socket: drives as a block node (or memory object) and a device that uses it.
+
+A reply to device_del is no removal: DEVICE_DELETED is, and until it came the node is in use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import stat
+from typing import Any
+
+import msgspec
+
+from pyblock.drivers import NVDIMM, VIRTIO_BLK, VIRTIO_SCSI
+from pyblock.errors import PyblockError, SlotsExhausted, UnknownDriver, VmmRefused
+from pyblock.hypervisors.base import FoundDisk, SteppedHypervisor
+from pyblock.hypervisors.qemu_tree import Slot, Tree, bus_numbers, read_tree
+from pyblock.hypervisors.qmp import QmpSession
+from pyblock.model import BlockDrive
+
+_LUNS = 256  # a SCSI ID has as many LUNs in Kata's numbering
+_BUSY_TRIES = 6  # the node may stay in use for a moment after DEVICE_DELETED, while requests drain
+_BUSY_PAUSE = 0.02  # seconds before the first new try; doubled each time
+
+
+class Recipe(msgspec.Struct, frozen=True):
+    """The commands for one drive, as (command, arguments)."""
+
+    add: tuple[str, dict[str, Any]]
+    device: dict[str, Any]
+    remove: tuple[str, dict[str, Any]]
+
+
+def _recipe(drive: BlockDrive) -> Recipe:
+    if drive.kind is NVDIMM:
+        memory = {
+            "qom-type": "memory-backend-file", "id": drive.id, "mem-path": drive.file, "size": _size(drive.file), "share": True,
+            "readonly": drive.read_only,
+        }  # fmt: skip
+        device: dict[str, Any] = {"driver": "nvdimm", "id": drive.id, "memdev": drive.id, "unarmed": drive.read_only}
+        return Recipe(("object-add", memory), device, ("object-del", {"id": drive.id}))
+    node = {
+        "driver": "raw",
+        "node-name": drive.id,
+        "read-only": drive.read_only,
+        "file": {"driver": "host_device" if _is_block(drive.file) else "file", "filename": drive.file, "read-only": drive.read_only},
+    }
+    if drive.kind is VIRTIO_SCSI:
+        target, lun = divmod(drive.index, _LUNS)
+        device = {"driver": "scsi-hd", "bus": drive.slot, "channel": 0, "scsi-id": target, "lun": lun}
+    else:
+        bus, _, number = (drive.slot or "").rpartition("/")
+        device = {"driver": "virtio-blk-pci", "bus": bus, "addr": f"0x{number}"}
+    device |= {"id": drive.id, "drive": drive.id}
+    if drive.serial is not None:
+        device["serial"] = drive.serial
+    return Recipe(("blockdev-add", node), device, ("blockdev-del", {"node-name": drive.id}))
+
+
+class QemuHypervisor(SteppedHypervisor):
+    """:param address: the path of the machine's QMP socket. QEMU serves one client at a time there; give pyblock a monitor of its own."""
+
+    def __init__(self, address: str) -> None:
+        self._qmp = QmpSession(address)
+        self._tree: Tree | None = None
+        self._slots: dict[str, str] = {}  # slot name to the ID of our drive in it
+        self._buses: dict[Any, int] = {}
+        self._leaving: dict[str, asyncio.Future[None]] = {}
+        self._nudges: set[asyncio.Task[None]] = set()
+
+    @property
+    def drivers(self) -> frozenset[str]:
+        return frozenset({VIRTIO_SCSI.name, VIRTIO_BLK.name, NVDIMM.name})
+
+    async def inventory(self) -> list[FoundDisk]:
+        tree = self._tree = await read_tree(self._qmp)
+        ours = tree.scsi_buses[0] if tree.scsi_buses else None
+        found: list[FoundDisk] = []
+        for disk in tree.disks:
+            bus, target, lun = disk.scsi or (None, 0, 0)
+            found.append(FoundDisk(disk.id, disk.family, target * _LUNS + lun if bus is not None and bus == ours and lun < _LUNS else None))
+        return found
+
+    def adopt(self, drive: BlockDrive) -> None:
+        if drive.kind is VIRTIO_BLK and drive.slot is not None:
+            self._slots[drive.slot] = drive.id
+
+    async def place(self, drive: BlockDrive) -> None:
+        if drive.kind is VIRTIO_SCSI:
+            buses = (self._tree or await self._look()).scsi_buses or (await self._look()).scsi_buses
+            if not buses:
+                raise UnknownDriver("this machine has no virtio-scsi controller; start QEMU with -device virtio-scsi-pci,id=scsi0")
+            drive.slot = buses[0]
+        elif drive.kind is VIRTIO_BLK:
+            slot = self._free(self._tree or await self._look()) or self._free(await self._look())
+            if slot is None:
+                raise SlotsExhausted(
+                    f"no free hot-pluggable PCI slot for drive {drive.id}; "
+                    "start QEMU with more pcie-root-port (q35) or pci-bridge (pc) devices"
+                )
+            drive.slot, drive.pci_path = slot.name, slot.pci_path
+            self._slots[slot.name] = drive.id
+
+    def _free(self, tree: Tree) -> Slot | None:
+        return next((slot for slot in tree.free if slot.name not in self._slots), None)
+
+    async def _look(self) -> Tree:
+        self._tree = await read_tree(self._qmp)
+        return self._tree
+
+    def vacate(self, drive: BlockDrive) -> None:
+        if drive.slot is not None and self._slots.get(drive.slot) == drive.id:
+            del self._slots[drive.slot]
+            if self._tree is not None and all(slot.name != drive.slot for slot in self._tree.free):
+                self._tree = None  # it was read while the drive was there, so it does not list the slot as free
+
+    async def backend_add(self, drive: BlockDrive) -> None:
+        command, arguments = _recipe(drive).add
+        await self._qmp.execute(command, arguments, step="backend-add")
+
+    async def device_add(self, drive: BlockDrive) -> None:
+        try:
+            await self._qmp.execute("device_add", _recipe(drive).device, step="device-add")
+        except VmmRefused:
+            self._tree = None  # whatever made QEMU refuse, our picture of the machine may be old
+            raise
+
+    async def locate(self, drive: BlockDrive) -> None:
+        if drive.kind is VIRTIO_SCSI:
+            target, lun = divmod(drive.index, _LUNS)
+            # The guest numbers its SCSI hosts itself, and SATA ports count among them: only what follows the host's number is a fact.
+            drive.guest_match = f":0:{target}:{lun}/block/"
+        elif drive.kind is NVDIMM:
+            drive.nvdimm_id = drive.id
+            drive.guest_match = f"/region{drive.ordinal + drive.offset}/"
+        else:
+            slot = next((slot for slot in (self._tree or await self._look()).free if slot.name == drive.slot), None)
+            if slot is not None:
+                if any(slot.route[:depth] not in self._buses for depth in range(1, len(slot.route) + 1)):
+                    self._buses = await bus_numbers(self._qmp)
+                drive.guest_match = slot.guest_match(self._buses)
+
+    async def device_del(self, drive: BlockDrive) -> bool:
+        self._leaving[drive.id] = await self._qmp.leaving(drive.id)
+        try:
+            await self._qmp.execute("device_del", {"id": drive.id}, step="device-del")
+        except VmmRefused as error:
+            if _not_found(error):
+                self._qmp.left(drive.id)
+                return False
+            if not _is_pending(error):
+                self._qmp.left(drive.id)
+                raise
+        except PyblockError:
+            self._qmp.left(drive.id)
+            raise
+        return True
+
+    async def device_gone(self, drive: BlockDrive) -> None:
+        await asyncio.shield(self._leaving.pop(drive.id))
+
+    def nudge(self, drive: BlockDrive) -> None:
+        task = asyncio.create_task(self._nudge(drive))
+        self._nudges.add(task)
+        task.add_done_callback(self._nudges.discard)
+
+    async def _nudge(self, drive: BlockDrive) -> None:
+        with contextlib.suppress(PyblockError):  # the operation that waits for the confirmation hears of a lost connection itself
+            try:
+                await self._qmp.execute("device_del", {"id": drive.id}, step="device-del")
+            except VmmRefused as error:
+                if _not_found(error):
+                    self._qmp.left(drive.id)
+
+    async def backend_del(self, drive: BlockDrive) -> None:
+        command, arguments = _recipe(drive).remove
+        pause = _BUSY_PAUSE
+        for last in [False] * (_BUSY_TRIES - 1) + [True]:
+            try:
+                await self._qmp.execute(command, arguments, step="backend-del")
+                return
+            except VmmRefused:
+                if not await self._has_backend(drive):
+                    return
+                if last:
+                    raise
+            await asyncio.sleep(pause)
+            pause *= 2
+
+    async def _has_backend(self, drive: BlockDrive) -> bool:
+        if drive.kind is NVDIMM:
+            return any(entry["name"] == drive.id for entry in await self._qmp.execute("qom-list", {"path": "/objects"}))
+        return any(node["node-name"] == drive.id for node in await self._qmp.execute("query-named-block-nodes", {"flat": True}))
+
+    async def close(self) -> None:
+        for task in list(self._nudges):
+            task.cancel()
+        await self._qmp.close()
+
+
+def _not_found(error: VmmRefused) -> bool:
+    return bool(error.reply["class"] == "DeviceNotFound")
+
+
+def _is_pending(error: VmmRefused) -> bool:
+    # QEMU 6.0 and later refuse a second device_del while the first is pending; there is no error class of its own for it.
+    return "already in the process of unplug" in error.reply["desc"]
+
+
+def _size(path: str) -> int:
+    return os.stat(path).st_size  # noqa: PTH116
+
+
+def _is_block(path: str) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)  # noqa: PTH116
+    except OSError:
+        return False  # QEMU will say what is wrong with it

@@ -1,0 +1,161 @@
+"""The devices of one sandbox: created or reused by identity, counted by user, found by ID."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from pyblock.device import HOLDING, BlockDevice, DeviceReceiver
+from pyblock.drivers import DRIVERS, VIRTIO_SCSI, Driver, driver_named
+from pyblock.errors import DeviceConflict, InvalidImage, InvalidSerial, UnknownDevice
+from pyblock.generic import GenericDevice
+from pyblock.host import Identity, block_special_path, inspect_image
+from pyblock.model import DeviceInfo, check_device_id
+
+Device = BlockDevice | GenericDevice
+
+
+def check_serial(serial: str, driver: Driver) -> str:
+    """The serial itself, or InvalidSerial: printable ASCII without spaces, as many bytes as the driver carries (20 virtio-blk, 36
+    scsi-hd)."""
+    if not serial or not serial.isascii() or not serial.isprintable() or " " in serial:
+        raise InvalidSerial(f"serial {serial!r} is empty or not printable ASCII without spaces")
+    if len(serial) > driver.serial_max:
+        room = f"at most {driver.serial_max} bytes" if driver.serial_max else "no serial at all"
+        raise InvalidSerial(f"serial {serial!r} has {len(serial)} bytes; {driver.name} carries {room}")
+    return serial
+
+
+class DeviceManager:
+    """:param driver: the name of the driver for devices that ask for none. Raises UnknownDriver."""
+
+    __slots__ = ("_by_id", "_by_identity", "driver")
+
+    def __init__(self, driver: str = VIRTIO_SCSI.name) -> None:
+        self.driver = driver_named(driver)
+        self._by_id: dict[str, Device] = {}
+        self._by_identity: dict[Identity, BlockDevice] = {}
+
+    def __iter__(self) -> Iterator[Device]:
+        return iter(list(self._by_id.values()))
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def __contains__(self, device_id: object) -> bool:
+        return device_id in self._by_id
+
+    def find(self, device_id: str) -> Device:
+        """The device of that ID. Raises UnknownDevice."""
+        try:
+            return self._by_id[device_id]
+        except (KeyError, TypeError):
+            raise UnknownDevice(f"no device {device_id!r} in this sandbox; it has {len(self._by_id)} devices") from None
+
+    def obtain(self, info: DeviceInfo) -> Device:
+        """The device for what the caller wants, created, or reused where the same host object is there already; counts one user.
+
+        Raises InvalidImage, UnknownDriver, InvalidSerial, InvalidID; DeviceConflict when the host object or the ID is there with another
+        driver, access, serial or ID than asked for.
+        """
+        device = self._generic(info) if info.dev_type in ("c", "u") else self._block(info)
+        device.ref_count += 1
+        return device
+
+    def drop(self, device: Device) -> None:
+        """Counts one user less. A device without users that holds nothing is forgotten."""
+        device.ref_count = max(0, device.ref_count - 1)
+        self.tidy(device)
+
+    def tidy(self, device: Device) -> None:
+        """Forgets the device if it has no users and holds nothing."""
+        if device.ref_count or device.attach_count or (isinstance(device, BlockDevice) and device.phase in HOLDING):
+            return
+        if self._by_id.get(device.id) is device:
+            del self._by_id[device.id]
+            if isinstance(device, BlockDevice) and device.identity is not None and self._by_identity.get(device.identity) is device:
+                del self._by_identity[device.identity]
+
+    async def attach(self, device_id: str, receiver: DeviceReceiver, deadline: float | None = None) -> None:
+        """Attaches the device of that ID. Raises UnknownDevice and what BlockDevice.attach raises."""
+        device = self.find(device_id)
+        if isinstance(device, BlockDevice):
+            await device.attach(receiver, deadline)
+        else:
+            device.attach()
+
+    async def detach(self, device_id: str, receiver: DeviceReceiver, deadline: float | None = None) -> None:
+        """Detaches the device of that ID. Raises UnknownDevice and what BlockDevice.detach raises."""
+        device = self.find(device_id)
+        if isinstance(device, BlockDevice):
+            await device.detach(receiver, deadline)
+        else:
+            device.detach()
+
+    def load(self, devices: Iterable[Device]) -> None:
+        """Takes in many devices, for example out of a saved state. Raises DeviceConflict when two have one ID; nothing is then taken in."""
+        news: dict[str, Device] = {}
+        for device in devices:
+            if device.id in self._by_id or device.id in news:
+                raise DeviceConflict(f"two devices have the ID {device.id!r}")
+            news[device.id] = device
+        self._by_id.update(news)
+        for device in news.values():
+            if isinstance(device, BlockDevice) and device.identity is not None:
+                self._by_identity.setdefault(device.identity, device)
+
+    def _block(self, info: DeviceInfo) -> BlockDevice:
+        driver = self._driver(info)
+        path = info.path or (block_special_path(info.major, info.minor) if info.dev_type == "b" else "")
+        image = inspect_image(path, read_only=info.read_only)
+        if info.dev_type == "b" and not image.is_block:
+            raise InvalidImage(f"image {path!r} is not the block device that dev_type 'b' says it is")
+        if (device := self._by_identity.get(image.identity)) is not None:
+            return self._same(device, info, image.path)
+        device_id = self._new_id(info)
+        serial = info.serial
+        if serial is not None:
+            check_serial(serial, driver)
+        elif len(device_id) <= driver.serial_max:
+            serial = device_id
+        options = msgspec.structs.replace(info, path=image.path, driver=driver.name, serial=serial, id=device_id)
+        device = BlockDevice(device_id, options, image.identity)
+        self._by_id[device_id] = self._by_identity[image.identity] = device
+        return device
+
+    def _generic(self, info: DeviceInfo) -> GenericDevice:
+        device = GenericDevice(self._new_id(info), info)
+        self._by_id[device.id] = device
+        return device
+
+    def _driver(self, info: DeviceInfo) -> Driver:
+        name = info.driver or info.options.get("block-driver")
+        return driver_named(name) if name else self.driver
+
+    def _new_id(self, info: DeviceInfo) -> str:
+        if info.id is not None:
+            if check_device_id(info.id) in self._by_id:
+                raise DeviceConflict(
+                    f"device ID {info.id!r} belongs to another device of this sandbox; give this one another or leave it out"
+                )
+            return info.id
+        while (device_id := os.urandom(8).hex()) in self._by_id:
+            pass
+        return device_id
+
+    def _same(self, device: BlockDevice, info: DeviceInfo, path: str) -> BlockDevice:
+        """The device that is there already, unless the request does not fit it."""
+        have = device.info
+        wanted: list[tuple[str, object, object]] = [("access read_only", have.read_only, info.read_only)]
+        if info.driver or "block-driver" in info.options:
+            wanted.append(("driver", DRIVERS[have.driver or ""].name, self._driver(info).name))
+        if info.serial is not None:
+            wanted.append(("serial", have.serial, info.serial))
+        if info.id is not None:
+            wanted.append(("ID", device.id, info.id))
+        for what, had, asked in wanted:
+            if had != asked:
+                raise DeviceConflict(f"{path!r} is device {device.id} of this sandbox already, with {what} {had!r}, not {asked!r}")
+        return device

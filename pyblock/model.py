@@ -1,0 +1,120 @@
+"""Plain data, no I/O: what the caller wants (DeviceInfo) and how it is presented to one sandbox (BlockDrive).
+
+A BlockDrive keeps integers and what the VMM reported; text that follows from them is computed when it is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from pyblock.drivers import Driver
+from pyblock.errors import InvalidID
+from pyblock.naming import scsi_address
+
+DEVICE_ID_MAX = 255
+
+# QEMU's id_wellformed() without its first letter, which "drive-" always provides.
+_ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._")
+
+
+def check_device_id(text: Any) -> str:
+    """The ID itself, or InvalidID: 1 to 255 of A-Z a-z 0-9 - . _, which is what QEMU takes inside an ID."""
+    if not isinstance(text, str) or not text:
+        raise InvalidID(f"device ID {text!r} is empty or not text; leave it out to have one chosen")
+    if len(text) > DEVICE_ID_MAX:
+        raise InvalidID(f"device ID {text[:40]!r}… has {len(text)} characters; at most {DEVICE_ID_MAX} are taken")
+    if not _ID_CHARACTERS.issuperset(text):
+        bad = next(character for character in text if character not in _ID_CHARACTERS)
+        raise InvalidID(f"device ID {text!r} holds {bad!r}; QEMU takes letters, digits, '-', '.' and '_' only")
+    return text
+
+
+class DeviceInfo(msgspec.Struct, frozen=True):
+    """What the caller wants in the guest.
+
+    :ivar path: a disk image or a host block special. May be empty when `dev_type` is "b": it is then found by `major`:`minor`.
+    :ivar driver: a name out of `pyblock.DRIVERS`; None takes `options["block-driver"]`, then the manager's (virtio-scsi unless set).
+    :ivar read_only: the guest may not write.
+    :ivar serial: what the guest reads as the disk's serial: printable ASCII, at most 20 bytes with virtio-blk, 36 with virtio-scsi.
+        None: the device ID, where the driver can carry it whole.
+    :ivar id: the device ID: 1 to 255 of A-Z a-z 0-9 - . _; None has one chosen.
+    :ivar dev_type: "" for a path, "b" for a block special, "c" or "u" for a character special (a generic device).
+    :ivar major: of a special, -1 where none is given.
+    :ivar minor: likewise.
+    :ivar options: Kata's DriverOptions, kept in the saved state; `block-driver` and `fstype` are understood.
+    """
+
+    path: str = ""
+    driver: str | None = None
+    read_only: bool = False
+    serial: str | None = None
+    id: str | None = None
+    dev_type: str = ""
+    major: int = -1
+    minor: int = -1
+    options: dict[str, str] = {}
+
+
+class BlockDrive(msgspec.Struct, gc=False, eq=False):
+    """How a device is presented to one sandbox.
+
+    :ivar id: the drive ID, at most 31 bytes; also the name of what the VMM was given.
+    :ivar index: the block index.
+    :ivar ordinal: the number behind the name among the drives of the same family, without the offset.
+    :ivar offset: how many names of the family the guest used before ordinal 0.
+    :ivar kind: the driver, with all that follows from it.
+    :ivar file: the host path.
+    :ivar format: "raw", or the `fstype` among the options.
+    :ivar read_only: the guest may not write.
+    :ivar serial: what the guest reads as serial, None for none.
+    :ivar pci_path: slots from the root bus down in two hex digits, as Kata writes them: "02/00" is slot 0 behind the port in slot 2 (a
+        function other than 0 is added: "02.1/00"). None where the drive is not on PCI.
+    :ivar nvdimm_id: the VMM's ID of an nvdimm.
+    :ivar dev_no: the CCW device number.
+    :ivar guest_match: what the target of the guest's `/sys/block/<name>` link contains for this disk and for no other.
+    :ivar slot: the adapter's own word for the place that the drive takes in the machine.
+    :ivar known_name: a guest path that came from elsewhere (an imported state) and stands in for the computed one.
+    """
+
+    id: str
+    index: int
+    ordinal: int
+    offset: int
+    kind: Driver
+    file: str
+    format: str = "raw"
+    read_only: bool = False
+    serial: str | None = None
+    pci_path: str | None = None
+    nvdimm_id: str | None = None
+    dev_no: str | None = None
+    guest_match: str | None = None
+    slot: str | None = None
+    known_name: str | None = None
+
+    @property
+    def driver(self) -> str:
+        """The driver's name."""
+        return self.kind.name
+
+    @property
+    def pmem(self) -> bool:
+        """True for a drive that the guest sees as persistent memory."""
+        return not self.kind.family.letters
+
+    @property
+    def scsi_addr(self) -> str | None:
+        """`id:lun`, a fact; None where it has none."""
+        return scsi_address(self.index) if self.kind.scsi else None
+
+    @property
+    def predicted_name(self) -> str:
+        """`/dev/sdX`, `/dev/vdX` or `/dev/pmemN`: a guess about the guest's own order. `guest_match` is the fact to check it with."""
+        return self.known_name or "/dev/" + self.kind.family.name(self.ordinal + self.offset)
+
+    @property
+    def virt_path(self) -> str | None:
+        """The predicted name where the original fills it (virtio-blk, virtio-blk-ccw, virtio-mmio), else None."""
+        return self.predicted_name if self.kind.guest_path else None

@@ -1,0 +1,80 @@
+"""One running attach or detach, which outlives its caller.
+
+A deadline or a cancellation ends the waiting, never the work: a VMM that was sent half of an operation would be left half done.
+The work goes on in its own task and looks at `abandoned` to learn that nobody waits for it any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from pyblock.errors import InvalidTimeout
+
+log = logging.getLogger("pyblock")
+
+
+def deadline_after(timeout: float | None) -> float | None:
+    """The event loop's time that many seconds from now; None (no deadline) stays None. Raises InvalidTimeout unless 0 <= timeout < inf."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout < math.inf:
+        raise InvalidTimeout(f"timeout {timeout!r} is not a number of seconds that is 0 or more; None waits without end")
+    return asyncio.get_running_loop().time() + timeout
+
+
+class Operation:
+    """A task and whether somebody still waits for it.
+
+    :ivar abandoned: nobody does.
+    :ivar undoing: the work, once abandoned, undoes itself and should be given the time for that.
+    """
+
+    __slots__ = ("_task", "_waiters", "abandoned", "undoing")
+
+    def __init__(self, work: Callable[[Operation], Coroutine[Any, Any, None]], running: set[Operation]) -> None:
+        """Starts `work` at once. The operation is a member of `running` until it is over."""
+        self.abandoned = False
+        self.undoing = False
+        self._waiters = 0
+        running.add(self)
+        self._task = asyncio.get_running_loop().create_task(work(self))
+        self._task.add_done_callback(lambda task: self._over(task, running))
+
+    @property
+    def done(self) -> bool:
+        return self._task.done()
+
+    @property
+    def succeeded(self) -> bool:
+        """True when it is over and raised nothing."""
+        return self._task.done() and not self._task.cancelled() and self._task.exception() is None
+
+    def cancel(self) -> None:
+        """Ends the work where it stands; what it was about is then left with an unknown outcome."""
+        self._task.cancel()
+
+    async def settled(self, deadline: float | None) -> None:
+        """Returns when the operation is over, however it ended. Raises TimeoutError when the deadline passes first."""
+        async with asyncio.timeout_at(deadline):
+            await asyncio.wait([self._task])
+
+    async def result(self, deadline: float | None) -> None:
+        """Returns, or raises, what the work did. A deadline (TimeoutError) or cancellation gives the work up as abandoned."""
+        self.abandoned = False
+        self._waiters += 1
+        try:
+            async with asyncio.timeout_at(deadline):
+                await asyncio.shield(self._task)
+        finally:
+            self._waiters -= 1
+            if not self._waiters and not self._task.done():
+                self.abandoned = True
+
+    def _over(self, task: asyncio.Task[None], running: set[Operation]) -> None:
+        running.discard(self)
+        if not task.cancelled() and (error := task.exception()) is not None and self.abandoned:
+            log.warning("an operation that nobody waits for any more ended in: %s", error)

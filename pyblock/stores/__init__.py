@@ -1,0 +1,1 @@
+"""Where state lives. So far: a JSON file."""

@@ -1,0 +1,58 @@
+"""One sandbox's state in one JSON file, replaced as a whole: a crash leaves the old file or the new one, never a mixture.
+
+A file that is there and is not such a state (or a newer one) is never overwritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from pyblock.errors import InvalidState
+from pyblock.state import SandboxState, decode, encode
+
+FILE_MAX = 256 * 2**20  # bytes; 2^20 drives of under 256 bytes each, more than a sandbox can hold in practice
+
+
+def read(path: str | os.PathLike[str]) -> SandboxState:
+    """The state in a file. Raises InvalidState (also when the file cannot be read) and NewerState."""
+    where = os.fspath(path)
+    try:
+        with open(where, "rb") as file:  # noqa: PTH123
+            text = file.read(FILE_MAX + 1)
+    except OSError as error:
+        raise InvalidState(f"state file {where!r} cannot be read: {error.strerror}") from error
+    if len(text) > FILE_MAX:
+        raise InvalidState(f"state file {where!r} has over {FILE_MAX} bytes; it is no saved sandbox")
+    return decode(text, where=f"state file {where!r}")
+
+
+def write(path: str | os.PathLike[str], state: SandboxState) -> None:
+    """Replaces the file: temporary file beside it, fsync, rename, fsync of the folder. The file is private to its user (mode 0600).
+
+    Raises InvalidState or NewerState, having changed nothing, when something else is in its place; OSError as the file system raises it.
+    """
+    target = Path(path)
+    if target.is_symlink():
+        target = target.resolve()
+    if target.exists() and (not target.is_file() or target.stat().st_size):
+        read(target)
+    text = encode(state)
+    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".new", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)  # noqa: PTH105
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)  # noqa: PTH108
+        raise
+    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
