@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -431,3 +432,9 @@ async def test_operations_leave_no_garbage_task(image: Make) -> None:
             await sandbox.detach(await sandbox.attach(image("a")))
         gc.collect()
         assert asyncio.all_tasks() == before
+
+
+def test_the_diagram_in_the_docs_is_the_table() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "design.md").read_text()
+    drawn = re.findall(r"^    ([a-z-]+) --> ([a-z-]+): (.+)$", text, re.MULTILINE)
+    assert sorted(drawn) == sorted((before.value, after.value, event.value) for (before, event), after in LIFE.items())
