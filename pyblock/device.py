@@ -72,8 +72,6 @@ class Unsettled(Exception):
 class DeviceReceiver(Protocol):
     """Whatever devices are attached to."""
 
-    running: set[Operation]
-
     def reserve(self, device: BlockDevice) -> BlockDrive:
         """Takes index, ordinal and drive ID for a device. No I/O. Raises a CapacityError or CallerError, having taken nothing."""
 
@@ -139,7 +137,7 @@ class BlockDevice:
             raise self._pending("settle it with detach first")
         self.drive = receiver.reserve(self)
         self._move(Event.ATTACH)
-        operation = self._operation = Operation(lambda op: self._plug(receiver, op), receiver.running)
+        operation = self._operation = Operation(lambda op: self._plug(receiver, op))
         try:
             await self._result(operation, deadline, "the deadline passed; it will be undone as soon as the VMM answers")
         except asyncio.CancelledError:
@@ -169,6 +167,11 @@ class BlockDevice:
         await self._result(operation, deadline, "the VMM did not confirm the removal before the deadline; call detach again to resume")
 
     @property
+    def operation(self) -> Operation | None:
+        """The attach or detach of it that is under way, if there is one."""
+        return self._operation
+
+    @property
     def held(self) -> BlockDrive:
         """The drive of a device that holds one."""
         if self.drive is None:
@@ -192,7 +195,7 @@ class BlockDevice:
 
     def _remove(self, receiver: DeviceReceiver) -> Operation:
         self._move(Event.DETACH)
-        self._operation = Operation(lambda op: self._unplug(receiver, op), receiver.running)
+        self._operation = Operation(lambda op: self._unplug(receiver, op))
         return self._operation
 
     async def _plug(self, receiver: DeviceReceiver, operation: Operation) -> None:

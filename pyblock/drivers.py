@@ -22,9 +22,9 @@ class Family(msgspec.Struct, frozen=True):
     prefix: str
     letters: bool = True
 
-    def name(self, number: int) -> str:
-        """The guest's name of the disk with this number (>= 0), without `/dev/`. Raises InvalidName where it passes 31 bytes."""
-        return drive_name(number, self.prefix) if self.letters else f"{self.prefix}{number}"
+    def path(self, number: int) -> str:
+        """The guest's path of the disk with this number (>= 0). Raises InvalidName where the name passes 31 bytes."""
+        return "/dev/" + drive_name(number, self.prefix) if self.letters else f"/dev/{self.prefix}{number}"
 
 
 SD = Family("sd")

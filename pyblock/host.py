@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path
 from typing import NamedTuple
 
 from pyblock.errors import InvalidImage
@@ -43,11 +42,22 @@ class HostImage(NamedTuple):
         return self.identity.kind == "block"
 
 
+def identity_of(path: str) -> Identity | None:
+    """The identity of a file or block special; None when there is none, or it cannot be looked at."""
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except (OSError, ValueError):
+        return None
+    if stat.S_ISBLK(status.st_mode):
+        return Identity("block", os.major(status.st_rdev), os.minor(status.st_rdev))
+    return Identity("file", status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
+
+
 def block_special_path(major: int, minor: int, *, sysfs: str = _SYSFS_BLOCK) -> str:
     """The path under /dev of the block special major:minor, out of `/sys/dev/block/M:m/uevent`. Raises InvalidImage when there is none."""
     where = f"{sysfs}/{major}:{minor}/uevent"
     try:
-        lines = Path(where).read_text().splitlines()
+        lines = _read(where).splitlines()
     except OSError as error:
         raise InvalidImage(f"no block device {major}:{minor} on this host ({where}: {error.strerror})") from error
     name = next((line[len("DEVNAME=") :] for line in lines if line.startswith("DEVNAME=")), "")
@@ -85,9 +95,33 @@ def inspect_image(path: str, *, read_only: bool) -> HostImage:
     return HostImage(path, identity, size)
 
 
+def is_block_special(path: str) -> bool:
+    """False also for what is not there: whoever opens it will say so."""
+    try:
+        return stat.S_ISBLK(os.stat(path).st_mode)  # noqa: PTH116
+    except OSError:
+        return False
+
+
+def image_size(path: str) -> int:
+    """Bytes of a disk image or block special. Raises InvalidImage when it is gone."""
+    try:
+        status = os.stat(path)  # noqa: PTH116
+    except OSError as error:
+        raise InvalidImage(f"image {path!r}: {error.strerror}") from error
+    if stat.S_ISBLK(status.st_mode):
+        return _block_size(os.major(status.st_rdev), os.minor(status.st_rdev))
+    return status.st_size
+
+
+def _read(path: str) -> str:
+    with open(path) as file:  # noqa: PTH123 - pathlib would be a tenth of the time to import pyblock
+        return file.read()
+
+
 def _block_size(major: int, minor: int) -> int:
     where = f"{_SYSFS_BLOCK}/{major}:{minor}/size"
     try:
-        return int(Path(where).read_text()) * _SECTOR
+        return int(_read(where)) * _SECTOR
     except (OSError, ValueError) as error:
         raise InvalidImage(f"block device {major}:{minor} has no readable size in {where}") from error

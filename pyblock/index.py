@@ -5,7 +5,7 @@ The work is done by the core (csrc/index.c), which locks itself: any number of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from pyblock import _native
@@ -19,6 +19,9 @@ CAPACITY_DEFAULT: Final = _native.CAPACITY_DEFAULT
 """The capacity for one sandbox: 65,536, as many as there are SCSI addresses."""
 
 _CHUNK: Final = 1024
+
+_acquire = _native.raw_acquire
+_release = _native.raw_release
 
 
 class BlockIndex:
@@ -36,9 +39,16 @@ class BlockIndex:
         """An index with everything free. Raises `InvalidIndex` unless the capacity is 1 … 2^20 (`CAPACITY_MAX`)."""
         self._handle = _native.index_new(capacity)
 
+    def __del__(self, free: Callable[[_native.Handle], None] = _native.raw_free) -> None:
+        if (handle := getattr(self, "_handle", None)) is not None:  # None: the capacity was refused
+            free(handle)
+
     def acquire(self) -> int:
         """Takes the lowest free index and returns it. Raises `IndexesExhausted` when all are taken."""
-        return _native.index_acquire(self._handle)
+        got = _acquire(self._handle)
+        if got < 0:
+            _native.index_refused("pb_index_acquire", got, self._handle, n=1)
+        return got
 
     def acquire_many(self, n: int) -> list[int]:
         """Takes the `n` lowest free indexes, all or none, and returns them in ascending order.
@@ -61,7 +71,12 @@ class BlockIndex:
 
     def release(self, index: int) -> None:
         """Gives an index back. Raises `IndexFree` when it is free already, `InvalidIndex` when it is not in 0 … capacity - 1."""
-        _native.index_release(self._handle, index)
+        try:
+            got = _release(self._handle, index)
+        except OverflowError:
+            got = _native.ERANGE
+        if got < 0:
+            _native.index_refused("pb_index_release", got, self._handle, value=index)
 
     def __contains__(self, index: int) -> bool:
         """Whether the index is taken; one outside 0 … capacity - 1 never is."""

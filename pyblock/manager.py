@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-
-import msgspec
+from collections.abc import Collection, Iterable, Iterator
 
 from pyblock.device import HOLDING, BlockDevice, DeviceReceiver
 from pyblock.drivers import DRIVERS, VIRTIO_SCSI, Driver, driver_named
@@ -15,6 +13,8 @@ from pyblock.host import Identity, block_special_path, inspect_image
 from pyblock.model import DeviceInfo, check_device_id
 
 Device = BlockDevice | GenericDevice
+
+NO_OPTIONS: dict[str, str] = {}  # shared by all devices that have none; nobody writes to the options of an info
 
 
 def check_serial(serial: str, driver: Driver) -> str:
@@ -94,15 +94,19 @@ class DeviceManager:
         else:
             device.detach()
 
-    def load(self, devices: Iterable[Device]) -> None:
-        """Takes in many devices, for example out of a saved state. Raises DeviceConflict when two have one ID; nothing is then taken in."""
-        news: dict[str, Device] = {}
+    def check_new(self, devices: Iterable[Device]) -> None:
+        """Raises DeviceConflict when two of the devices have one ID, or one has that of a device which is there."""
+        seen: set[str] = set()
         for device in devices:
-            if device.id in self._by_id or device.id in news:
+            if device.id in self._by_id or device.id in seen:
                 raise DeviceConflict(f"two devices have the ID {device.id!r}")
-            news[device.id] = device
-        self._by_id.update(news)
-        for device in news.values():
+            seen.add(device.id)
+
+    def load(self, devices: Collection[Device]) -> None:
+        """Takes in many devices, for example out of a saved state. Raises as `check_new`; nothing is then taken in."""
+        self.check_new(devices)
+        for device in devices:
+            self._by_id[device.id] = device
             if isinstance(device, BlockDevice) and device.identity is not None:
                 self._by_identity.setdefault(device.identity, device)
 
@@ -120,8 +124,10 @@ class DeviceManager:
             check_serial(serial, driver)
         elif len(device_id) <= driver.serial_max:
             serial = device_id
-        options = msgspec.structs.replace(info, path=image.path, driver=driver.name, serial=serial, id=device_id)
-        device = BlockDevice(device_id, options, image.identity)
+        have = DeviceInfo(
+            image.path, driver.name, info.read_only, serial, device_id, info.dev_type, info.major, info.minor, info.options or NO_OPTIONS
+        )
+        device = BlockDevice(device_id, have, image.identity)
         self._by_id[device_id] = self._by_identity[image.identity] = device
         return device
 

@@ -112,7 +112,7 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     @property
     def predicted_name(self) -> str:
         """`/dev/sdX`, `/dev/vdX` or `/dev/pmemN`: a guess about the guest's own order. `guest_match` is the fact to check it with."""
-        return self.known_name or "/dev/" + self.kind.family.name(self.ordinal + self.offset)
+        return self.known_name or self.kind.family.path(self.ordinal + self.offset)
 
     @property
     def virt_path(self) -> str | None:

@@ -4,7 +4,8 @@ The guest's kernel names its disks by itself, in the order in which it finds the
 address is a fact: it is told to the VMM when the drive is plugged in.
 
 Crossing into C costs more than making one such text, so the texts of the first numbers, which is all that nearly every sandbox
-uses, are made by the core in one crossing on first use and then kept.
+uses, are made by the core in one crossing on first use and then kept; a single one past them is put together here, and many at once
+are made by the core again. Tests hold both to the same oracle.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ ID_MAX: Final = _native.ID_MAX
 """Bytes of a drive ID: 31, the length of a node name in QEMU."""
 
 _READY: Final = 1024
+_COMPOSED: Final = 2**20  # as many as a sandbox can hold
+_LETTERS: Final = "abcdefghijklmnopqrstuvwxyz"
 _KEPT_PREFIXES: Final = frozenset({"vd", "sd"})  # those that Linux uses; any other would let a caller grow the store without end
 
 # Two threads that come first at once both fill in the same texts, so no lock is needed.
@@ -40,12 +43,13 @@ def drive_name(number: int, prefix: str = "vd") -> str:
 
     Raises `InvalidIndex` for a number outside that range, and `InvalidName` when the name gets too long.
     """
-    if 0 <= number < _READY and prefix in _KEPT_PREFIXES:
-        try:
-            return _ready_names[prefix][number]
-        except KeyError:
+    if prefix in _KEPT_PREFIXES and 0 <= number < _COMPOSED:
+        if prefix not in _ready_names:
             _ready_names[prefix] = tuple(_native.drive_names(0, _READY, prefix))
+        if number < _READY:
             return _ready_names[prefix][number]
+        head, last = divmod(number, 26)
+        return drive_name(head - 1, prefix) + _LETTERS[last]
     return _native.drive_name(number, prefix)
 
 
@@ -77,6 +81,8 @@ def scsi_address(index: int) -> str:
         if not _ready_addresses:
             _ready_addresses = tuple(_native.scsi_addresses(0, _READY))
         return _ready_addresses[index]
+    if 0 < index <= SCSI_INDEX_MAX:
+        return f"{index >> 8}:{index & 255}"
     return _native.scsi_address(index)
 
 
@@ -88,7 +94,7 @@ def scsi_index(address: str) -> int:
     return _native.scsi_index(address)
 
 
-def make_name_id(kind: str, device_id: str, *, limit: int = ID_MAX, salt: int = 0) -> str:
+def make_name_id(kind: str, device_id: str, limit: int = ID_MAX, salt: int = 0) -> str:
     """The ID "kind-device_id" in at most `limit` bytes of UTF-8 (31 by default: a node name in QEMU holds no more).
 
     An ID that fits is returned as it is. A longer one keeps the kind and as many whole characters of the beginning of the device ID as
@@ -99,7 +105,7 @@ def make_name_id(kind: str, device_id: str, *, limit: int = ID_MAX, salt: int = 
     Raises `InvalidID` when the kind or the device ID is empty, or the kind is too long for shortening to help; `InvalidValue` for a
     limit below 1 or a salt out of range.
     """
-    text = kind + "-" + device_id  # no f-string: it would take a None for text
-    if len(text) <= limit and salt == 0 and kind and device_id and text.isascii():
-        return text
-    return _native.make_id(kind, device_id, salt, limit)
+    # No f-string: it would take a None for text.
+    if salt or not kind or not device_id or len(text := kind + "-" + device_id) > limit or not text.isascii():
+        return _native.make_id(kind, device_id, salt, limit)
+    return text

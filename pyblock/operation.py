@@ -35,14 +35,13 @@ class Operation:
 
     __slots__ = ("_task", "_waiters", "abandoned", "undoing")
 
-    def __init__(self, work: Callable[[Operation], Coroutine[Any, Any, None]], running: set[Operation]) -> None:
-        """Starts `work` at once. The operation is a member of `running` until it is over."""
+    def __init__(self, work: Callable[[Operation], Coroutine[Any, Any, None]]) -> None:
+        """Starts `work`. Whoever it belongs to keeps the operation until it is over: the event loop holds its tasks weakly."""
         self.abandoned = False
         self.undoing = False
         self._waiters = 0
-        running.add(self)
         self._task = asyncio.get_running_loop().create_task(work(self))
-        self._task.add_done_callback(lambda task: self._over(task, running))
+        self._task.add_done_callback(self._over)
 
     @property
     def done(self) -> bool:
@@ -74,7 +73,6 @@ class Operation:
             if not self._waiters and not self._task.done():
                 self.abandoned = True
 
-    def _over(self, task: asyncio.Task[None], running: set[Operation]) -> None:
-        running.discard(self)
+    def _over(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None and self.abandoned:
             log.warning("an operation that nobody waits for any more ended in: %s", error)

@@ -8,27 +8,18 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
-import msgspec
-from msgspec import UNSET
-
+from pyblock.allotment import Allotment
 from pyblock.device import BlockDevice, Phase
-from pyblock.drivers import DRIVERS, FAMILIES, Family
 from pyblock.errors import (
     CallerError,
-    DeviceConflict,
-    IndexesExhausted,
-    IndexTaken,
     InvalidID,
     InvalidImage,
-    InvalidIndex,
-    InvalidName,
-    InvalidState,
     InvalidValue,
-    PyblockError,
     SandboxClosed,
     UnknownDevice,
     UnknownDriver,
@@ -39,18 +30,19 @@ from pyblock.hypervisors.base import CONNECT_TIMEOUT, Hypervisor
 from pyblock.index import BlockIndex
 from pyblock.manager import Device, DeviceManager
 from pyblock.model import BlockDrive, DeviceInfo
-from pyblock.naming import drive_index, make_name_id
 from pyblock.operation import Operation, deadline_after
-from pyblock.persist import device_from_state, device_to_state
-from pyblock.plan import plan
-from pyblock.state import DeviceState, HypervisorState, SandboxNotes, SandboxState
+from pyblock.persist import Kept, restore_sandbox, sandbox_to_state
+from pyblock.state import SandboxState
 from pyblock.stores import json_file
 
 CAPACITY = 65536
 TIMEOUT = 60.0  # seconds: the deadline of attach and detach unless the caller gives another
+NOTES = 5  # different errors of a batch that are shown beside the first
 CLOSE_GRACE = 5.0  # seconds that close waits for attaches to be undone
 
 _SANDBOX_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+
+NO_IDS: frozenset[str] = frozenset()
 
 Image = str | os.PathLike[str] | DeviceInfo
 
@@ -64,6 +56,10 @@ class Sandbox:
 
     Everything runs in the event loop in which it is first used; it is not safe to share between threads (pyblock.blocking is).
     """
+
+    __slots__ = (
+        "__weakref__", "_allotment", "_asked", "_askers", "_asking", "_finished_late", "_kept", "_open", "_vmm", "id", "manager",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -79,20 +75,15 @@ class Sandbox:
         if block_offset is not None and not 0 <= block_offset < capacity:
             raise InvalidValue(f"block offset {block_offset!r} is not in 0 … {capacity - 1}")
         self.id = sandbox_id
-        self.running: set[Operation] = set()
         self.manager = DeviceManager(driver)
-        self.index = BlockIndex(capacity)
+        self._allotment = Allotment(capacity, None if block_offset is None else {"vd": block_offset})
         self._vmm = open_hypervisor(vm) if isinstance(vm, str) else vm
-        self._ordinals: dict[str, BlockIndex] = {}
-        self._offsets: dict[str, int] = {} if block_offset is None else {"vd": block_offset}
-        self._drive_ids: set[str] = set()
-        self._foreign: set[int] = set()  # indexes whose address a disk of the machine's own sits at
-        self._finished_late: set[str] = set()  # devices whose callers were told "pending", and which are gone since
-        self._untouched: list[DeviceState] = []
-        self._loaded: SandboxState | None = None
+        self._finished_late = NO_IDS  # devices whose callers were told "pending", and which are gone since
+        self._kept: Kept | None = None
         self._open = False
-        self._known = False  # the machine's own disks have been asked for
+        self._asked = False  # the machine has been asked which disks it has
         self._asking: asyncio.Task[None] | None = None
+        self._askers = 0  # who wait for it
 
     def __repr__(self) -> str:
         return f"<Sandbox {self.id} {len(self.manager)} devices, {len(self.index)} indexes taken>"
@@ -103,6 +94,16 @@ class Sandbox:
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
+
+    @property
+    def index(self) -> BlockIndex:
+        """The block index: which indexes are taken."""
+        return self._allotment.index
+
+    @property
+    def running(self) -> list[Operation]:
+        """The attaches and detaches that are under way."""
+        return [device.operation for device in self.manager if isinstance(device, BlockDevice) and device.operation is not None]
 
     @property
     def devices(self) -> list[Device]:
@@ -167,9 +168,21 @@ class Sandbox:
                 if progress is not None:
                     progress(device)
 
+        try:
+            await self._ask(deadline)
+            fresh = [device for device in dict.fromkeys(devices) if device.phase is Phase.DETACHED and device.operation is None]
+            self._allotment.plan(fresh)
+        except BaseException:
+            for device in devices:
+                self.manager.drop(device)
+            raise
         # The tasks start in this order, and an attach reserves before it first waits: so the indexes follow the order of the images.
         tasks = [asyncio.ensure_future(one(device)) for device in devices]
         try:
+            try:
+                await asyncio.sleep(0)
+            finally:
+                self._allotment.unplan(fresh)  # all have reserved by now but those that wait for their turn
             await asyncio.gather(*tasks)
         except BaseException:
             await asyncio.wait(tasks)
@@ -192,7 +205,7 @@ class Sandbox:
         deadline = deadline_after(timeout)
         device_id = device if isinstance(device, str) else device.id
         if device_id in self._finished_late and device_id not in self.manager:
-            self._finished_late.discard(device_id)
+            self._finished_late -= {device_id}
             return
         found = self.manager.find(device_id)
         if not isinstance(device, str) and device is not found:
@@ -226,52 +239,21 @@ class Sandbox:
     def state(self) -> SandboxState:
         """What `save` writes. An operation under way is saved as pending."""
         self._check_open()
-        loaded = self._loaded or SandboxState()
-        hypervisor = loaded.hypervisor_state if isinstance(loaded.hypervisor_state, HypervisorState) else HypervisorState()
-        kept = hypervisor.block_index_map or {}
-        indexes = {str(index): kept.get(str(index), {}) for index in self.index if index not in self._foreign}
-        saved_hypervisor = msgspec.structs.replace(hypervisor, block_index_map=indexes)
-        saved = SandboxState(
-            notes=SandboxNotes(sandbox=self.id, offsets=dict(self._offsets)),
-            devices=[*(device_to_state(device) for device in self.manager), *self._untouched],
-            hypervisor_state=saved_hypervisor,
-        )
-        for new, old in ((saved, loaded), (saved_hypervisor, hypervisor)):
-            if old.extra:
-                new.__dict__["extra"] = old.extra
-        return saved
+        return sandbox_to_state(self.id, self.manager, self._allotment, self._kept)
 
     def restore(self, state: SandboxState, *, where: str = "the state") -> None:
         """Restores a decoded state; see `load`."""
         self._check_open()
         if len(self.manager):
             raise CallerError(f"sandbox {self.id} has {len(self.manager)} devices; a state is loaded into one without")
-        devices: list[Device] = []
-        untouched: list[DeviceState] = []
-        for saved in state.devices or []:
-            device = device_from_state(saved, self.manager.driver, where=where)
-            if device is None:
-                untouched.append(saved)
-            else:
-                devices.append(device)
-        drives = [device.drive for device in devices if isinstance(device, BlockDevice) and device.drive is not None]
-        manager = DeviceManager(self.manager.driver.name)
-        try:
-            manager.load(devices)
-            index = self._restored_index(state, drives)
-            ordinals = self._restored_ordinals(drives)
-        except PyblockError as error:
-            raise InvalidState(f"{where} contradicts itself: {error}; it is left as it is") from error
-        if len({drive.id for drive in drives}) != len(drives):
-            raise InvalidState(f"{where} contradicts itself: two drives have one ID; it is left as it is")
-        self.manager, self.index, self._ordinals, self._untouched, self._loaded = manager, index, ordinals, untouched, state
-        self._drive_ids = {drive.id for drive in drives}
-        if state.notes is not UNSET:
-            self._offsets = {name: offset for name, offset in state.notes.offsets.items() if name in FAMILIES and offset >= 0}
-        self._foreign = set()
-        self._known = False
-        for drive in drives:
-            self._vmm.adopt(drive)
+        # One that was asked for holds the machine's own disks, and they are asked for anew.
+        allotment = Allotment(self.index.capacity, self._allotment.offsets) if self._asked else self._allotment
+        self._kept = restore_sandbox(state, self.manager, allotment, where=where)
+        self._allotment = allotment
+        self._asked = False
+        for device in self.manager:
+            if isinstance(device, BlockDevice) and device.drive is not None and device.drive.slot is not None:
+                self._vmm.adopt(device.drive)
 
     async def close(self) -> None:
         """Ends the connection to the VMM; the machine keeps what it has. Attaches that nobody waits for any more are first undone,
@@ -280,7 +262,7 @@ class Sandbox:
         if undoing:
             await asyncio.wait([asyncio.ensure_future(operation.settled(None)) for operation in undoing], timeout=CLOSE_GRACE)
         self._open = False
-        operations = list(self.running)
+        operations = self.running
         for operation in operations:
             operation.cancel()
         for operation in operations:
@@ -291,42 +273,18 @@ class Sandbox:
 
     def reserve(self, device: BlockDevice) -> BlockDrive:
         """Takes index, ordinal and drive ID for a device; see DeviceReceiver."""
-        info = device.info
-        kind = DRIVERS[info.driver or ""]
-        if kind.name not in self._vmm.drivers:
-            raise UnknownDriver(f"this VMM has no driver {kind.name!r}; it has {', '.join(sorted(self._vmm.drivers))}")
-        ordinals = self._family(kind.family)
-        index, ordinal = plan(self.index, ordinals)
-        try:
-            if kind.scsi and index >= CAPACITY:
-                raise IndexesExhausted(f"index {index} has no SCSI address: there are {CAPACITY} of them, 256 IDs of 256 LUNs")
-            drive_id = make_name_id("drive", device.id)
-            salt = 0
-            while drive_id in self._drive_ids:
-                salt += 1
-                drive_id = make_name_id("drive", device.id, salt=salt)
-                if salt > len(self._drive_ids):
-                    raise DeviceConflict(f"drive ID {drive_id!r} is taken in this machine; give device {device.id} another ID")
-            offset = self._offsets.get(kind.family.prefix, kind.offset)
-            drive = BlockDrive(
-                id=drive_id, index=index, ordinal=ordinal, offset=offset, kind=kind, file=info.path,
-                format=info.options.get("fstype") or "raw", read_only=info.read_only, serial=info.serial,
-            )  # fmt: skip
-        except BaseException:
-            self.index.release(index)
-            ordinals.release(ordinal)
-            raise
-        self._drive_ids.add(drive_id)
-        self._finished_late.discard(device.id)
+        if device.info.driver not in self._vmm.drivers:
+            raise UnknownDriver(f"this VMM has no driver {device.info.driver!r}; it has {', '.join(sorted(self._vmm.drivers))}")
+        drive = self._allotment.reserve(device)
+        if self._finished_late:
+            self._finished_late -= {device.id}
         return drive
 
     def release(self, device: BlockDevice, drive: BlockDrive, *, late: bool) -> None:
         """Gives back what `reserve` took; see DeviceReceiver."""
-        self.index.release(drive.index)
-        self._family(drive.kind.family).release(drive.ordinal)
-        self._drive_ids.discard(drive.id)
+        self._allotment.release(drive)
         if late:
-            self._finished_late.add(device.id)
+            self._finished_late |= {device.id}
             self.manager.tidy(device)
 
     async def plug(self, drive: BlockDrive) -> None:
@@ -373,8 +331,7 @@ class Sandbox:
 
     async def _attach(self, device: BlockDevice, deadline: float | None) -> None:
         try:
-            if not self._known:
-                await self._ask(deadline)
+            await self._ask(deadline)
             await device.attach(self, deadline)
         except BaseException:
             self.manager.drop(device)
@@ -387,17 +344,23 @@ class Sandbox:
 
     async def _ask(self, deadline: float | None) -> None:
         """Learns, once, which disks the machine has already. All who wait for it share one question."""
+        if self._asked:
+            return
         if self._asking is None:
             self._asking = asyncio.create_task(self._learn())
         asking = self._asking
+        self._askers += 1
         try:
             async with asyncio.timeout_at(deadline):
                 await asyncio.shield(asking)
         except TimeoutError:
             raise VmmUnreachable(f"the VMM of sandbox {self.id} did not say before the deadline which disks it has") from None
         finally:
-            if asking.done():
-                self._asking = None
+            if self._asking is asking:
+                self._askers -= 1
+                if asking.done() or not self._askers:  # an answer is for those who asked: whoever comes later asks anew
+                    asking.cancel()
+                    self._asking, self._askers = None, 0
 
     async def _learn(self) -> None:
         try:
@@ -405,72 +368,15 @@ class Sandbox:
                 found = await self._vmm.inventory()
         except TimeoutError:
             raise VmmUnreachable(f"the VMM of sandbox {self.id} did not answer within {CONNECT_TIMEOUT:g} s") from None
-        counts: dict[str, int] = {}
-        for disk in found:
-            if disk.id in self._drive_ids:
-                continue
-            counts[disk.family.prefix] = counts.get(disk.family.prefix, 0) + 1
-            if disk.id:
-                self._drive_ids.add(disk.id)
-            if disk.index is not None and disk.index < self.index.capacity and disk.index not in self.index:
-                self.index.reserve(disk.index)
-                self._foreign.add(disk.index)
-        for prefix, count in counts.items():
-            self._offsets.setdefault(prefix, count)
-        self._known = True
-
-    def _family(self, family: Family) -> BlockIndex:
-        ordinals = self._ordinals.get(family.prefix)
-        if ordinals is None:
-            ordinals = self._ordinals[family.prefix] = BlockIndex(self.index.capacity)
-        return ordinals
-
-    def _restored_index(self, state: SandboxState, drives: list[BlockDrive]) -> BlockIndex:
-        indexes = [drive.index for drive in drives]
-        taken = set(indexes)
-        if len(taken) != len(indexes):
-            twice = next(index for index in indexes if indexes.count(index) > 1)
-            raise IndexTaken(f"index {twice} belongs to two drives")
-        if isinstance(state.hypervisor_state, HypervisorState):
-            for text in state.hypervisor_state.block_index_map or {}:
-                if not (text.isascii() and text.isdigit()):
-                    raise InvalidIndex(f"index {text!r} in BlockIndexMap is not a number")
-                taken.add(int(text))
-        index = BlockIndex(self.index.capacity)
-        index.reserve_many(taken)
-        return index
-
-    def _restored_ordinals(self, drives: list[BlockDrive]) -> dict[str, BlockIndex]:
-        """Reserves the ordinals that the state tells, then finds one for each drive of a state that does not: the original wrote none."""
-        ordinals = {drive.kind.family.prefix: BlockIndex(self.index.capacity) for drive in drives}
-        for prefix, family in ordinals.items():
-            family.reserve_many(drive.ordinal for drive in drives if drive.kind.family.prefix == prefix and drive.ordinal >= 0)
-        for drive in drives:
-            if drive.ordinal >= 0:
-                continue
-            family = ordinals[drive.kind.family.prefix]
-            likely = _ordinal_of(drive)
-            free = 0 <= likely < family.capacity and likely not in family
-            drive.ordinal = likely if free else family.acquire()
-            if free:
-                family.reserve(likely)
-        return ordinals
-
-
-def _ordinal_of(drive: BlockDrive) -> int:
-    """The ordinal behind a drive that the original wrote: by its name, or the index, which was the same number while it knew one driver."""
-    prefix = drive.kind.family.prefix
-    if drive.known_name is None or not drive.kind.family.letters:
-        return drive.index
-    try:
-        return drive_index(drive.known_name.removeprefix("/dev/"), prefix) - drive.offset
-    except InvalidName:
-        return drive.index
+        self._allotment.learn(found)
+        self._asked = True
 
 
 def _raise_first(errors: list[BaseException]) -> None:
     """Raises the first of the errors with the others as its notes; returns when there is none."""
     if errors:
-        for other in errors[1:]:
-            errors[0].add_note(f"also: {other}")
+        for other, count in Counter(str(error) for error in errors[1:]).most_common(NOTES):
+            errors[0].add_note(f"also: {other}" + (f" ({count} times)" if count > 1 else ""))
+        if len(errors) > NOTES + 1:
+            errors[0].add_note(f"{len(errors)} failed in all")
         raise errors[0]

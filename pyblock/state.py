@@ -123,7 +123,9 @@ def decode(text: bytes, *, where: str) -> SandboxState:
     Raises NewerState when a newer pyblock wrote it, InvalidState when it is cut off, not JSON, or of the wrong shape.
     """
     try:
-        return _strict.decode(text)  # the common case: every key is known, nothing else need be looked at
+        state = _strict.decode(text)  # the common case: every key is known, nothing else need be looked at
+        if state.notes is UNSET or state.notes.version <= VERSION:
+            return state
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         pass
     try:

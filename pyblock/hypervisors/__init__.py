@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 
 from pyblock.errors import UnknownScheme
 from pyblock.hypervisors.base import Hypervisor
 
-# scheme -> module and class; imported when first opened, so that importing pyblock loads no network library
+# scheme -> module, and what opens an adapter in it; imported when first opened, so that importing pyblock loads no network library
 SCHEMES = {
-    "memory": ("pyblock.hypervisors.memory", "MemoryHypervisor"),
+    "memory": ("pyblock.hypervisors.memory", "open_memory"),
     "qemu": ("pyblock.hypervisors.qemu", "QemuHypervisor"),
 }
 
@@ -20,6 +22,11 @@ def open_hypervisor(address: str) -> Hypervisor:
     if not colon or scheme not in SCHEMES:
         known = ", ".join(f"{known}:" for known in SCHEMES)
         raise UnknownScheme(f"VMM address {address!r} begins with no known scheme; known are {known} (for example qemu:/run/vm1/qmp.sock)")
+    return _adapter(scheme)(rest)
+
+
+@cache
+def _adapter(scheme: str) -> Callable[[str], Hypervisor]:
     module, name = SCHEMES[scheme]
-    adapter: Hypervisor = getattr(import_module(module), name)(rest)
-    return adapter
+    opener: Callable[[str], Hypervisor] = getattr(import_module(module), name)
+    return opener

@@ -12,14 +12,14 @@ from typing import Literal
 
 import msgspec
 
-from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK_CCW, VIRTIO_MMIO, VIRTIO_SCSI
+from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_MMIO, VIRTIO_SCSI
 from pyblock.errors import ConnectionLost, InvalidValue, SlotsExhausted, VmmRefused, VmmUnreachable
 from pyblock.hypervisors.base import FoundDisk, SteppedHypervisor
-from pyblock.index import BlockIndex
 from pyblock.model import BlockDrive
 
 BRIDGES = 30  # PCI bridges in slots 2 … 31 of the root bus
 BRIDGE_SLOTS = 32
+JOURNAL = 1000
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -38,9 +38,14 @@ class MemoryHypervisor(SteppedHypervisor):
 
     :ivar backends: drive ID to host path, as the machine has them now.
     :ivar devices: drive ID to slot or address, likewise.
-    :ivar journal: every step that was asked for, as (step, drive ID).
+    :ivar journal: the last steps that were asked for, at least 1,000 of them, as (step, drive ID).
     :ivar dead: set it to have every connection refused.
     """
+
+    __slots__ = (
+        "_existing", "_faults", "_gates", "_keep_journal", "_places", "_slot_count", "_slots",
+        "address", "backends", "dead", "devices", "journal",
+    )  # fmt: skip
 
     def __init__(self, address: str = "", *, slots: int = BRIDGES * BRIDGE_SLOTS, existing: tuple[FoundDisk, ...] = ()) -> None:
         if not 0 <= slots <= BRIDGES * BRIDGE_SLOTS:
@@ -48,12 +53,15 @@ class MemoryHypervisor(SteppedHypervisor):
         self.address = address
         self.backends: dict[str, str] = {}
         self.devices: dict[str, str] = {}
-        self.journal: deque[tuple[str, str]] = deque(maxlen=1000)
+        self.journal: list[tuple[str, str]] = []
+        self._keep_journal = True
         self.dead = False
         self._existing = existing
-        self._slots = BlockIndex(slots) if slots else None
-        self._faults: dict[str, deque[Fault]] = {}
-        self._gates: dict[str, asyncio.Event] = {}
+        self._places: set[str] = set()  # what `devices` holds, for looking up
+        self._slot_count = slots
+        self._slots = 0  # a bit for each that is taken
+        self._faults: dict[str, deque[Fault]] | None = None
+        self._gates: dict[str, asyncio.Event] | None = None
 
     @property
     def drivers(self) -> frozenset[str]:
@@ -63,13 +71,14 @@ class MemoryHypervisor(SteppedHypervisor):
         """Has the next `times` runs of a step meet with a fault. Raises InvalidValue for a step that is not in STEPS."""
         if step not in self.STEPS:
             raise InvalidValue(f"step {step!r} is unknown; known are {', '.join(self.STEPS)}")
+        self._faults = self._faults or {}
         self._faults.setdefault(step, deque()).extend([fault] * times)
 
     def let_go(self, step: str) -> None:
         """Lets go of what a `hold` holds back at a step, now and from here on."""
-        if faults := self._faults.get(step):
+        if self._faults and (faults := self._faults.get(step)):
             self._faults[step] = deque(fault for fault in faults if fault.kind != "hold")
-        if gate := self._gates.pop(step, None):
+        if self._gates and (gate := self._gates.pop(step, None)):
             gate.set()
 
     async def inventory(self) -> list[FoundDisk]:
@@ -80,21 +89,21 @@ class MemoryHypervisor(SteppedHypervisor):
         return [(drive_id, place.partition(" ")[0]) for drive_id, place in self.devices.items()]
 
     def adopt(self, drive: BlockDrive) -> None:
-        if drive.slot is not None and self._slots is not None and drive.slot.isdigit() and int(drive.slot) not in self._slots:
-            self._slots.reserve(int(drive.slot))
+        if drive.kind is VIRTIO_BLK and drive.slot is not None:
+            self._slots |= 1 << int(drive.slot)
 
     async def place(self, drive: BlockDrive) -> None:
-        if drive.kind.name != "virtio-blk":
+        if drive.kind is not VIRTIO_BLK:
             return
-        if self._slots is None or len(self._slots) == self._slots.capacity:
-            raise SlotsExhausted(
-                f"no free PCI slot for drive {drive.id}: the machine in memory has {self._slots.capacity if self._slots else 0}"
-            )
-        drive.slot = str(self._slots.acquire())
+        lowest = (~self._slots & (self._slots + 1)).bit_length() - 1
+        if lowest >= self._slot_count:
+            raise SlotsExhausted(f"no free PCI slot for drive {drive.id}: the machine in memory has {self._slot_count}")
+        self._slots |= 1 << lowest
+        drive.slot = str(lowest)
 
     def vacate(self, drive: BlockDrive) -> None:
-        if drive.slot is not None and self._slots is not None:
-            self._slots.release(int(drive.slot))
+        if drive.slot is not None:
+            self._slots &= ~(1 << int(drive.slot))
             drive.slot = None
 
     async def backend_add(self, drive: BlockDrive) -> None:
@@ -110,9 +119,10 @@ class MemoryHypervisor(SteppedHypervisor):
             if drive.id in self.devices:
                 raise VmmRefused(f"device {drive.id} exists already", step="device-add", request=drive.id, reply="duplicate")
             place = f"{drive.driver} {drive.slot or drive.index}"
-            if place in self.devices.values():
+            if place in self._places:
                 raise VmmRefused(f"place {place} is taken", step="device-add", request=drive.id, reply="in use")
             self.devices[drive.id] = place
+            self._places.add(place)
 
         await self._step("device-add", drive, do)
 
@@ -138,12 +148,12 @@ class MemoryHypervisor(SteppedHypervisor):
 
     async def device_gone(self, drive: BlockDrive) -> None:
         def do() -> None:
-            self.devices.pop(drive.id, None)
+            self._places.discard(self.devices.pop(drive.id, ""))
 
         await self._step("device-gone", drive, do)
 
     def nudge(self, drive: BlockDrive) -> None:
-        self.journal.append(("device-del", drive.id))
+        self._note("device-del", drive)
 
     async def backend_del(self, drive: BlockDrive) -> None:
         def do() -> None:
@@ -156,14 +166,20 @@ class MemoryHypervisor(SteppedHypervisor):
     async def close(self) -> None:
         return None
 
+    def _note(self, step: str, drive: BlockDrive) -> None:
+        if self._keep_journal:
+            self.journal.append((step, drive.id))
+            if len(self.journal) > 2 * JOURNAL:
+                del self.journal[:JOURNAL]
+
     def _connect(self) -> None:
         if self.dead:
             raise VmmUnreachable(f"the machine in memory {self.address!r} is dead")
 
     async def _step(self, step: str, drive: BlockDrive, do: Callable[[], None]) -> None:
         self._connect()
-        self.journal.append((step, drive.id))
-        faults = self._faults.get(step)
+        self._note(step, drive)
+        faults = self._faults.get(step) if self._faults else None
         fault = faults.popleft() if faults else None
         if fault is None:
             return do()
@@ -174,9 +190,17 @@ class MemoryHypervisor(SteppedHypervisor):
         if fault.kind == "delay":
             await asyncio.sleep(fault.seconds)
         elif fault.kind == "hold":
+            self._gates = self._gates or {}
             await self._gates.setdefault(step, asyncio.Event()).wait()
         elif not fault.done:
             raise ConnectionLost(f"the connection broke before {step} of drive {drive.id} was carried out")
         do()
         if fault.kind == "lose":
             raise ConnectionLost(f"the connection broke before {step} of drive {drive.id} was answered")
+
+
+def open_memory(address: str) -> MemoryHypervisor:
+    """The machine behind `memory:`. Nobody can look at its journal, so it keeps none: there may be thousands of them."""
+    machine = MemoryHypervisor(address)
+    machine._keep_journal = False
+    return machine

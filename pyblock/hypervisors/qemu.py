@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import stat
 from typing import Any
 
 import msgspec
 
 from pyblock.drivers import NVDIMM, VIRTIO_BLK, VIRTIO_SCSI
 from pyblock.errors import PyblockError, SlotsExhausted, UnknownDriver, VmmRefused
+from pyblock.host import image_size, is_block_special
 from pyblock.hypervisors.base import FoundDisk, SteppedHypervisor
 from pyblock.hypervisors.qemu_tree import Slot, Tree, bus_numbers, read_tree
 from pyblock.hypervisors.qmp import QmpSession
@@ -30,22 +29,26 @@ class Recipe(msgspec.Struct, frozen=True):
 
     add: tuple[str, dict[str, Any]]
     device: dict[str, Any]
-    remove: tuple[str, dict[str, Any]]
+
+
+def _removal(drive: BlockDrive) -> tuple[str, dict[str, Any]]:
+    """The command that removes the backend; it must work when the image is long gone."""
+    return ("object-del", {"id": drive.id}) if drive.kind is NVDIMM else ("blockdev-del", {"node-name": drive.id})
 
 
 def _recipe(drive: BlockDrive) -> Recipe:
     if drive.kind is NVDIMM:
         memory = {
-            "qom-type": "memory-backend-file", "id": drive.id, "mem-path": drive.file, "size": _size(drive.file), "share": True,
+            "qom-type": "memory-backend-file", "id": drive.id, "mem-path": drive.file, "size": image_size(drive.file), "share": True,
             "readonly": drive.read_only,
         }  # fmt: skip
         device: dict[str, Any] = {"driver": "nvdimm", "id": drive.id, "memdev": drive.id, "unarmed": drive.read_only}
-        return Recipe(("object-add", memory), device, ("object-del", {"id": drive.id}))
+        return Recipe(("object-add", memory), device)
     node = {
         "driver": "raw",
         "node-name": drive.id,
         "read-only": drive.read_only,
-        "file": {"driver": "host_device" if _is_block(drive.file) else "file", "filename": drive.file, "read-only": drive.read_only},
+        "file": {"driver": "host_device" if is_block_special(drive.file) else "file", "filename": drive.file, "read-only": drive.read_only},
     }
     if drive.kind is VIRTIO_SCSI:
         target, lun = divmod(drive.index, _LUNS)
@@ -56,7 +59,7 @@ def _recipe(drive: BlockDrive) -> Recipe:
     device |= {"id": drive.id, "drive": drive.id}
     if drive.serial is not None:
         device["serial"] = drive.serial
-    return Recipe(("blockdev-add", node), device, ("blockdev-del", {"node-name": drive.id}))
+    return Recipe(("blockdev-add", node), device)
 
 
 class QemuHypervisor(SteppedHypervisor):
@@ -175,7 +178,7 @@ class QemuHypervisor(SteppedHypervisor):
                     self._qmp.left(drive.id)
 
     async def backend_del(self, drive: BlockDrive) -> None:
-        command, arguments = _recipe(drive).remove
+        command, arguments = _removal(drive)
         pause = _BUSY_PAUSE
         for last in [False] * (_BUSY_TRIES - 1) + [True]:
             try:
@@ -207,14 +210,3 @@ def _not_found(error: VmmRefused) -> bool:
 def _is_pending(error: VmmRefused) -> bool:
     # QEMU 6.0 and later refuse a second device_del while the first is pending; there is no error class of its own for it.
     return "already in the process of unplug" in error.reply["desc"]
-
-
-def _size(path: str) -> int:
-    return os.stat(path).st_size  # noqa: PTH116
-
-
-def _is_block(path: str) -> bool:
-    try:
-        return stat.S_ISBLK(os.stat(path).st_mode)  # noqa: PTH116
-    except OSError:
-        return False  # QEMU will say what is wrong with it

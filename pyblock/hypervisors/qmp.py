@@ -17,6 +17,7 @@ from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, QMPClien
 from qemu.qmp.protocol import ConnectError, StateError
 
 from pyblock.errors import ConnectionLost, PyblockError, VmmProtocolError, VmmRefused, VmmUnreachable
+from pyblock.hypervisors.base import CONNECT_TIMEOUT
 
 # The client logs each failure that it also raises; a program that wants them sets a handler of its own.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
@@ -32,6 +33,7 @@ class QmpSession:
         self.path = path
         self._client: QMPClient | None = None
         self._opening: asyncio.Task[QMPClient] | None = None
+        self._openers = 0  # who wait for it
         self._watching: list[asyncio.Task[None]] = []
         self._leaving: dict[str, asyncio.Future[None]] = {}
 
@@ -81,10 +83,21 @@ class QmpSession:
         if self._opening is None:
             self._opening = asyncio.create_task(self._connect())
             self._opening.add_done_callback(self._opened)
-        return await asyncio.shield(self._opening)
+            self._openers = 0
+        opening = self._opening
+        self._openers += 1
+        try:
+            return await asyncio.shield(opening)
+        finally:
+            if self._opening is opening:
+                self._openers -= 1
+                if not self._openers and not opening.done():  # nobody waits for it any more
+                    self._opening = None
+                    opening.cancel()
 
     def _opened(self, task: asyncio.Task[QMPClient]) -> None:
-        self._opening = None
+        if self._opening is task:
+            self._opening = None
         if not task.cancelled():
             task.exception()  # whoever waits for it has it too; it may be that nobody does any more
 
@@ -95,13 +108,16 @@ class QmpSession:
         listener = EventListener(names=_EVENTS)
         client.register_listener(listener)
         try:
-            await client.connect(self.path)
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                await client.connect(self.path)
+        except TimeoutError:
+            raise VmmUnreachable(f"QMP socket {self.path!r}: no QMP greeting within {CONNECT_TIMEOUT:g} s") from None
         except ConnectError as error:
             cause = error.exc
+            if isinstance(cause, (EOFError, BrokenPipeError, ConnectionResetError)):
+                raise VmmProtocolError(f"QMP socket {self.path!r}: it hung up before the QMP greeting was over") from error
             if isinstance(cause, OSError):
                 raise VmmUnreachable(f"QMP socket {self.path!r}: {cause.strerror or cause}; is QEMU running?") from error
-            if isinstance(cause, EOFError):
-                raise VmmProtocolError(f"QMP socket {self.path!r}: it hung up before the QMP greeting was over") from error
             raise VmmProtocolError(f"QMP socket {self.path!r}: what answers does not speak QMP ({cause or error})") from error
         self._client = client
         self._watching = [asyncio.create_task(self._listen(listener)), asyncio.create_task(self._watch(client))]
@@ -145,7 +161,7 @@ class QmpSession:
                 future.set_exception(error)
         self._leaving.clear()
         if client is not None:
-            with contextlib.suppress(QMPError, EOFError, OSError):
+            with contextlib.suppress(Exception):  # it raises whatever ended the connection, a UnicodeDecodeError for instance
                 await client.disconnect()
         if watching:
             await asyncio.wait(watching)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import stat
 from pathlib import Path
 
 from pyblock.errors import InvalidState
@@ -20,13 +20,19 @@ def read(path: str | os.PathLike[str]) -> SandboxState:
     """The state in a file. Raises InvalidState (also when the file cannot be read) and NewerState."""
     where = os.fspath(path)
     try:
-        with open(where, "rb") as file:  # noqa: PTH123
+        with open(where, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InvalidState(f"state file {where!r} is not a file; it is left as it is")
             text = file.read(FILE_MAX + 1)
     except OSError as error:
         raise InvalidState(f"state file {where!r} cannot be read: {error.strerror}") from error
     if len(text) > FILE_MAX:
         raise InvalidState(f"state file {where!r} has over {FILE_MAX} bytes; it is no saved sandbox")
     return decode(text, where=f"state file {where!r}")
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a FIFO would wait for a writer
 
 
 def write(path: str | os.PathLike[str], state: SandboxState) -> None:
@@ -40,6 +46,8 @@ def write(path: str | os.PathLike[str], state: SandboxState) -> None:
     if target.exists() and (not target.is_file() or target.stat().st_size):
         read(target)
     text = encode(state)
+    import tempfile  # noqa: PLC0415 - it would be a fifth of the time to import pyblock
+
     handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".new", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:

@@ -111,7 +111,12 @@ async def test_the_machines_own_disks_are_counted(image: Make) -> None:
             await sandbox.attach(image("s"), device_id="mine")
         scsi = await sandbox.attach(image("s"))
         assert (scsi.held.scsi_addr, scsi.held.predicted_name) == ("0:3", "/dev/sdc")
-        assert pyblock.Sandbox("sb2", vm, block_offset=5)._offsets == {"vd": 5}
+        assert (await shifted(vm, image("c"))).held.predicted_name == "/dev/vdf"
+
+
+async def shifted(vm: MemoryHypervisor, path: Path) -> pyblock.BlockDevice:
+    async with pyblock.Sandbox("sb2", vm, block_offset=5) as sandbox:
+        return await sandbox.attach(path, driver="virtio-blk")
 
 
 async def test_the_lowest_index_is_reused(image: Make) -> None:

@@ -1,0 +1,190 @@
+"""What a sandbox has given out: block indexes, ordinals of each family of names, drive IDs. Plain bookkeeping, no I/O.
+
+A drive takes one of each, or nothing. The machine's own disks have theirs as well, so that no drive is given the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from pyblock.device import BlockDevice
+from pyblock.drivers import DRIVERS, FAMILIES, Driver, Family
+from pyblock.errors import DeviceConflict, IndexesExhausted, IndexTaken, InvalidName
+from pyblock.hypervisors.base import FoundDisk
+from pyblock.index import BlockIndex
+from pyblock.model import BlockDrive
+from pyblock.naming import SCSI_INDEX_MAX, drive_index, make_name_id
+from pyblock.plan import plan, plan_many
+
+Place = tuple[int, int]
+
+# Shared by all allotments: most never have any.
+NO_INDEXES: frozenset[int] = frozenset()
+NOTHING: Mapping[str, int] = {}
+
+
+class Allotment:
+    """:param capacity: how many indexes there are, 1 to 2^20. Raises InvalidIndex.
+    :param offsets: names of a family ("vd", "sd", "pmem") that the guest uses before the first drive; for others the machine is asked.
+
+    :ivar index: the block index.
+    """
+
+    __slots__ = ("_drive_ids", "_foreign", "_offsets", "_ordinals", "_planned", "index")
+
+    def __init__(self, capacity: int, offsets: Mapping[str, int] | None = None) -> None:
+        self.index = BlockIndex(capacity)
+        self._ordinals: dict[str, BlockIndex] = {}
+        self._offsets: Mapping[str, int] = dict(offsets) if offsets else NOTHING
+        self._drive_ids: set[str] = set()
+        self._foreign = NO_INDEXES  # indexes whose address a disk of the machine's own sits at
+        self._planned: dict[str, Place] | None = None  # device ID to what a batch took for it
+
+    @property
+    def offsets(self) -> dict[str, int]:
+        """The block offsets that are known, by family."""
+        return dict(self._offsets)
+
+    def own_indexes(self) -> Iterable[int]:
+        """The taken indexes without those of the machine's own disks, ascending."""
+        return (index for index in self.index if index not in self._foreign)
+
+    def learn(self, found: Iterable[FoundDisk]) -> None:
+        """Takes what the machine's own disks use: IDs, indexes of SCSI addresses, and names, unless their offset is known already."""
+        counts: dict[str, int] = {}
+        for disk in found:
+            if disk.id in self._drive_ids:
+                continue  # one of ours
+            counts[disk.family.prefix] = counts.get(disk.family.prefix, 0) + 1
+            if disk.id:
+                self._drive_ids.add(disk.id)
+            if disk.index is not None and disk.index < self.index.capacity and disk.index not in self.index:
+                self.index.reserve(disk.index)
+                self._foreign |= {disk.index}
+        if counts:
+            self._offsets = {**counts, **self._offsets}
+
+    def plan(self, devices: Sequence[BlockDevice]) -> None:
+        """Takes the places of many devices in one crossing, in their order; `reserve` then finds them, `unplan` gives back the rest.
+
+        Devices of several families are left to `reserve`. Raises IndexesExhausted, having taken nothing.
+        """
+        kinds = {_kind(device) for device in devices}
+        if len(devices) < 2 or len({kind.family for kind in kinds}) != 1:
+            return
+        [family] = {kind.family for kind in kinds}
+        indexes, ordinals = plan_many(self.index, self._family(family), len(devices))
+        places = zip(indexes, ordinals, strict=True)
+        self._planned = (self._planned or {}) | dict(zip((device.id for device in devices), places, strict=True))
+
+    def unplan(self, devices: Sequence[BlockDevice]) -> None:
+        """Gives back what `plan` took and `reserve` did not use."""
+        if self._planned is not None:
+            for device in devices:
+                if (place := self._planned.pop(device.id, None)) is not None:
+                    self._give_back(_kind(device).family, place)
+            self._planned = self._planned or None
+
+    def reserve(self, device: BlockDevice) -> BlockDrive:
+        """The drive of a device: lowest free index and ordinal, and an ID that no other drive of the machine has.
+
+        Raises IndexesExhausted, or DeviceConflict when the ID cannot be made unique; nothing is then taken.
+        """
+        kind, info = _kind(device), device.info
+        place = self._planned.pop(device.id, None) if self._planned else None
+        index, ordinal = place = place or plan(self.index, self._family(kind.family))
+        try:
+            if kind.scsi and index > SCSI_INDEX_MAX:
+                raise IndexesExhausted(f"index {index} has no SCSI address: the last is {SCSI_INDEX_MAX}, ID 255 and LUN 255")
+            drive_id = self._new_id(device.id)
+        except BaseException:
+            self._give_back(kind.family, place)
+            raise
+        self._drive_ids.add(drive_id)
+        offset = self._offsets.get(kind.family.prefix, kind.offset) if self._offsets else kind.offset
+        format_ = (info.options.get("fstype") if info.options else None) or "raw"
+        return BlockDrive(drive_id, index, ordinal, offset, kind, info.path, format_, info.read_only, info.serial)
+
+    def release(self, drive: BlockDrive) -> None:
+        """Gives back what `reserve` took."""
+        self._give_back(drive.kind.family, (drive.index, drive.ordinal))
+        self._drive_ids.discard(drive.id)
+
+    def restore(self, drives: Sequence[BlockDrive], others: Collection[int], offsets: Mapping[str, int]) -> None:
+        """Takes what the drives of a saved state have, and other indexes that the state says are taken. The allotment must be unused.
+
+        An ordinal that the state does not tell (-1) is found: the original wrote none. Raises IndexTaken, DeviceConflict or InvalidIndex
+        when the state contradicts itself; nothing is then taken.
+        """
+        drive_ids = {drive.id for drive in drives}
+        if len(drive_ids) != len(drives):
+            raise DeviceConflict("two drives have one ID")
+        indexes = [drive.index for drive in drives]
+        if others:
+            indexes += set(others).difference(indexes)
+        ordinals = self._restored_ordinals(drives)
+        try:
+            self.index.reserve_many(indexes)
+        except IndexTaken as error:
+            raise IndexTaken("an index belongs to two drives: " + str(error)) from error
+        self._ordinals, self._drive_ids = ordinals, drive_ids
+        if offsets:
+            self._offsets = {**self._offsets, **{name: offset for name, offset in offsets.items() if name in FAMILIES}}
+
+    def _restored_ordinals(self, drives: Sequence[BlockDrive]) -> dict[str, BlockIndex]:
+        told: dict[str, list[int]] = {}
+        untold: list[BlockDrive] = []
+        for drive in drives:
+            numbers = told.setdefault(drive.kind.family.prefix, [])
+            if drive.ordinal >= 0:
+                numbers.append(drive.ordinal)
+            else:
+                untold.append(drive)
+        ordinals: dict[str, BlockIndex] = {}
+        for prefix, numbers in told.items():
+            ordinals[prefix] = BlockIndex(self.index.capacity)
+            ordinals[prefix].reserve_many(numbers)
+        for drive in untold:
+            family = ordinals[drive.kind.family.prefix]
+            likely = _likely_ordinal(drive)
+            if 0 <= likely < family.capacity and likely not in family:
+                family.reserve(likely)
+                drive.ordinal = likely
+            else:
+                drive.ordinal = family.acquire()
+        return ordinals
+
+    def _family(self, family: Family) -> BlockIndex:
+        ordinals = self._ordinals.get(family.prefix)
+        if ordinals is None:
+            ordinals = self._ordinals[family.prefix] = BlockIndex(self.index.capacity)
+        return ordinals
+
+    def _give_back(self, family: Family, place: Place) -> None:
+        self.index.release(place[0])
+        self._ordinals[family.prefix].release(place[1])
+
+    def _new_id(self, device_id: str) -> str:
+        drive_id = make_name_id("drive", device_id)
+        salt = 0
+        while drive_id in self._drive_ids:
+            salt += 1  # it changes an ID that was shortened, and none that fits
+            if salt > len(self._drive_ids) + 1:
+                raise DeviceConflict(f"drive ID {drive_id!r} is taken in this machine; give device {device_id} another ID")
+            drive_id = make_name_id("drive", device_id, salt=salt)
+        return drive_id
+
+
+def _kind(device: BlockDevice) -> Driver:
+    return DRIVERS[device.info.driver or ""]
+
+
+def _likely_ordinal(drive: BlockDrive) -> int:
+    """The ordinal behind a drive that the original wrote: by its name, or the index, which was the same number while it knew one driver."""
+    family = drive.kind.family
+    if drive.known_name is None or not family.letters:
+        return drive.index
+    try:
+        return drive_index(drive.known_name.removeprefix("/dev/"), family.prefix) - drive.offset
+    except InvalidName:
+        return drive.index

@@ -1,0 +1,301 @@
+"""Every command of an attach and of a detach goes wrong once, in every way; what pyblock then believes is compared with what QEMU has.
+
+Which commands there are is recorded in a run without faults, so a new one is covered by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import Any, cast
+
+import pytest
+from kit import Machine
+from kit.proxy import Fault, Proxy
+from qemu.qmp import Runstate
+from snapshot import drive_ids, ordinals
+
+from pyblock import AttachPending, BlockDevice, DetachPending, Phase, PyblockError, Sandbox, VmmRefused
+from pyblock.hypervisors.qemu import QemuHypervisor
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(600)]
+
+Start = Callable[..., Machine]
+
+ID = "x"
+DRIVE = f"drive-{ID}"
+ENOUGH = 60.0  # seconds: a deadline that is not meant to pass
+PASSES = 0.05  # seconds: one that has to pass, since no answer comes
+DRIVERS = ["virtio-scsi", "virtio-blk", "nvdimm"]
+FAULTS = [fault for fault in Fault if fault is not Fault.HOLD]
+TOO_EARLY = "the deadline passed before the fault struck"
+UNANSWERED = (Fault.SILENCE, Fault.MUTE)
+PENDING = (Phase.ATTACH_PENDING, Phase.DETACH_PENDING)
+
+
+class Bench:
+    """A machine that is replaced when a case left in it what nothing can remove, and the proxy before it."""
+
+    def __init__(self, start: Start) -> None:
+        self._start = start
+        self._stack = contextlib.AsyncExitStack()
+
+    async def renew(self) -> None:
+        await self.close()
+        self.machine = self._start(guest=False, nvdimm_slots=2, extra=["-action", "reboot=reset"])
+        self.image = self.machine.image("disk")
+        self.proxy = await self._stack.enter_async_context(Proxy(self.machine.folder / "proxy", self.machine.qmp_path))
+
+    async def close(self) -> None:
+        if hasattr(self, "machine"):
+            await self._stack.aclose()
+            self.machine.close()
+
+    def sandbox(self, driver: str) -> Sandbox:
+        return Sandbox("s1", f"qemu:{self.proxy.path}", driver=driver)
+
+    def has(self) -> set[str]:
+        """What QEMU has of the drive."""
+        side = self.machine.side
+        found = {"node" for node in side.command("query-named-block-nodes", flat=True) if node["node-name"] == DRIVE}
+        for where, what in (("/machine/peripheral", "device"), ("/objects", "object")):
+            found |= {what for entry in side.command("qom-list", path=where) if entry["name"] == DRIVE}
+        return found
+
+
+@pytest.fixture
+async def bench(start_machine: Start) -> AsyncIterator[Bench]:
+    bench = Bench(start_machine)
+    await bench.renew()
+    trouble: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: trouble.append(context))
+    yield bench
+    await bench.close()
+    gc.collect()
+    loop.set_exception_handler(None)
+    assert trouble == []
+
+
+def takes(sandbox: Sandbox) -> tuple[list[int], dict[str, list[int]], bool]:
+    """What the sandbox holds: indexes, ordinals, and whether the drive ID is taken."""
+    return list(sandbox.index), ordinals(sandbox), DRIVE in drive_ids(sandbox)
+
+
+def nothing_left(bench: Bench, sandbox: Sandbox) -> None:
+    assert sandbox.devices == []
+    assert takes(sandbox) == ([], {}, False)
+    assert bench.has() == set()
+
+
+def all_taken(sandbox: Sandbox, driver: str) -> BlockDevice:
+    [device] = sandbox.devices
+    assert isinstance(device, BlockDevice)
+    family = {"virtio-scsi": "sd", "virtio-blk": "vd", "nvdimm": "pmem"}[driver]
+    assert takes(sandbox) == ([0], {family: [0]}, True)
+    assert device.held.id == DRIVE
+    return device
+
+
+async def quiet(sandbox: Sandbox) -> None:
+    for operation in list(sandbox.running):
+        await operation.settled(None)
+
+
+async def settle(bench: Bench, sandbox: Sandbox, driver: str) -> None:
+    """Detaches over a healthy connection, as far as this machine can: nothing is left, or all is still taken and the machine renewed."""
+    device = all_taken(sandbox, driver)
+    plugged = "device" in bench.has()
+    if not plugged or driver == "virtio-scsi":
+        await sandbox.detach(device, timeout=ENOUGH)
+    elif driver == "virtio-blk":  # only a guest, or a reset, lets go of a PCI device
+        with pytest.raises(DetachPending):
+            await sandbox.detach(device, timeout=PASSES)
+        all_taken(sandbox, driver)
+        assert {"device", "node"} <= bench.has()
+        bench.machine.side.command("system_reset")
+        await quiet(sandbox)
+        await sandbox.detach(ID, timeout=ENOUGH)
+    else:
+        with pytest.raises(VmmRefused, match="not supported"):
+            await sandbox.detach(device, timeout=ENOUGH)
+        all_taken(sandbox, driver)
+        assert {"device", "object"} <= bench.has()
+        await sandbox.close()
+        return await bench.renew()
+    nothing_left(bench, sandbox)
+
+
+async def hung_up(sandbox: Sandbox) -> None:
+    """Returns when the sandbox has noticed that its connection ended."""
+    client = cast(QemuHypervisor, sandbox._vmm)._qmp._client
+    while client is not None and client.runstate is Runstate.RUNNING:
+        await asyncio.sleep(0)
+
+
+async def until_struck(case: Callable[[float], Awaitable[str]]) -> str:
+    """The outcome of a case, run again with a later deadline if it passed before the fault struck, as on a busy machine."""
+    deadline = PASSES
+    while (outcome := await case(deadline)) == TOO_EARLY:
+        deadline *= 2
+    return outcome
+
+
+async def attach_spoiled(bench: Bench, driver: str, fault: Fault, number: int, passes: float) -> str:
+    """One case; returns how it ended."""
+    async with bench.sandbox(driver) as sandbox:
+        bench.proxy.expect(fault, number)
+        outcome = "attached"
+        try:
+            await sandbox.attach(bench.image, device_id=ID, timeout=passes if fault in UNANSWERED else ENOUGH)
+        except PyblockError as error:
+            outcome = type(error).__name__
+            if bench.has():
+                all_taken(sandbox, driver)
+            if isinstance(error, AttachPending):
+                all_taken(sandbox, driver)
+        struck = bench.proxy.struck
+        if fault in UNANSWERED:
+            await bench.proxy.drop()
+            await hung_up(sandbox)
+        await quiet(sandbox)
+        if not sandbox.devices:
+            assert outcome != "attached"
+            nothing_left(bench, sandbox)
+            device = await sandbox.attach(bench.image, device_id=ID, timeout=ENOUGH)  # and it works the next time
+            assert device.phase is Phase.ATTACHED
+        elif outcome == "attached":
+            assert all_taken(sandbox, driver).phase is Phase.ATTACHED
+        else:
+            assert all_taken(sandbox, driver).phase in PENDING
+        await settle(bench, sandbox, driver)
+        return outcome if struck else TOO_EARLY
+
+
+async def commands_of_attach(bench: Bench, driver: str) -> list[str]:
+    async with bench.sandbox(driver) as sandbox:
+        bench.proxy.expect()
+        await sandbox.attach(bench.image, device_id=ID, timeout=ENOUGH)
+        commands = list(bench.proxy.commands)
+        await settle(bench, sandbox, driver)
+        return commands
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.lower())
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_every_command_of_an_attach(bench: Bench, driver: str, fault: Fault) -> None:
+    commands = await commands_of_attach(bench, driver)
+    assert {"qmp_capabilities", "device_add"} < set(commands)
+    outcomes: dict[str, set[str]] = {}
+    for number, command in enumerate(commands):
+        try:
+            outcome = await until_struck(partial(attach_spoiled, bench, driver, fault, number))
+        except BaseException as error:
+            error.add_note(f"{fault.name} at command {number} ({command}) of {commands}")
+            raise
+        outcomes.setdefault(command, set()).add(outcome)
+    if fault is Fault.DELAY:
+        assert set().union(*outcomes.values()) == {"attached"}
+    if fault in (Fault.CLOSE_BEFORE, Fault.CLOSE_AFTER, Fault.GARBAGE, *UNANSWERED):
+        assert outcomes["device_add"] == {"AttachPending"}
+        assert outcomes["qmp_capabilities"] <= {"VmmUnreachable", "VmmProtocolError"}
+    if fault is Fault.REFUSE:
+        assert outcomes["device_add"] == {"VmmRefused"}
+
+
+async def detach_spoiled(bench: Bench, fault: Fault, command: str, passes: float) -> str:
+    """One case of a virtio-scsi disk; returns how it ended."""
+    driver = "virtio-scsi"
+    async with bench.sandbox(driver) as sandbox:
+        device = await sandbox.attach(bench.image, device_id=ID, timeout=ENOUGH)
+        bench.proxy.expect(fault, command)
+        outcome = "detached"
+        try:
+            await sandbox.detach(device, timeout=passes if fault in UNANSWERED else ENOUGH)
+        except PyblockError as error:
+            outcome = type(error).__name__
+            all_taken(sandbox, driver)
+            if isinstance(error, DetachPending):
+                assert device.phase in (Phase.DETACHING, Phase.DETACH_PENDING)
+        else:
+            nothing_left(bench, sandbox)
+        struck = bench.proxy.struck
+        if fault in UNANSWERED:
+            await bench.proxy.drop()
+            await hung_up(sandbox)
+        await quiet(sandbox)
+        if ID in sandbox.manager:
+            all_taken(sandbox, driver)
+            if device.phase is Phase.ATTACHED:
+                assert {"device", "node"} <= bench.has()
+            await sandbox.detach(ID, timeout=ENOUGH)
+        nothing_left(bench, sandbox)
+        return outcome if struck else TOO_EARLY
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.lower())
+async def test_every_command_of_a_detach(bench: Bench, fault: Fault) -> None:
+    async with bench.sandbox("virtio-scsi") as sandbox:
+        device = await sandbox.attach(bench.image, device_id=ID, timeout=ENOUGH)
+        bench.proxy.expect()
+        await sandbox.detach(device, timeout=ENOUGH)
+        commands = list(bench.proxy.commands)
+    assert {"device_del", "blockdev-del"} <= set(commands)
+    for command in sorted(set(commands)):  # by name: how often a busy node is asked again differs from run to run
+        try:
+            outcome = await until_struck(partial(detach_spoiled, bench, fault, command))
+        except BaseException as error:
+            error.add_note(f"{fault.name} at {command} of {commands}")
+            raise
+        if fault is Fault.DELAY:
+            assert outcome == "detached"
+        elif fault is not Fault.REFUSE:
+            assert outcome == "DetachPending"
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("command", ["backend", "device_add"])
+async def test_qemu_dies_half_way(bench: Bench, driver: str, command: str) -> None:
+    backend = "object-add" if driver == "nvdimm" else "blockdev-add"
+    async with bench.sandbox(driver) as sandbox:
+        bench.proxy.expect(Fault.HOLD, backend if command == "backend" else command)
+        attach = asyncio.ensure_future(sandbox.attach(bench.image, device_id=ID, timeout=ENOUGH))
+        await bench.proxy.held.wait()
+        bench.machine.kill()
+        bench.proxy.let_go.set()
+        with pytest.raises(AttachPending):
+            await attach
+        assert all_taken(sandbox, driver).phase is Phase.ATTACH_PENDING
+        with pytest.raises(PyblockError):
+            await sandbox.detach(ID, timeout=ENOUGH)
+        assert all_taken(sandbox, driver).phase in PENDING
+
+
+async def test_an_image_that_another_qemu_writes(bench: Bench, start_machine: Start) -> None:
+    other = start_machine(guest=False)
+    file = {"driver": "file", "filename": str(bench.image)}
+    other.side.command("blockdev-add", {"driver": "raw", "node-name": "theirs", "file": file})
+    other.side.command("device_add", {"driver": "scsi-hd", "id": "theirs", "drive": "theirs", "bus": "scsi0.0"})
+    for driver in ("virtio-scsi", "virtio-blk"):
+        async with bench.sandbox(driver) as sandbox:
+            with pytest.raises(VmmRefused, match="lock") as caught:
+                await sandbox.attach(bench.image, device_id=ID, timeout=ENOUGH)
+            assert "lock" in caught.value.reply["desc"]
+            assert caught.value.request["execute"] in ("blockdev-add", "device_add")
+            nothing_left(bench, sandbox)
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_what_is_pending_is_settled_without_its_image(bench: Bench, driver: str) -> None:
+    async with bench.sandbox(driver) as sandbox:
+        bench.proxy.expect(Fault.CLOSE_BEFORE, "device_add")
+        with pytest.raises(AttachPending):
+            await sandbox.attach(bench.image, device_id=ID, timeout=ENOUGH)
+        all_taken(sandbox, driver)
+        assert bench.has()
+        bench.image.unlink()
+        await sandbox.detach(ID, timeout=ENOUGH)
+        nothing_left(bench, sandbox)

@@ -1,0 +1,350 @@
+"""The command line as a program: what it prints, how it ends, and that one call knows what an earlier one did."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from children import NOBODY, in_child
+from snapshot import MakeImage
+
+from pyblock import InvalidState, __version__
+from pyblock.cli import session
+
+PROGRAM = [sys.executable, "-c", "from pyblock.cli import main; main()"]
+SCRIPT = Path(sys.executable).with_name("pyblock")
+KEYS = {
+    *("device_id", "drive_id", "index", "driver", "host_path", "read_only", "attach_count", "scsi_addr", "pci_path", "nvdimm_id"),
+    *("virt_path", "predicted_name", "guest_match", "serial"),
+}
+
+Done = subprocess.CompletedProcess[str]
+
+
+class Shell:
+    """Runs pyblock with a state folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.environment = {**os.environ, "PYBLOCK_STATE_DIR": str(folder)}
+
+    def __call__(self, *arguments: str | Path, vm: str | None = "memory:vm1") -> Done:
+        """One command, whatever its end."""
+        return subprocess.run(
+            self.command(*arguments, vm=vm), env=self.environment, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    def command(self, *arguments: str | Path, vm: str | None = "memory:vm1") -> list[str]:
+        return [*PROGRAM, *(["--vm", vm] if vm is not None else []), *map(str, arguments)]
+
+    def fine(self, *arguments: str | Path, vm: str | None = "memory:vm1") -> str:
+        """The output of a command that ends well and complains of nothing."""
+        done = self(*arguments, vm=vm)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    def json(self, *arguments: str | Path, vm: str = "memory:vm1") -> Any:
+        return json.loads(self.fine(*arguments, "--json", vm=vm))
+
+    def refused(self, *arguments: str | Path, vm: str | None = "memory:vm1") -> str:
+        """The one line that a refused command says."""
+        done = self(*arguments, vm=vm)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr.startswith("pyblock: ")
+        assert done.stderr.count("\n") == 1
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+    def misused(self, *arguments: str | Path, vm: str | None = "memory:vm1") -> str:
+        done = self(*arguments, vm=vm)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "Traceback" not in done.stderr
+        return done.stderr
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path / "states")
+
+
+def test_one_call_knows_what_an_earlier_one_did(shell: Shell, make_image: MakeImage) -> None:
+    one, two, three = (make_image(name) for name in ("one", "two", "three"))
+    [first] = shell.json("attach", one, "--serial", "S-1")
+    assert (first["index"], first["predicted_name"], first["serial"], first["attach_count"]) == (0, "/dev/sda", "S-1", 1)
+    [second, third] = shell.json("attach", two, three, "--driver", "virtio-blk", "--read-only")
+    assert [row["predicted_name"] for row in (second, third)] == ["/dev/vda", "/dev/vdb"]
+    [again] = shell.json("attach", one)
+    assert (again["device_id"], again["attach_count"]) == (first["device_id"], 2)
+    assert shell.json("list") == [again, second, third]
+    assert shell.fine("detach", first["device_id"], second["device_id"]) == ""
+    assert shell.json("list") == [first, third]
+    shell.fine("detach", first["device_id"])
+    assert [row["index"] for row in shell.json("attach", one, two)] == [0, 1]
+    assert "unknown" not in shell.refused("detach", second["device_id"])
+
+
+def test_each_vm_has_a_state_of_its_own(shell: Shell, make_image: MakeImage) -> None:
+    shell.fine("attach", make_image("one"))
+    assert shell.json("list", vm="memory:vm2") == []
+    assert shell.json("list", vm="memory:vm1 ") == []
+    assert len(shell.json("list")) == 1
+
+
+def test_keys_of_a_record(shell: Shell, make_image: MakeImage) -> None:
+    rows = {driver: shell.json("attach", make_image(driver), "--driver", driver)[0] for driver in ("virtio-scsi", "virtio-blk", "nvdimm")}
+    for driver, row in rows.items():
+        assert row.keys() >= KEYS
+        assert (row["driver"], row["read_only"], row["drive_id"]) == (driver, False, f"drive-{row['device_id']}")
+    scsi, blk, nvdimm = rows.values()
+    assert (scsi["scsi_addr"], scsi["pci_path"], scsi["virt_path"], scsi["nvdimm_id"]) == ("0:0", None, None, None)
+    assert (blk["scsi_addr"], blk["pci_path"], blk["virt_path"]) == (None, "02/00", "/dev/vda")
+    assert (nvdimm["nvdimm_id"], nvdimm["predicted_name"], nvdimm["serial"]) == (nvdimm["drive_id"], "/dev/pmem0", None)
+    assert all(row["guest_match"] for row in rows.values())
+    assert shell.json("list") == [*rows.values()]
+
+
+def test_table(shell: Shell, make_image: MakeImage) -> None:
+    done = shell("list")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "nothing is attached\n")
+    image = make_image("an-image-with-quite-a-long-name-that-nobody-may-cut-short.img")
+    for text in (shell.fine("attach", image), shell.fine("list")):
+        assert all(word in text for word in ("device_id", "predicted_name", "/dev/sda", "virtio-scsi", image.name))
+
+
+def test_a_state_file_by_name(shell: Shell, make_image: MakeImage, tmp_path: Path) -> None:
+    state = tmp_path / "mine.json"
+    image = make_image("one")
+    [row] = shell.json("--state", state, "attach", image)
+    assert [device["ID"] for device in json.loads(state.read_bytes())["Devices"]] == [row["device_id"]]
+    assert not shell.folder.exists()
+    assert shell.json("--state", state, "list") == [row]
+    assert shell.json("list") == []
+    before = image.read_bytes()
+    assert str(image) in shell.refused("--state", image, "list")
+    assert str(image) in shell.refused("--state", image, "attach", make_image("two"))
+    assert image.read_bytes() == before
+    shell.refused("--state", tmp_path / "absent" / "state", "list")
+
+
+ERRORS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
+    "missing image": (lambda folder: ["attach", f"{folder}/absent"], "absent"),
+    "folder": (lambda folder: ["attach", str(folder)], "a directory"),
+    "one of two missing": (lambda folder: ["attach", f"{folder}/image", f"{folder}/absent"], "absent"),
+    "driver": (lambda folder: ["attach", f"{folder}/image", "--driver", "virtio-ide"], "'virtio-ide'"),
+    "serial": (lambda folder: ["attach", f"{folder}/image", "--serial", "two words"], "'two words'"),
+    "timeout": (lambda folder: ["attach", f"{folder}/image", "--timeout", "-1"], "-1"),
+    "timeout nan": (lambda folder: ["attach", f"{folder}/image", "--timeout", "nan"], "nan"),
+    "unknown device": (lambda folder: ["detach", "nothing"], "'nothing'"),
+    "number": (lambda folder: ["name", "9223372036854775808"], "9223372036854775808"),
+    "name": (lambda folder: ["index", "vd1"], "'vd1'"),
+    "prefix": (lambda folder: ["name", "0", "--prefix", "x" * 31], "31"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_refusals_are_one_line(shell: Shell, make_image: MakeImage, tmp_path: Path, name: str) -> None:
+    make_image("image")
+    arguments, text = ERRORS[name]
+    assert text in shell.refused(*arguments(tmp_path))
+    assert shell.json("list") == []
+
+
+@pytest.mark.parametrize(("vm", "text"), [("xen:/run", "'xen:/run'"), ("", "''"), ("qemu:/nowhere/qmp", "/nowhere/qmp")])
+def test_machines_that_are_none(shell: Shell, make_image: MakeImage, vm: str, text: str) -> None:
+    assert text in shell.refused("attach", make_image("image"), vm=vm)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["attach"],
+        ["attach", "--serial", "S", "a", "b"],
+        ["attach", "a", "--timeout", "soon"],
+        ["detach"],
+        ["list", "extra"],
+        ["list", "--nonsense"],
+        ["name"],
+        ["name", "x"],
+        ["plug"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage(shell: Shell, arguments: list[str]) -> None:
+    shell.misused(*arguments)
+
+
+def test_vm_is_needed(shell: Shell, make_image: MakeImage) -> None:
+    for arguments in (["list"], ["attach", str(make_image("image"))], ["detach", "x"]):
+        assert "--vm" in shell.misused(*arguments, vm=None)
+
+
+def test_names_and_numbers(shell: Shell) -> None:
+    assert shell.fine("name", "702", vm=None) == "vdaaa\n"
+    assert shell.fine("name", "0", "--prefix", "sd", vm=None) == "sda\n"
+    assert shell.fine("index", "vdaaa", vm=None) == "702\n"
+    assert shell.fine("index", "sdz", "--prefix", "sd", vm=None) == "25\n"
+    assert "-1" in shell.refused("name", "--", "-1", vm=None)
+
+
+def test_help_version_demo(shell: Shell) -> None:
+    assert __version__ in shell.fine("--version", vm=None)
+    for arguments in (["--help"], ["-h"], ["attach", "--help"]):
+        assert "Usage: " in shell.fine(*arguments, vm=None)
+    text = shell.fine("demo", vm=None)
+    assert "detached all: 0 devices, 0 indexes taken, 0 backends left" in text
+
+
+@pytest.mark.skipif(not SCRIPT.exists(), reason="the console script is not installed beside this Python")
+def test_the_installed_script(shell: Shell) -> None:
+    for arguments, status in ((["name", "1"], 0), (["index", "x"], 1), (["plug"], 2)):
+        done = subprocess.run([SCRIPT, *arguments], env=shell.environment, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == status
+
+
+def test_a_spoiled_state_is_left_as_it_is(shell: Shell, make_image: MakeImage) -> None:
+    image = make_image("image")
+    shell.fine("attach", image)
+    [state] = shell.folder.glob("*.json")
+    state.write_bytes(text := state.read_bytes()[:-20])
+    for arguments in (["list"], ["attach", str(image)], ["detach", "x"]):
+        assert str(state) in shell.refused(*arguments)
+    assert state.read_bytes() == text
+
+
+def test_state_folder_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = tmp_path / "deep" / "named"
+    monkeypatch.setenv("PYBLOCK_STATE_DIR", str(named))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "xdg"))
+    old = os.umask(0)
+    try:
+        assert session.state_folder() == named
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(named.stat().st_mode) == 0o700
+    assert not (tmp_path / "xdg").exists()
+
+
+@pytest.mark.parametrize("text", ["", None])
+def test_state_folder_of_root_and_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
+    if text is None:
+        monkeypatch.delenv("PYBLOCK_STATE_DIR", raising=False)
+    else:
+        monkeypatch.setenv("PYBLOCK_STATE_DIR", text)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    made: list[Path] = []
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    with monkeypatch.context() as patch:  # /run is the machine's
+        patch.setattr(Path, "mkdir", lambda path, **_: made.append(path))
+        assert session.state_folder() == Path("/run/pyblock")
+    assert made == [Path("/run/pyblock")]
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert session.state_folder() == tmp_path / "pyblock"
+    assert stat.S_IMODE((tmp_path / "pyblock").stat().st_mode) == 0o700
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    with pytest.raises(InvalidState, match="PYBLOCK_STATE_DIR"):
+        session.state_folder()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_state_folder_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PYBLOCK_STATE_DIR", raising=False)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+
+    def attempt() -> str:
+        try:
+            return str(session.state_folder())
+        except InvalidState as error:
+            return str(error)
+
+    status, text = in_child(attempt, uid=NOBODY)
+    assert status == 0
+    assert "no state folder" in text
+
+
+def test_files_in_the_state_folder_are_private(shell: Shell, make_image: MakeImage) -> None:
+    shell.fine("attach", make_image("image"))
+    assert stat.S_IMODE(shell.folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(path.stat().st_mode) for path in shell.folder.iterdir()} == {0o600}
+
+
+def test_one_socket_has_one_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYBLOCK_STATE_DIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("qmp.sock")
+    spellings = [f"qemu:{tmp_path}/qmp.sock", "qemu:qmp.sock", "qemu:./qmp.sock", "qemu:link"]
+    assert len({session.state_file(session.canonical(vm)) for vm in spellings}) == 1
+    others = ["memory:", "memory:a", "memory:a/b", "memory:a-b", "qemu:/a/b", "qemu:/a-b", "qemu:" + "/x" * 50, "qemu:" + "/x" * 51]
+    files = {session.state_file(session.canonical(vm)) for vm in others}
+    assert len(files) == len(others)
+    assert all(len(file.name) < 200 and re.fullmatch(r"[A-Za-z0-9.-]+", file.name) for file in files)
+
+
+def test_commands_at_once_take_their_turns(shell: Shell, make_image: MakeImage) -> None:
+    images = [make_image(f"image{number}") for number in range(8)]
+    running = [subprocess.Popen(shell.command("attach", image), env=shell.environment, stdout=subprocess.DEVNULL) for image in images]
+    assert [process.wait(60) for process in running] == [0] * 8
+    rows = shell.json("list")
+    assert [row["index"] for row in rows] == [*range(8)]
+    assert {row["host_path"] for row in rows} == {str(image) for image in images}
+
+
+def test_a_command_waits_for_the_lock(shell: Shell, make_image: MakeImage) -> None:
+    shell.fine("attach", make_image("one"))
+    [lock] = shell.folder.glob(".*.lock")
+    with lock.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with subprocess.Popen(shell.command("attach", make_image("two")), env=shell.environment, stdout=subprocess.PIPE) as process:
+            deadline = time.monotonic() + 60
+            waiting = re.compile(rf"-> FLOCK .* {process.pid} ")
+            while not waiting.search(Path("/proc/locks").read_text()):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            fcntl.flock(held, fcntl.LOCK_UN)
+            process.communicate(timeout=60)
+            assert process.returncode == 0
+    assert len(shell.json("list")) == 2
+
+
+def on_terminal(shell: Shell, *arguments: str | Path) -> tuple[int, str]:
+    """The status of a command, and what it wrote to its standard error, which is a terminal."""
+    ours, theirs = pty.openpty()
+    environment = {**shell.environment, "TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen(shell.command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=theirs) as process:
+        os.close(theirs)
+        text = b""
+        try:
+            while data := os.read(ours, 65536):
+                text += data
+        except OSError:  # how Linux reports that nobody has the other end open
+            pass
+        finally:
+            os.close(ours)
+    return process.returncode, text.decode()
+
+
+def test_progress_only_on_a_terminal(shell: Shell, make_image: MakeImage) -> None:
+    images = [make_image(f"image{number}") for number in range(5)]
+    status, text = on_terminal(shell, "attach", *images)
+    assert status == 0
+    assert "attaching" in text
+    assert shell("attach", *images).stderr == ""
+    assert {row["attach_count"] for row in shell.json("list")} == {2}
+
+
+def test_refusal_on_a_terminal(shell: Shell, make_image: MakeImage, tmp_path: Path) -> None:
+    status, text = on_terminal(shell, "attach", make_image("image"), tmp_path / "absent")
+    assert status == 1
+    assert "absent" in text
+    assert "Traceback" not in text
