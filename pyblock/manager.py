@@ -105,6 +105,10 @@ class DeviceManager:
     def load(self, devices: Collection[Device]) -> None:
         """Takes in many devices, for example out of a saved state. Raises as `check_new`; nothing is then taken in."""
         self.check_new(devices)
+        self.take_in(devices)
+
+    def take_in(self, devices: Iterable[Device]) -> None:
+        """The same for devices that `check_new` was asked about."""
         for device in devices:
             self._by_id[device.id] = device
             if isinstance(device, BlockDevice) and device.identity is not None:

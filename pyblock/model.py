@@ -21,6 +21,8 @@ _ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz
 
 def check_device_id(text: Any) -> str:
     """The ID itself, or InvalidID: 1 to 255 of A-Z a-z 0-9 - . _, which is what QEMU takes inside an ID."""
+    if isinstance(text, str) and 0 < len(text) <= DEVICE_ID_MAX and text.isalnum() and text.isascii():
+        return text  # nearly all are plain
     if not isinstance(text, str) or not text:
         raise InvalidID(f"device ID {text!r} is empty or not text; leave it out to have one chosen")
     if len(text) > DEVICE_ID_MAX:

@@ -16,14 +16,14 @@ from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_
 from pyblock.errors import InvalidID, InvalidIndex, InvalidState, PyblockError
 from pyblock.generic import GenericDevice
 from pyblock.host import Identity, identity_of
-from pyblock.manager import DeviceManager
+from pyblock.manager import NO_OPTIONS, DeviceManager
 from pyblock.model import BlockDrive, DeviceInfo, check_device_id
 from pyblock.naming import scsi_address
 from pyblock.state import DeviceNotes, DeviceState, DriveNotes, DriveState, HypervisorState, SandboxNotes, SandboxState
 
 # An operation that was under way when the state was saved has an unknown outcome for whoever loads it.
 _SAVED_PHASE = {Phase.ATTACHING: Phase.ATTACH_PENDING, Phase.DETACHING: Phase.DETACH_PENDING}
-_RESTING = frozenset({Phase.DETACHED, Phase.ATTACHED, Phase.ATTACH_PENDING, Phase.DETACH_PENDING})
+_PHASES = {phase.value: phase for phase in (Phase.DETACHED, Phase.ATTACHED, Phase.ATTACH_PENDING, Phase.DETACH_PENDING)}
 
 GENERIC = "generic"
 BLOCK = "block"
@@ -33,8 +33,6 @@ def device_to_state(device: BlockDevice | GenericDevice) -> DeviceState:
     """The saved form of a device."""
     saved = device.saved or DeviceState(notes=UNSET if isinstance(device, GenericDevice) else DeviceNotes())
     state = msgspec.structs.replace(saved, id=device.id, ref_count=device.ref_count, attach_count=device.attach_count)
-    if saved.extra:
-        state.__dict__["extra"] = saved.extra
     info = device.info
     if isinstance(device, GenericDevice):
         if device.saved is None:
@@ -77,8 +75,6 @@ def _drive_to_state(drive: BlockDrive, saved: DriveState | None) -> DriveState:
         nvdimm_id=drive.nvdimm_id or "", virt_path=drive.virt_path or "", dev_no=drive.dev_no or "",
         pmem=drive.pmem, read_only=drive.read_only,
     )  # fmt: skip
-    if saved is not None and saved.extra:
-        state.__dict__["extra"] = saved.extra
     state.notes = DriveNotes(
         driver=drive.driver, ordinal=drive.ordinal, offset=drive.offset, serial=drive.serial, guest_match=drive.guest_match,
         slot=drive.slot, known_name=drive.known_name,
@@ -111,20 +107,29 @@ def _generic(state: DeviceState) -> GenericDevice:
 
 
 def _block(state: DeviceState, default: Driver) -> BlockDevice:
-    notes = state.notes if state.notes is not UNSET else DeviceNotes()
-    saved = state.block_drive if isinstance(state.block_drive, DriveState) else None
+    notes = state.notes if state.notes is not UNSET else None
+    saved = state.block_drive or None
     phase = _phase(notes, state, saved)
-    driver = _driver(notes.driver or (state.driver_options or {}).get("block-driver"), saved, default)
+    options = state.driver_options or NO_OPTIONS
+    driver = _driver((notes and notes.driver) or options.get("block-driver"), saved, default)
     drive = _drive(saved, driver) if saved is not None and phase is not Phase.DETACHED else None
-    info = DeviceInfo(
-        path=notes.path or (saved.file if saved else ""), driver=driver.name, serial=notes.serial, id=state.id, dev_type=state.dev_type,
-        read_only=notes.read_only or bool(drive and drive.read_only), major=state.major, minor=state.minor,
-        options=state.driver_options or {},
-    )  # fmt: skip
+    path = (notes and notes.path) or (saved.file if saved else "")
+    if drive is not None and drive.file == path:
+        drive.file = path  # one text in memory, not two
+    read_only = bool((notes and notes.read_only) or (drive and drive.read_only))
+    serial = notes.serial if notes else None
+    if serial == state.id:
+        serial = state.id
+        if drive is not None and drive.serial == serial:
+            drive.serial = serial
+    ours = _is_our_own(state, saved, driver)
+    if ours and len(options) == 1:
+        options = NO_OPTIONS  # the driver alone, which is written anew
+    info = DeviceInfo(path, driver.name, read_only, serial, state.id, state.dev_type, state.major, state.minor, options)
     # The original writes no identity; what its path is now is the best there is.
-    device = BlockDevice(state.id, info, Identity(*notes.identity) if notes.identity else identity_of(info.path))
+    device = BlockDevice(state.id, info, Identity(*notes.identity) if notes and notes.identity else identity_of(path))
     device.ref_count, device.attach_count, device.phase, device.drive = state.ref_count, state.attach_count, phase, drive
-    if not _is_our_own(state, saved, driver):
+    if not ours:
         device.saved = state
     return device
 
@@ -133,35 +138,32 @@ def _is_our_own(state: DeviceState, drive: DriveState | None, driver: Driver) ->
     """Whether pyblock wrote all of it, and would write it again from what the device knows."""
     return (
         state.notes is not UNSET
-        and not state.extra
+        and state.extra is UNSET
         and not state.cold_plug
         and state.dev_type == "b"
-        and (state.driver_options or {}).get("block-driver") == driver.name
+        and (state.driver_options or NO_OPTIONS).get("block-driver") == driver.name
         and (
             drive is None
             or (
                 drive.notes is not UNSET
-                and not drive.extra
+                and drive.extra is UNSET
                 and drive.pci_addr is UNSET
                 and drive.share_rw is UNSET
                 and not drive.mmio_addr
-                and isinstance(drive.pci_path, str)
+                and type(drive.pci_path) is str
             )
         )
     )
 
 
-def _phase(notes: DeviceNotes, state: DeviceState, saved: DriveState | None) -> Phase:
-    if notes.phase:
-        try:
-            phase = Phase(notes.phase)
-        except ValueError:
-            raise InvalidState(f"phase {notes.phase!r} is unknown") from None
+def _phase(notes: DeviceNotes | None, state: DeviceState, saved: DriveState | None) -> Phase:
+    if notes is not None and notes.phase:
+        if (known := _PHASES.get(notes.phase)) is None:
+            raise InvalidState(f"phase {notes.phase!r} is not one that is saved")
+        phase = known
     else:
         phase = Phase.ATTACHED if state.attach_count else Phase.DETACHED
-    if phase not in _RESTING:
-        raise InvalidState(f"phase {phase.value!r} is not one that is saved")
-    if phase is not Phase.DETACHED and saved is None:
+    if saved is None and phase is not Phase.DETACHED:
         raise InvalidState(f"it is {phase.value} but has no BlockDrive")
     if (phase is Phase.ATTACHED) != (state.attach_count > 0) and phase is not Phase.DETACH_PENDING:
         raise InvalidState(f"it is {phase.value} with AttachCount {state.attach_count}")
@@ -187,8 +189,11 @@ def _driver(name: str | None, saved: DriveState | None, default: Driver) -> Driv
     return default
 
 
+_NO_NOTES = DriveNotes()
+
+
 def _drive(saved: DriveState, driver: Driver) -> BlockDrive:
-    notes = saved.notes if saved.notes is not UNSET else DriveNotes()
+    notes = saved.notes if saved.notes is not UNSET else _NO_NOTES
     if driver.scsi and saved.scsi_addr and saved.scsi_addr != scsi_address(saved.index):
         raise InvalidState(f"SCSIAddr {saved.scsi_addr!r} does not belong to Index {saved.index} ({scsi_address(saved.index)})")
     if not saved.id:
@@ -196,12 +201,12 @@ def _drive(saved: DriveState, driver: Driver) -> BlockDrive:
     if notes.offset < 0:
         raise InvalidState(f"its Offset {notes.offset} is negative")
     pci_path = saved.pci_path if isinstance(saved.pci_path, str) else saved.pci_addr
+    known_name = saved.virt_path or None if saved.notes is UNSET else notes.known_name
     return BlockDrive(
-        id=saved.id, index=saved.index, ordinal=notes.ordinal, offset=notes.offset if notes.ordinal >= 0 else driver.offset, kind=driver,
-        file=saved.file, format=saved.format or "raw", read_only=saved.read_only is True, serial=notes.serial,
-        pci_path=(pci_path if isinstance(pci_path, str) else "") or None, nvdimm_id=saved.nvdimm_id or None, dev_no=saved.dev_no or None,
-        guest_match=notes.guest_match, slot=notes.slot,
-        known_name=notes.known_name or (saved.virt_path if saved.notes is UNSET and saved.virt_path else None),
+        saved.id, saved.index, notes.ordinal, notes.offset if notes.ordinal >= 0 else driver.offset, driver,
+        saved.file, saved.format or "raw", saved.read_only is True, notes.serial,
+        (pci_path if isinstance(pci_path, str) else "") or None, saved.nvdimm_id or None, saved.dev_no or None,
+        notes.guest_match, notes.slot, known_name,
     )  # fmt: skip
 
 
@@ -227,9 +232,7 @@ def sandbox_to_state(sandbox_id: str, manager: DeviceManager, allotment: Allotme
         devices=[*(device_to_state(device) for device in manager), *(kept.devices if kept is not None else ())],
         hypervisor_state=msgspec.structs.replace(hypervisor, block_index_map=indexes),
     )
-    for new, old in ((state, loaded), (state.hypervisor_state, hypervisor)):
-        if old.extra and isinstance(new, SandboxState | HypervisorState):
-            new.__dict__["extra"] = old.extra
+    state.extra = loaded.extra
     return state
 
 
@@ -258,22 +261,15 @@ def restore_sandbox(state: SandboxState, manager: DeviceManager, allotment: Allo
         allotment.restore(drives, _mapped(state.hypervisor_state, drives), offsets)
     except PyblockError as error:
         raise InvalidState(f"{where} contradicts itself: {error}; it is left as it is") from error
-    manager.load(devices)
+    manager.take_in(devices)
     hypervisor = state.hypervisor_state
-    plain = not state.extra and (hypervisor is UNSET or (isinstance(hypervisor, HypervisorState) and _is_plain(hypervisor)))
-    if plain and not untouched:
+    if not untouched and state.extra is UNSET and (hypervisor is UNSET or (hypervisor is not None and _is_plain(hypervisor))):
         return None
-    return Kept(untouched, SandboxState(hypervisor_state=hypervisor)) if not state.extra else Kept(untouched, _without_devices(state))
+    return Kept(untouched, SandboxState(hypervisor_state=hypervisor, extra=state.extra))
 
 
 def _is_plain(hypervisor: HypervisorState) -> bool:
-    return not hypervisor.extra and not any((hypervisor.block_index_map or {}).values())
-
-
-def _without_devices(state: SandboxState) -> SandboxState:
-    rest = SandboxState(hypervisor_state=state.hypervisor_state)
-    rest.__dict__["extra"] = state.extra
-    return rest
+    return hypervisor.extra is UNSET and not any((hypervisor.block_index_map or {}).values())
 
 
 def _mapped(hypervisor: HypervisorState | UnsetType | None, drives: Sequence[BlockDrive]) -> set[int]:

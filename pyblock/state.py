@@ -15,13 +15,14 @@ from pyblock.errors import InvalidState, NewerState
 VERSION = 1
 
 
-class _Kept(msgspec.Struct, kw_only=True, dict=True, forbid_unknown_fields=True):
-    """A JSON object whose unknown keys are kept beside it."""
+# A key that no file has: what is behind it is written out as keys of its own.
+_EXTRA = "\ue000pyblock"
 
-    @property
-    def extra(self) -> dict[str, Any]:
-        extra: dict[str, Any] = self.__dict__.get("extra", {})
-        return extra
+
+class _Kept(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A JSON object whose unknown keys are kept beside the known ones."""
+
+    extra: dict[str, Any] | UnsetType = msgspec.field(name=_EXTRA, default=UNSET)
 
 
 class DriveNotes(msgspec.Struct, kw_only=True, omit_defaults=True, rename="pascal"):
@@ -152,7 +153,7 @@ _CHILDREN: dict[type[_Kept], dict[str, type[_Kept]]] = {
     DeviceState: {"BlockDrive": DriveState},
 }
 _FIELDS: dict[type[_Kept], dict[str, str]] = {
-    kind: {field.encode_name: field.name for field in msgspec.structs.fields(kind)}
+    kind: {field.encode_name: field.name for field in msgspec.structs.fields(kind) if field.encode_name != _EXTRA}
     for kind in (SandboxState, DeviceState, DriveState, HypervisorState)
 }
 
@@ -174,7 +175,7 @@ def _remember(struct: _Kept, data: dict[str, Any]) -> None:
     """Puts the keys of `data` that `struct` does not have beside it."""
     fields = _FIELDS[type(struct)]
     if extra := {key: value for key, value in data.items() if key not in fields}:
-        struct.__dict__["extra"] = extra
+        struct.extra = extra
     for key in _CHILDREN.get(type(struct), {}):
         value = getattr(struct, fields[key])
         if isinstance(value, list):
@@ -194,4 +195,5 @@ def _builtins(struct: _Kept) -> dict[str, Any]:
             data[key] = [_builtins(one) for one in value]
         elif isinstance(value, _Kept):
             data[key] = _builtins(value)
-    return data | struct.extra
+    extra: dict[str, Any] = data.pop(_EXTRA, {})
+    return data | extra
