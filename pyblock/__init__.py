@@ -38,10 +38,10 @@ from pyblock.naming import (
     scsi_index as scsi_index,
 )
 from pyblock.sandbox import Sandbox as Sandbox
-from pyblock.state import DeviceState as DeviceState
 
 if TYPE_CHECKING:
     from pyblock import blocking as blocking
+    from pyblock.state import DeviceState as DeviceState
 
 __version__ = "0.1.0"
 
@@ -49,4 +49,6 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     if name == "blocking":  # loads anyio, which the asyncio front door does without
         return import_module("pyblock.blocking")
+    if name == "DeviceState":
+        return import_module("pyblock.state").DeviceState
     raise AttributeError(f"module 'pyblock' has no attribute {name!r}")

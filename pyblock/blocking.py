@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from anyio.from_thread import BlockingPortal, BlockingPortalProvider
 
@@ -20,7 +20,9 @@ from pyblock.errors import SandboxClosed
 from pyblock.hypervisors.base import Hypervisor
 from pyblock.index import BlockIndex
 from pyblock.manager import Device, DeviceManager
-from pyblock.state import SandboxState
+
+if TYPE_CHECKING:
+    from pyblock.state import SandboxState
 
 _provider = BlockingPortalProvider(backend="asyncio")
 

@@ -22,12 +22,8 @@ _WHAT = {
 }
 
 
-class Identity(NamedTuple):
-    """What makes two devices the same one: ("block", major, minor) or ("file", st_dev, st_ino)."""
-
-    kind: str
-    first: int
-    second: int
+# What makes two devices the same one: ("block", major, minor) or ("file", st_dev, st_ino).
+Identity = tuple[str, int, int]
 
 
 class HostImage(NamedTuple):
@@ -39,7 +35,7 @@ class HostImage(NamedTuple):
 
     @property
     def is_block(self) -> bool:
-        return self.identity.kind == "block"
+        return self.identity[0] == "block"
 
 
 def identity_of(path: str) -> Identity | None:
@@ -49,8 +45,8 @@ def identity_of(path: str) -> Identity | None:
     except (OSError, ValueError):
         return None
     if stat.S_ISBLK(status.st_mode):
-        return Identity("block", os.major(status.st_rdev), os.minor(status.st_rdev))
-    return Identity("file", status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
+        return ("block", os.major(status.st_rdev), os.minor(status.st_rdev))
+    return ("file", status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
 
 
 def block_special_path(major: int, minor: int, *, sysfs: str = _SYSFS_BLOCK) -> str:
@@ -80,10 +76,11 @@ def inspect_image(path: str, *, read_only: bool) -> HostImage:
         raise InvalidImage(f"image {path!r}: {error.strerror}") from error
     kind = stat.S_IFMT(status.st_mode)
     if kind == stat.S_IFREG:
-        identity, size = Identity("file", status.st_dev, status.st_ino), status.st_size
+        identity: Identity = ("file", status.st_dev, status.st_ino)
+        size = status.st_size
     elif kind == stat.S_IFBLK:
         major, minor = os.major(status.st_rdev), os.minor(status.st_rdev)
-        identity, size = Identity("block", major, minor), _block_size(major, minor)
+        identity, size = ("block", major, minor), _block_size(major, minor)
     else:
         raise InvalidImage(f"image {path!r} is {_WHAT.get(kind, 'not a file')}; a regular file or a block device is needed")
     wanted = os.R_OK if read_only else os.R_OK | os.W_OK

@@ -33,7 +33,7 @@ def check_device_id(text: Any) -> str:
     return text
 
 
-class DeviceInfo(msgspec.Struct, frozen=True):
+class DeviceInfo(msgspec.Struct, frozen=True, gc=False):
     """What the caller wants in the guest.
 
     :ivar path: a disk image or a host block special. May be empty when `dev_type` is "b": it is then found by `major`:`minor`.

@@ -15,7 +15,7 @@ from pyblock.device import BlockDevice, Phase
 from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_MMIO, VIRTIO_SCSI, Driver
 from pyblock.errors import InvalidID, InvalidIndex, InvalidState, PyblockError
 from pyblock.generic import GenericDevice
-from pyblock.host import Identity, identity_of
+from pyblock.host import identity_of
 from pyblock.manager import NO_OPTIONS, DeviceManager
 from pyblock.model import BlockDrive, DeviceInfo, check_device_id
 from pyblock.naming import scsi_address
@@ -42,7 +42,7 @@ def device_to_state(device: BlockDevice | GenericDevice) -> DeviceState:
     identity, drive = device.identity, device.drive
     if device.saved is None:
         state.dev_type = "b"
-        state.major, state.minor = (identity.first, identity.second) if identity and identity.kind == "block" else (0, 0)
+        state.major, state.minor = identity[1:] if identity and identity[0] == "block" else (0, 0)
         state.driver_options = {**info.options, "block-driver": info.driver or ""}
     before = saved.block_drive if isinstance(saved.block_drive, DriveState) else None
     same = drive is not None and before is not None and _is_same(drive, before)
@@ -51,7 +51,7 @@ def device_to_state(device: BlockDevice | GenericDevice) -> DeviceState:
         return state
     state.notes = DeviceNotes(
         phase=_SAVED_PHASE.get(device.phase, device.phase).value, path=info.path, driver=info.driver, serial=info.serial,
-        read_only=info.read_only, identity=(identity.kind, identity.first, identity.second) if identity else None,
+        read_only=info.read_only, identity=identity,
     )  # fmt: skip
     if drive is not None:
         state.block_drive = _drive_to_state(drive, before if same else None)
@@ -127,7 +127,7 @@ def _block(state: DeviceState, default: Driver) -> BlockDevice:
         options = NO_OPTIONS  # the driver alone, which is written anew
     info = DeviceInfo(path, driver.name, read_only, serial, state.id, state.dev_type, state.major, state.minor, options)
     # The original writes no identity; what its path is now is the best there is.
-    device = BlockDevice(state.id, info, Identity(*notes.identity) if notes and notes.identity else identity_of(path))
+    device = BlockDevice(state.id, info, (notes.identity if notes else None) or identity_of(path))
     device.ref_count, device.attach_count, device.phase, device.drive = state.ref_count, state.attach_count, phase, drive
     if not ours:
         device.saved = state

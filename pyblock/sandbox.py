@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from pyblock.allotment import Allotment
 from pyblock.device import BlockDevice, Phase
@@ -31,16 +30,19 @@ from pyblock.index import BlockIndex
 from pyblock.manager import Device, DeviceManager
 from pyblock.model import BlockDrive, DeviceInfo
 from pyblock.operation import Operation, deadline_after
-from pyblock.persist import Kept, restore_sandbox, sandbox_to_state
-from pyblock.state import SandboxState
-from pyblock.stores import json_file
+
+if TYPE_CHECKING:
+    from pyblock.persist import Kept
+    from pyblock.state import SandboxState
+
+# What only save and load need is imported there: its typed schema is a tenth of the time to import pyblock.
 
 CAPACITY = 65536
 TIMEOUT = 60.0  # seconds: the deadline of attach and detach unless the caller gives another
 NOTES = 5  # different errors of a batch that are shown beside the first
 CLOSE_GRACE = 5.0  # seconds that close waits for attaches to be undone
 
-_SANDBOX_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+SANDBOX_ID_MAX = 128
 
 NO_IDS: frozenset[str] = frozenset()
 
@@ -70,7 +72,7 @@ class Sandbox:
         capacity: int = CAPACITY,
         block_offset: int | None = None,
     ) -> None:
-        if not isinstance(sandbox_id, str) or not _SANDBOX_ID.fullmatch(sandbox_id):
+        if not _is_sandbox_id(sandbox_id):
             raise InvalidID(f"sandbox ID {sandbox_id!r} is not 1 to 128 of A-Z a-z 0-9 _ . - beginning with a letter or digit")
         if block_offset is not None and not 0 <= block_offset < capacity:
             raise InvalidValue(f"block offset {block_offset!r} is not in 0 … {capacity - 1}")
@@ -228,21 +230,28 @@ class Sandbox:
     async def save(self, path: str | os.PathLike[str]) -> None:
         """Writes devices, counts and indexes to a JSON file, atomically and synced. Raises StateError when the file there is something
         else."""
-        state = self.state()
-        await asyncio.to_thread(json_file.write, path, state)
+        from pyblock.stores import json_file  # noqa: PLC0415
+
+        await asyncio.to_thread(json_file.write, path, self.state())
 
     async def load(self, path: str | os.PathLike[str]) -> None:
         """Restores what `save` (or the original) wrote, into an open sandbox without devices. Touches no VMM; a StateError changes
         nothing."""
+        from pyblock.stores import json_file  # noqa: PLC0415
+
         self.restore(await asyncio.to_thread(json_file.read, path), where=f"state file {os.fspath(path)!r}")
 
     def state(self) -> SandboxState:
         """What `save` writes. An operation under way is saved as pending."""
+        from pyblock.persist import sandbox_to_state  # noqa: PLC0415
+
         self._check_open()
         return sandbox_to_state(self.id, self.manager, self._allotment, self._kept)
 
     def restore(self, state: SandboxState, *, where: str = "the state") -> None:
         """Restores a decoded state; see `load`."""
+        from pyblock.persist import restore_sandbox  # noqa: PLC0415
+
         self._check_open()
         if len(self.manager):
             raise CallerError(f"sandbox {self.id} has {len(self.manager)} devices; a state is loaded into one without")
@@ -370,6 +379,15 @@ class Sandbox:
             raise VmmUnreachable(f"the VMM of sandbox {self.id} did not answer within {CONNECT_TIMEOUT:g} s") from None
         self._allotment.learn(found)
         self._asked = True
+
+
+def _is_sandbox_id(text: object) -> bool:
+    if not isinstance(text, str) or not 0 < len(text) <= SANDBOX_ID_MAX or not text.isascii() or not text[0].isalnum():
+        return False
+    return text.isalnum() or text.translate(_WITHOUT_MARKS).isalnum()
+
+
+_WITHOUT_MARKS = str.maketrans("", "", "_.-")
 
 
 def _raise_first(errors: list[BaseException]) -> None:

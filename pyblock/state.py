@@ -19,13 +19,13 @@ VERSION = 1
 _EXTRA = "\ue000pyblock"
 
 
-class _Kept(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class _Kept(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, gc=False):
     """A JSON object whose unknown keys are kept beside the known ones."""
 
     extra: dict[str, Any] | UnsetType = msgspec.field(name=_EXTRA, default=UNSET)
 
 
-class DriveNotes(msgspec.Struct, kw_only=True, omit_defaults=True, rename="pascal"):
+class DriveNotes(msgspec.Struct, kw_only=True, omit_defaults=True, rename="pascal", gc=False):
     """What the original's BlockDrive has no key for."""
 
     driver: str = ""
@@ -57,7 +57,7 @@ class DriveState(_Kept):
     notes: DriveNotes | UnsetType = msgspec.field(name="Pyblock", default=UNSET)
 
 
-class DeviceNotes(msgspec.Struct, kw_only=True, omit_defaults=True, rename="pascal"):
+class DeviceNotes(msgspec.Struct, kw_only=True, omit_defaults=True, rename="pascal", gc=False):
     """What the original's DeviceState has no key for."""
 
     phase: str = ""
@@ -90,7 +90,7 @@ class HypervisorState(_Kept):
     block_index_map: dict[str, dict[str, Any]] | None = msgspec.field(name="BlockIndexMap", default=None)
 
 
-class SandboxNotes(msgspec.Struct, kw_only=True, rename="pascal"):
+class SandboxNotes(msgspec.Struct, kw_only=True, rename="pascal", gc=False):
     """What pyblock says of the sandbox as a whole. `version` comes first in the file."""
 
     version: int = VERSION
