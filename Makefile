@@ -2,12 +2,16 @@
 
 PYTHON := .venv/bin/python
 
-.PHONY: help setup demo test lint types c-tests py-tests clean
+.PHONY: help setup demo test lint types c-tests py-tests bench bench-short instructions fuzz fuzz-replay sanitize-extension clean
 
 help:
 	@echo 'make demo    plug disks into a real guest (in memory where there is no QEMU) and out again'
 	@echo 'make test    all tests: formatting, types, C, Python, real QEMU, real guest'
 	@echo 'make lint types c-tests py-tests    the parts of make test, without the set-up'
+	@echo 'make bench   all benchmarks: one table of ratios, the plots, docs/benchmarks.md'
+	@echo 'make bench-short    the guards of CI: instructions, crossings, a few rounds of each ratio'
+	@echo 'make fuzz SECONDS=600    coverage-guided fuzzing of the core'
+	@echo 'make sanitize-extension    the unit tests on an extension built with the address and undefined-behaviour sanitizers'
 	@echo 'make clean   remove what was built'
 
 # The guest's part may be missing: the demo then runs in memory, and tests that need it say so. Without Python nothing runs.
@@ -27,13 +31,38 @@ lint:
 	$(PYTHON) -m ruff check .
 
 types:
-	$(PYTHON) -m mypy pyblock tests
+	$(PYTHON) -m mypy pyblock tests benchmarks
 
-c-tests:
-	$(MAKE) -C tests/c check check-asan check-tsan
+c-tests: fuzz-replay
+	$(MAKE) --no-print-directory -C tests/c check check-asan check-tsan
 
 py-tests:
 	$(PYTHON) -m pytest
+
+bench:
+	scripts/setup bench
+	scripts/setup guest || echo 'going on without a real machine'
+	$(PYTHON) -m pytest benchmarks --benchmark-quiet
+	$(PYTHON) benchmarks/instructions.py --table
+	$(PYTHON) benchmarks/plots.py
+	$(PYTHON) benchmarks/page.py
+
+bench-short: instructions
+	$(PYTHON) benchmarks/crossings.py --check
+	$(PYTHON) -m pytest benchmarks --short --benchmark-quiet
+
+instructions:
+	$(PYTHON) benchmarks/instructions.py --check
+
+fuzz:
+	scripts/setup fuzz
+	$(MAKE) --no-print-directory -C tests/fuzz run SECONDS=$(or $(SECONDS),60)
+
+fuzz-replay:
+	$(MAKE) --no-print-directory -C tests/fuzz replay
+
+sanitize-extension:
+	PYTHON=$(PYTHON) scripts/sanitize-extension
 
 clean:
 	rm -rf build dist *.egg-info pyblock/*.so pyblock/_core.c .pytest_cache .mypy_cache .ruff_cache

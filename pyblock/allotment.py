@@ -28,12 +28,14 @@ class Allotment:
     :param offsets: names of a family ("vd", "sd", "pmem") that the guest uses before the first drive; for others the machine is asked.
 
     :ivar index: the block index.
+    :ivar capacity: as it was given.
     """
 
-    __slots__ = ("_drive_ids", "_foreign", "_offsets", "_ordinals", "_planned", "index")
+    __slots__ = ("_drive_ids", "_foreign", "_offsets", "_ordinals", "_planned", "capacity", "index")
 
     def __init__(self, capacity: int, offsets: Mapping[str, int] | None = None) -> None:
         self.index = BlockIndex(capacity)
+        self.capacity = capacity
         self._ordinals: dict[str, BlockIndex] = {}
         self._offsets: Mapping[str, int] = dict(offsets) if offsets else NOTHING
         self._drive_ids: set[str] = set()
@@ -58,7 +60,7 @@ class Allotment:
             counts[disk.family.prefix] = counts.get(disk.family.prefix, 0) + 1
             if disk.id:
                 self._drive_ids.add(disk.id)
-            if disk.index is not None and disk.index < self.index.capacity and disk.index not in self.index:
+            if disk.index is not None and disk.index < self.capacity and disk.index not in self.index:
                 self.index.reserve(disk.index)
                 self._foreign |= {disk.index}
         if counts:
@@ -142,12 +144,12 @@ class Allotment:
                 untold.append(drive)
         ordinals: dict[str, BlockIndex] = {}
         for prefix, numbers in told.items():
-            ordinals[prefix] = BlockIndex(self.index.capacity)
+            ordinals[prefix] = BlockIndex(self.capacity)
             ordinals[prefix].reserve_many(numbers)
         for drive in untold:
             family = ordinals[drive.kind.family.prefix]
             likely = _likely_ordinal(drive)
-            if 0 <= likely < family.capacity and likely not in family:
+            if 0 <= likely < self.capacity and likely not in family:
                 family.reserve(likely)
                 drive.ordinal = likely
             else:
@@ -157,7 +159,7 @@ class Allotment:
     def _family(self, family: Family) -> BlockIndex:
         ordinals = self._ordinals.get(family.prefix)
         if ordinals is None:
-            ordinals = self._ordinals[family.prefix] = BlockIndex(self.index.capacity)
+            ordinals = self._ordinals[family.prefix] = BlockIndex(self.capacity)
         return ordinals
 
     def _give_back(self, family: Family, place: Place) -> None:

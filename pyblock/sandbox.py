@@ -256,7 +256,7 @@ class Sandbox:
         if len(self.manager):
             raise CallerError(f"sandbox {self.id} has {len(self.manager)} devices; a state is loaded into one without")
         # One that was asked for holds the machine's own disks, and they are asked for anew.
-        allotment = Allotment(self.index.capacity, self._allotment.offsets) if self._asked else self._allotment
+        allotment = Allotment(self._allotment.capacity, self._allotment.offsets) if self._asked else self._allotment
         self._kept = restore_sandbox(state, self.manager, allotment, where=where)
         self._allotment = allotment
         self._asked = False

@@ -20,6 +20,9 @@ from pyblock.hypervisors.qmp import QmpSession
 from pyblock.model import BlockDrive
 
 _LUNS = 256  # a SCSI ID has as many LUNs in Kata's numbering
+# QEMU works off its commands one by one, and each takes longer the more block nodes there are: with a hundred drives begun at once, every
+# device would be added among a hundred nodes. A few in flight keep QEMU busy.
+_LANES = 4
 _BUSY_TRIES = 6  # the node may stay in use for a moment after DEVICE_DELETED, while requests drain
 _BUSY_PAUSE = 0.02  # seconds before the first new try; doubled each time
 
@@ -72,6 +75,7 @@ class QemuHypervisor(SteppedHypervisor):
         self._buses: dict[Any, int] = {}
         self._leaving: dict[str, asyncio.Future[None]] = {}
         self._nudges: set[asyncio.Task[None]] = set()
+        self._lanes = asyncio.Semaphore(_LANES)
 
     @property
     def drivers(self) -> frozenset[str]:
@@ -118,6 +122,10 @@ class QemuHypervisor(SteppedHypervisor):
             del self._slots[drive.slot]
             if self._tree is not None and all(slot.name != drive.slot for slot in self._tree.free):
                 self._tree = None  # it was read while the drive was there, so it does not list the slot as free
+
+    async def plug(self, drive: BlockDrive) -> None:
+        async with self._lanes:
+            await super().plug(drive)
 
     async def backend_add(self, drive: BlockDrive) -> None:
         command, arguments = _recipe(drive).add
