@@ -31,7 +31,8 @@ lint:
 	$(PYTHON) -m ruff check .
 
 types:
-	$(PYTHON) -m mypy pyblock tests benchmarks
+	$(PYTHON) -m mypy pyblock tests
+	MYPYPATH=tests $(PYTHON) -m mypy benchmarks
 
 c-tests: fuzz-replay
 	$(MAKE) --no-print-directory -C tests/c check check-asan check-tsan
