@@ -15,6 +15,7 @@ from typing import Any
 from pyblock.errors import InvalidTimeout
 
 log = logging.getLogger("pyblock")
+log.addHandler(logging.NullHandler())  # a library is silent until its user sets a handler
 
 
 def deadline_after(timeout: float | None) -> float | None:
