@@ -45,7 +45,7 @@ bench:
 	scripts/setup guest || echo 'going on without a real machine'
 	$(PYTHON) -m pytest benchmarks --benchmark-quiet
 	$(PYTHON) benchmarks/instructions.py --table
-	$(PYTHON) benchmarks/plots.py
+	PYTHONPATH=tests $(PYTHON) benchmarks/plots.py
 	$(PYTHON) benchmarks/page.py
 
 bench-short: instructions

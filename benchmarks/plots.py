@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -109,7 +108,6 @@ def memory() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, "tests")
     occupancy()
     devices()
     memory()

@@ -29,15 +29,17 @@ class Allotment:
 
     :ivar index: the block index.
     :ivar capacity: as it was given.
+    :ivar given: the offsets as they were given.
     """
 
-    __slots__ = ("_drive_ids", "_foreign", "_offsets", "_ordinals", "_planned", "capacity", "index")
+    __slots__ = ("_drive_ids", "_foreign", "_offsets", "_ordinals", "_planned", "capacity", "given", "index")
 
     def __init__(self, capacity: int, offsets: Mapping[str, int] | None = None) -> None:
         self.index = BlockIndex(capacity)
         self.capacity = capacity
         self._ordinals: dict[str, BlockIndex] = {}
-        self._offsets: Mapping[str, int] = dict(offsets) if offsets else NOTHING
+        self.given: Mapping[str, int] = dict(offsets) if offsets else NOTHING
+        self._offsets = self.given
         self._drive_ids: set[str] = set()
         self._foreign = NO_INDEXES  # indexes whose address a disk of the machine's own sits at
         self._planned: dict[str, Place] | None = None  # device ID to what a batch took for it
@@ -71,6 +73,7 @@ class Allotment:
 
         Devices of several families are left to `reserve`. Raises IndexesExhausted, having taken nothing.
         """
+        devices = [device for device in devices if not self._planned or device.id not in self._planned]
         kinds = {_kind(device) for device in devices}
         if len(devices) < 2 or len({kind.family for kind in kinds}) != 1:
             return

@@ -6,11 +6,12 @@ It repeats none of the logic. The thread starts with the first open sandbox and 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from anyio.from_thread import BlockingPortal, BlockingPortalProvider
 
@@ -23,6 +24,8 @@ from pyblock.manager import Device, DeviceManager
 
 if TYPE_CHECKING:
     from pyblock.state import SandboxState
+
+Result = TypeVar("Result")
 
 _provider = BlockingPortalProvider(backend="asyncio")
 
@@ -50,6 +53,7 @@ class Sandbox:
     ) -> None:
         self._sandbox = door.Sandbox(sandbox_id, vm, driver=driver, capacity=capacity, block_offset=block_offset)
         self._portal: BlockingPortal | None = None
+        self._pid = -1  # of the process that opened it
         self._stack = ExitStack()
 
     def __repr__(self) -> str:
@@ -57,6 +61,7 @@ class Sandbox:
 
     def __enter__(self) -> Self:
         self._portal = self._stack.enter_context(_provider)
+        self._pid = os.getpid()
         self._portal.call(self._sandbox.__aenter__)
         return self
 
@@ -97,7 +102,7 @@ class Sandbox:
         attach = partial(
             self._sandbox.attach, image, driver=driver, read_only=read_only, serial=serial, device_id=device_id, timeout=timeout
         )
-        return self._loop.call(attach)
+        return self._call(attach)
 
     def attach_many(
         self,
@@ -110,39 +115,70 @@ class Sandbox:
     ) -> list[BlockDevice]:
         """See pyblock.Sandbox.attach_many. `progress` is called in the event-loop thread."""
         images = list(images)
-        return self._loop.call(
+        return self._call(
             partial(self._sandbox.attach_many, images, driver=driver, read_only=read_only, timeout=timeout, progress=progress)
         )
 
     def detach(self, device: Device | str, *, timeout: float | None = door.TIMEOUT) -> None:
         """See pyblock.Sandbox.detach."""
-        self._loop.call(partial(self._sandbox.detach, device, timeout=timeout))
+        self._call(partial(self._sandbox.detach, device, timeout=timeout))
 
     def detach_many(self, devices: Iterable[Device | str], *, timeout: float | None = door.TIMEOUT) -> None:
         """See pyblock.Sandbox.detach_many."""
-        self._loop.call(partial(self._sandbox.detach_many, list(devices), timeout=timeout))
+        self._call(partial(self._sandbox.detach_many, list(devices), timeout=timeout))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """See pyblock.Sandbox.save."""
-        self._loop.call(self._sandbox.save, path)
+        self._call(partial(self._sandbox.save, path))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """See pyblock.Sandbox.load."""
-        self._loop.call(self._sandbox.load, path)
+        self._call(partial(self._sandbox.load, path))
+
+    def settle(self, timeout: float = door.GRACE) -> None:
+        """See pyblock.Sandbox.settle."""
+        self._call(partial(self._sandbox.settle, timeout))
 
     def state(self) -> SandboxState:
         """See pyblock.Sandbox.state."""
         return self._loop.call(self._sandbox.state)
 
+    def restore(self, state: SandboxState) -> None:
+        """See pyblock.Sandbox.restore."""
+        self._loop.call(self._sandbox.restore, state)
+
     def close(self) -> None:
         """See pyblock.Sandbox.close."""
-        if self._portal is not None:
-            self._portal.call(self._sandbox.close)
-            self._portal = None
+        portal, self._portal = self._portal, None
+        if portal is None or self._pid != os.getpid():
+            return  # the event-loop thread stayed in the process that opened it
+        try:
+            portal.call(self._sandbox.close)
+        finally:
             self._stack.close()
+
+    def _call(self, function: Callable[[], Awaitable[Result]]) -> Result:
+        """Runs it in the event-loop thread. If this thread is interrupted (Ctrl-C), it is cancelled there, and given time for that."""
+        portal = self._loop
+        over = threading.Event()
+
+        async def run() -> Result:
+            try:
+                return await function()
+            finally:
+                over.set()
+
+        future = portal.start_task_soon(run)
+        try:
+            return future.result()
+        except BaseException:
+            if not future.done():
+                future.cancel()
+                over.wait(door.GRACE)
+            raise
 
     @property
     def _loop(self) -> BlockingPortal:
-        if self._portal is None:
-            raise SandboxClosed(f"sandbox {self.id} is not open; use it inside 'with'")
+        if self._portal is None or self._pid != os.getpid():
+            raise SandboxClosed(f"sandbox {self.id} is not open in this process; use it inside 'with'")
         return self._portal

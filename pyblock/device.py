@@ -69,15 +69,22 @@ class Unsettled(Exception):
         self.error = error
 
 
+class Forgotten(Exception):
+    """Raised by a receiver's `reserve` when the device ended while an attach of it waited for its turn: another one is to be made."""
+
+
 class DeviceReceiver(Protocol):
     """Whatever devices are attached to."""
 
     def reserve(self, device: BlockDevice) -> BlockDrive:
         """Takes index, ordinal and drive ID for a device. No I/O. Raises a CapacityError or CallerError, having taken nothing."""
 
-    def release(self, device: BlockDevice, drive: BlockDrive, *, late: bool) -> None:
-        """Gives back what `reserve` took, the device being detached. `late`: its caller was told that the outcome is pending, or went
-        away."""
+    def release(self, device: BlockDevice, drive: BlockDrive, *, late: bool, counted: bool) -> None:
+        """Gives back what `reserve` took, the device being detached.
+
+        :param late: a detach ended whose caller was told that it is pending, or went away.
+        :param counted: it was attached, and this was its last detach; else an attach was undone.
+        """
 
     async def plug(self, drive: BlockDrive) -> None:
         """Plugs a drive in and fills in the addresses really used. On an error nothing is left in the VMM, except on Unsettled."""
@@ -141,14 +148,15 @@ class BlockDevice:
         try:
             await self._result(operation, deadline, "the deadline passed; it will be undone as soon as the VMM answers")
         except asyncio.CancelledError:
-            if operation.succeeded and not operation.abandoned:  # in the very moment of the cancellation
+            if operation.succeeded and not operation.abandoned and self.attached:  # in the very moment of the cancellation
                 self.attach_count -= 1
                 if not self.attach_count:
-                    self._remove(receiver).abandoned = True
+                    undo = self._remove(receiver)
+                    undo.abandoned = undo.undoing = True
             raise
 
-    async def detach(self, receiver: DeviceReceiver, deadline: float | None) -> None:
-        """Takes one attach back; the last unplugs the device. Returns when the VMM says that it is gone.
+    async def detach(self, receiver: DeviceReceiver, deadline: float | None) -> bool:
+        """Takes one attach back; the last unplugs the device. Returns when the VMM says that it is gone; True when others are left.
 
         Raises NotAttached; what the receiver raises when the device is kept (it stays attached); DetachPending when the deadline passes
         or the connection breaks: everything stays taken, calling again resumes, and a late confirmation finishes the job by itself.
@@ -162,14 +170,20 @@ class BlockDevice:
                 raise NotAttached(f"device {self.id} is not attached; every detach needs an attach of its own")
             if self.phase is Phase.ATTACHED and self.attach_count > 1:
                 self.attach_count -= 1
-                return
+                return True
             operation = self._remove(receiver)
         await self._result(operation, deadline, "the VMM did not confirm the removal before the deadline; call detach again to resume")
+        return False
 
     @property
     def operation(self) -> Operation | None:
         """The attach or detach of it that is under way, if there is one."""
         return self._operation
+
+    @property
+    def attached(self) -> bool:
+        """True while the VMM is known to have it and nothing is under way."""
+        return self.phase is Phase.ATTACHED
 
     @property
     def held(self) -> BlockDrive:
@@ -179,7 +193,7 @@ class BlockDevice:
         return self.drive
 
     async def _turn(self, deadline: float | None) -> None:
-        while (operation := self._operation) is not None:
+        while (operation := self._operation) is not None and not operation.done:
             try:
                 await operation.settled(deadline)
             except TimeoutError:
@@ -194,8 +208,9 @@ class BlockDevice:
             raise self._pending(why) from None
 
     def _remove(self, receiver: DeviceReceiver) -> Operation:
+        unsure = self.phase is not Phase.ATTACHED
         self._move(Event.DETACH)
-        self._operation = Operation(lambda op: self._unplug(receiver, op))
+        self._operation = Operation(lambda op: self._unplug(receiver, op, unsure=unsure))
         return self._operation
 
     async def _plug(self, receiver: DeviceReceiver, operation: Operation) -> None:
@@ -221,7 +236,7 @@ class BlockDevice:
         finally:
             self._operation = None
 
-    async def _unplug(self, receiver: DeviceReceiver, operation: Operation) -> None:
+    async def _unplug(self, receiver: DeviceReceiver, operation: Operation, *, unsure: bool = False) -> None:
         try:
             try:
                 await receiver.unplug(self.held)
@@ -231,19 +246,20 @@ class BlockDevice:
             except asyncio.CancelledError:
                 self._move(Event.UNKNOWN)
                 raise self._pending("it was cut off before the VMM answered") from None
-            except BaseException:
-                self._move(Event.KEPT if self.attach_count else Event.UNKNOWN)
+            except BaseException as error:
+                known = self.attach_count and not (unsure and isinstance(error, TransportError))
+                self._move(Event.KEPT if known else Event.UNKNOWN)
                 raise
             self._free(receiver, Event.GONE, operation)
         finally:
             self._operation = None
 
     def _free(self, receiver: DeviceReceiver, event: Event, operation: Operation) -> None:
-        drive = self.held
+        drive, counted = self.held, self.attach_count > 0
         self._move(event)
         self.drive = None
         self.attach_count = 0
-        receiver.release(self, drive, late=operation.abandoned)
+        receiver.release(self, drive, late=operation.abandoned and not operation.undoing, counted=counted)
 
     def _move(self, event: Event) -> None:
         self.phase = LIFE[self.phase, event]

@@ -6,7 +6,7 @@ The work is done by the core (csrc/index.c), which locks itself: any number of t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Final
+from typing import Final, NoReturn, SupportsIndex
 
 from pyblock import _native
 
@@ -42,6 +42,9 @@ class BlockIndex:
     def __del__(self, free: Callable[[_native.Handle], None] = _native.raw_free) -> None:
         if (handle := getattr(self, "_handle", None)) is not None:  # None: the capacity was refused
             free(handle)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError("a BlockIndex cannot be copied or pickled: its memory is the core's")
 
     def acquire(self) -> int:
         """Takes the lowest free index and returns it. Raises `IndexesExhausted` when all are taken."""

@@ -73,6 +73,10 @@ class DeviceManager:
         """Forgets the device if it has no users and holds nothing."""
         if device.ref_count or device.attach_count or (isinstance(device, BlockDevice) and device.phase in HOLDING):
             return
+        self.forget(device)
+
+    def forget(self, device: Device) -> None:
+        """Has the device be none of this sandbox's any more, whoever uses it."""
         if self._by_id.get(device.id) is device:
             del self._by_id[device.id]
             if isinstance(device, BlockDevice) and device.identity is not None and self._by_identity.get(device.identity) is device:

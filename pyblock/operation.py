@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -18,11 +17,14 @@ log = logging.getLogger("pyblock")
 log.addHandler(logging.NullHandler())  # a library is silent until its user sets a handler
 
 
+TIMEOUT_MAX = 1e9  # seconds, 30 years: beyond it a clock's fractions are lost
+
+
 def deadline_after(timeout: float | None) -> float | None:
-    """The event loop's time that many seconds from now; None (no deadline) stays None. Raises InvalidTimeout unless 0 <= timeout < inf."""
+    """The event loop's time that many seconds from now; None (no deadline) stays None. Raises InvalidTimeout unless 0 <= timeout <= 1e9."""
     if timeout is None:
         return None
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout < math.inf:
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout <= TIMEOUT_MAX:
         raise InvalidTimeout(f"timeout {timeout!r} is not a number of seconds that is 0 or more; None waits without end")
     return asyncio.get_running_loop().time() + timeout
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from pyblock.allotment import Allotment
-from pyblock.device import BlockDevice, Phase
+from pyblock.device import BlockDevice, Forgotten, Phase
 from pyblock.errors import (
     CallerError,
     InvalidID,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 CAPACITY = 65536
 TIMEOUT = 60.0  # seconds: the deadline of attach and detach unless the caller gives another
 NOTES = 5  # different errors of a batch that are shown beside the first
-CLOSE_GRACE = 5.0  # seconds that close waits for attaches to be undone
+GRACE = 5.0  # seconds for undoing attaches whose caller is not there any more, in close and after a failed batch
 
 SANDBOX_ID_MAX = 128
 
@@ -60,7 +60,7 @@ class Sandbox:
     """
 
     __slots__ = (
-        "__weakref__", "_allotment", "_asked", "_askers", "_asking", "_finished_late", "_kept", "_open", "_vmm", "id", "manager",
+        "__weakref__", "_allotment", "_asked", "_askers", "_asking", "_finished_late", "_kept", "_open", "_saving", "_vmm", "id", "manager",
     )  # fmt: skip
 
     def __init__(
@@ -82,6 +82,7 @@ class Sandbox:
         self._vmm = open_hypervisor(vm) if isinstance(vm, str) else vm
         self._finished_late = NO_IDS  # devices whose callers were told "pending", and which are gone since
         self._kept: Kept | None = None
+        self._saving: asyncio.Future[None] | None = None  # the last save, which may still be under way
         self._open = False
         self._asked = False  # the machine has been asked which disks it has
         self._asking: asyncio.Task[None] | None = None
@@ -133,8 +134,7 @@ class Sandbox:
         info = self._info(image, driver=driver, read_only=read_only, serial=serial, device_id=device_id)
         deadline = deadline_after(timeout)
         [device] = self._obtain([info])
-        await self._attach(device, deadline)
-        return device
+        return await self._attach(device, info, deadline)
 
     async def attach_many(
         self,
@@ -152,21 +152,25 @@ class Sandbox:
         :param timeout: seconds for all of them together, None for no deadline.
         :param progress: called with each device when it is attached.
         """
+        if isinstance(images, str | bytes | os.PathLike):
+            raise InvalidValue(f"images {images!r} is one path; give a list of them, or use attach")
         infos = [self._info(image, driver=driver, read_only=read_only) for image in images]
         deadline = deadline_after(timeout)
         devices = self._obtain(infos)
-        attached: list[BlockDevice] = []
+        if not devices:
+            return []
+        attached: dict[int, BlockDevice] = {}
         errors: list[BaseException] = []
 
-        async def one(device: BlockDevice) -> None:
+        async def one(position: int, device: BlockDevice) -> None:
             try:
-                await self._attach(device, deadline)
+                device = await self._attach(device, infos[position], deadline)
             except BaseException as error:
                 errors.append(error)
                 if isinstance(error, asyncio.CancelledError):
                     raise
             else:
-                attached.append(device)
+                attached[position] = device
                 if progress is not None:
                     progress(device)
 
@@ -179,7 +183,7 @@ class Sandbox:
                 self.manager.drop(device)
             raise
         # The tasks start in this order, and an attach reserves before it first waits: so the indexes follow the order of the images.
-        tasks = [asyncio.ensure_future(one(device)) for device in devices]
+        tasks = [asyncio.ensure_future(one(position, device)) for position, device in enumerate(devices)]
         try:
             try:
                 await asyncio.sleep(0)
@@ -187,13 +191,15 @@ class Sandbox:
                 self._allotment.unplan(fresh)  # all have reserved by now but those that wait for their turn
             await asyncio.gather(*tasks)
         except BaseException:
-            await asyncio.wait(tasks)
-            await self._take_back(attached, [])
+            for task in tasks:
+                task.cancel()
+            # In a task of its own: another cancellation must not leave what was attached without an owner.
+            await asyncio.shield(asyncio.ensure_future(self._take_back(attached, [], tasks)))
             raise
         if errors:
-            await self._take_back(attached, errors)
+            await asyncio.shield(asyncio.ensure_future(self._take_back(attached, errors, tasks)))
             _raise_first(errors)
-        return devices
+        return [attached[position] for position in range(len(devices))]
 
     async def detach(self, device: Device | str, *, timeout: float | None = TIMEOUT) -> None:
         """Takes one attach of a device back; the last one unplugs it. Returns when the VMM says that it is gone.
@@ -208,19 +214,17 @@ class Sandbox:
         device_id = device if isinstance(device, str) else device.id
         if device_id in self._finished_late and device_id not in self.manager:
             self._finished_late -= {device_id}
-            return
+            return  # it was told "pending", and is gone since
         found = self.manager.find(device_id)
         if not isinstance(device, str) and device is not found:
             raise UnknownDevice(f"device {device_id!r} of this sandbox is another object; the one given was detached, or belongs elsewhere")
-        try:
-            await self.manager.detach(device_id, self, deadline)
-        except BaseException as error:
-            # Its user has asked for the end: a late confirmation completes it, or it was there in the very moment of a cancellation.
-            ended = (Phase.DETACHING, Phase.DETACH_PENDING, *((Phase.DETACHED,) if isinstance(error, asyncio.CancelledError) else ()))
-            if isinstance(found, BlockDevice) and found.phase in ended:
-                self.manager.drop(found)
-            raise
-        self.manager.drop(found)
+        if isinstance(found, BlockDevice):
+            stays = await found.detach(self, deadline)
+        else:
+            found.detach()
+            stays = True
+        if stays:
+            self.manager.drop(found)  # the last one is dropped by `release`, whenever that comes
 
     async def detach_many(self, devices: Iterable[Device | str], *, timeout: float | None = TIMEOUT) -> None:
         """Detaches many devices at once. All are tried; the first error is raised, the others are its notes."""
@@ -230,8 +234,17 @@ class Sandbox:
     async def save(self, path: str | os.PathLike[str]) -> None:
         """Writes devices, counts and indexes to a JSON file, atomically and synced. Raises StateError when the file there is something
         else."""
+        self._check_open()
+        # One after the other, and each whole: an older picture must not come after a newer one, nor a cancelled one be half awaited.
+        self._saving = asyncio.ensure_future(self._save(path, self._saving))
+        self._saving.add_done_callback(lambda task: task.cancelled() or task.exception())
+        await asyncio.shield(self._saving)
+
+    async def _save(self, path: str | os.PathLike[str], previous: asyncio.Future[None] | None) -> None:
         from pyblock.stores import json_file  # noqa: PLC0415
 
+        if previous is not None:
+            await _over(previous)
         await asyncio.to_thread(json_file.write, path, self.state())
 
     async def load(self, path: str | os.PathLike[str]) -> None:
@@ -256,7 +269,7 @@ class Sandbox:
         if len(self.manager):
             raise CallerError(f"sandbox {self.id} has {len(self.manager)} devices; a state is loaded into one without")
         # One that was asked for holds the machine's own disks, and they are asked for anew.
-        allotment = Allotment(self._allotment.capacity, self._allotment.offsets) if self._asked else self._allotment
+        allotment = Allotment(self._allotment.capacity, self._allotment.given) if self._asked else self._allotment
         self._kept = restore_sandbox(state, self.manager, allotment, where=where)
         self._allotment = allotment
         self._asked = False
@@ -264,19 +277,32 @@ class Sandbox:
             if isinstance(device, BlockDevice) and device.drive is not None and device.drive.slot is not None:
                 self._vmm.adopt(device.drive)
 
+    async def settle(self, timeout: float = GRACE) -> None:
+        """Waits, so many seconds at most, until attaches that nobody waits for any more are undone, and saves are written."""
+        undoing = [operation.settled(None) for operation in self.running if operation.abandoned and operation.undoing]
+        if self._saving is not None:
+            undoing.append(_over(self._saving))
+        if undoing:
+            await asyncio.wait([asyncio.ensure_future(one) for one in undoing], timeout=timeout)
+
     async def close(self) -> None:
         """Ends the connection to the VMM; the machine keeps what it has. Attaches that nobody waits for any more are first undone,
-        within 5 s."""
-        undoing = [operation for operation in self.running if operation.abandoned and operation.undoing]
-        if undoing:
-            await asyncio.wait([asyncio.ensure_future(operation.settled(None)) for operation in undoing], timeout=CLOSE_GRACE)
-        self._open = False
-        operations = self.running
-        for operation in operations:
-            operation.cancel()
-        for operation in operations:
-            await operation.settled(None)
-        await self._vmm.close()
+        within 5 s; what is then still under way is left pending."""
+        try:
+            await self.settle()
+        finally:
+            self._open = False
+            if self._asking is not None:
+                self._asking.cancel()
+            try:
+                await asyncio.sleep(0)  # an operation that was made just now marks its device before it can be ended
+                operations = self.running
+                for operation in operations:
+                    operation.cancel()
+                for operation in operations:
+                    await operation.settled(None)
+            finally:
+                await self._vmm.close()
 
     # The device receiver: what devices call.
 
@@ -284,16 +310,24 @@ class Sandbox:
         """Takes index, ordinal and drive ID for a device; see DeviceReceiver."""
         if device.info.driver not in self._vmm.drivers:
             raise UnknownDriver(f"this VMM has no driver {device.info.driver!r}; it has {', '.join(sorted(self._vmm.drivers))}")
+        self._check_open()
+        if device.id not in self.manager or self.manager.find(device.id) is not device:
+            raise Forgotten
         drive = self._allotment.reserve(device)
         if self._finished_late:
             self._finished_late -= {device.id}
         return drive
 
-    def release(self, device: BlockDevice, drive: BlockDrive, *, late: bool) -> None:
+    def release(self, device: BlockDevice, drive: BlockDrive, *, late: bool, counted: bool) -> None:
         """Gives back what `reserve` took; see DeviceReceiver."""
         self._allotment.release(drive)
         if late:
+            # Whoever was told "pending" may call again with this device. So it ends here, and who waits to attach its image gets a new one.
             self._finished_late |= {device.id}
+            self.manager.forget(device)
+        elif counted:
+            self.manager.drop(device)
+        else:
             self.manager.tidy(device)
 
     async def plug(self, drive: BlockDrive) -> None:
@@ -316,7 +350,7 @@ class Sandbox:
         self, image: Image, *, driver: str | None, read_only: bool, serial: str | None = None, device_id: str | None = None
     ) -> DeviceInfo:
         if not isinstance(image, DeviceInfo):
-            return DeviceInfo(path=os.fspath(image), driver=driver, read_only=read_only, serial=serial, id=device_id)
+            return DeviceInfo(path=os.fsdecode(image), driver=driver, read_only=read_only, serial=serial, id=device_id)
         if driver is not None or read_only or serial is not None or device_id is not None:
             raise InvalidValue("a DeviceInfo says driver, read_only, serial and ID itself; give them there")
         if image.dev_type in ("c", "u"):
@@ -338,17 +372,25 @@ class Sandbox:
             raise
         return devices
 
-    async def _attach(self, device: BlockDevice, deadline: float | None) -> None:
-        try:
-            await self._ask(deadline)
-            await device.attach(self, deadline)
-        except BaseException:
-            self.manager.drop(device)
-            raise
+    async def _attach(self, device: BlockDevice, info: DeviceInfo, deadline: float | None) -> BlockDevice:
+        while True:
+            try:
+                await self._ask(deadline)
+                await device.attach(self, deadline)
+            except Forgotten:
+                [device] = self._obtain([info])
+            except BaseException:
+                self.manager.drop(device)
+                raise
+            else:
+                return device
 
-    async def _take_back(self, devices: Iterable[BlockDevice], errors: list[BaseException]) -> None:
-        """Undoes the attaches of a batch; trouble goes behind `errors`."""
-        done = await asyncio.gather(*(self.detach(device) for device in devices), return_exceptions=True)
+    async def _take_back(
+        self, attached: dict[int, BlockDevice], errors: list[BaseException], tasks: Sequence[asyncio.Future[None]]
+    ) -> None:
+        """Undoes the attaches of a batch when its tasks are over; trouble goes behind `errors`. What does not end in time is pending."""
+        await asyncio.wait(tasks)
+        done = await asyncio.gather(*(self.detach(device, timeout=GRACE) for device in attached.values()), return_exceptions=True)
         errors.extend(error for error in done if isinstance(error, BaseException))
 
     async def _ask(self, deadline: float | None) -> None:
@@ -364,6 +406,11 @@ class Sandbox:
                 await asyncio.shield(asking)
         except TimeoutError:
             raise VmmUnreachable(f"the VMM of sandbox {self.id} did not say before the deadline which disks it has") from None
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if asking.cancelled() and task is not None and not task.cancelling():
+                raise SandboxClosed(f"sandbox {self.id} was closed while its VMM was being asked for its disks") from None
+            raise
         finally:
             if self._asking is asking:
                 self._askers -= 1
@@ -388,6 +435,11 @@ def _is_sandbox_id(text: object) -> bool:
 
 
 _WITHOUT_MARKS = str.maketrans("", "", "_.-")
+
+
+async def _over(future: asyncio.Future[None]) -> None:
+    """Returns when it is over, however it ended."""
+    await asyncio.wait([future])
 
 
 def _raise_first(errors: list[BaseException]) -> None:

@@ -29,11 +29,11 @@ def cli(context: click.Context, vm: str | None, state: str | None) -> None:
     context.obj = (vm, state)
 
 
-def _session(context: click.Context) -> Session:
+def _session(context: click.Context, *, changes: bool, timeout: float = TIMEOUT) -> Session:
     vm, state = context.obj
     if vm is None:
         raise click.UsageError("this command needs --vm ADDRESS before it, for example: pyblock --vm qemu:/run/vm1/qmp.sock list")
-    return Session(vm, state)
+    return Session(vm, state, changes=changes, timeout=timeout)
 
 
 @cli.command()
@@ -50,7 +50,7 @@ def attach(
     """Attach disk images or block devices: all of them or none."""
     if serial is not None and len(images) > 1:
         raise click.UsageError("--serial belongs to one image; attach them one by one")
-    with _session(context) as session:
+    with _session(context, changes=True, timeout=timeout) as session:
         if len(images) == 1:
             devices = [session.sandbox.attach(images[0], driver=driver, read_only=read_only, serial=serial, timeout=timeout)]
         else:
@@ -64,7 +64,7 @@ def attach(
 @click.pass_context
 def list_(context: click.Context, as_json: bool) -> None:
     """List what is attached, as the state knows it. Does not touch the VM."""
-    with _session(context) as session:
+    with _session(context, changes=False) as session:
         devices = [device for device in session.sandbox.devices if isinstance(device, BlockDevice)]
     show.devices(devices, as_json=as_json)
 
@@ -75,7 +75,7 @@ def list_(context: click.Context, as_json: bool) -> None:
 @click.pass_context
 def detach(context: click.Context, device_ids: tuple[str, ...], timeout: float) -> None:
     """Detach devices; returns when the VM says that they are gone."""
-    with _session(context) as session:
+    with _session(context, changes=True, timeout=timeout) as session:
         session.sandbox.detach_many(device_ids, timeout=timeout)
 
 

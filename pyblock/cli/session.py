@@ -9,13 +9,16 @@ import fcntl
 import hashlib
 import os
 import re
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from pyblock import blocking
-from pyblock.errors import InvalidState
+from pyblock.errors import InvalidState, VmmUnreachable
+from pyblock.sandbox import TIMEOUT
 
+LOCK_PAUSE = 0.02  # seconds between two looks at the lock
 _WORDS = re.compile(r"[^A-Za-z0-9.]+")
 
 
@@ -51,21 +54,30 @@ def state_file(vm: str) -> Path:
 
 class Session:
     """A context manager; `sandbox` is open inside it. The state is saved also when the body fails, for a failure may leave devices
-    pending."""
+    pending.
 
-    def __init__(self, vm: str, state: str | None) -> None:
+    :param changes: the command will change the machine, so the state must be writable: it is written once before.
+    :param timeout: seconds to wait for another command that works on the same VM.
+    """
+
+    def __init__(self, vm: str, state: str | None, *, changes: bool, timeout: float = TIMEOUT) -> None:
         vm = canonical(vm)
         self.sandbox = blocking.Sandbox("cli", vm)
+        self._vm = vm
         self._path = Path(state) if state is not None else state_file(vm)
+        self._changes = changes
+        self._timeout = timeout
         self._lock = -1
 
     def __enter__(self) -> Self:
         self._lock = os.open(self._path.with_name(f".{self._path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self._wait_for_lock()
             self.sandbox.__enter__()
             if self._path.exists():
                 self.sandbox.load(self._path)
+            if self._changes:
+                self.sandbox.save(self._path)  # a full disk or a read-only folder is better met now than with disks plugged in
         except BaseException:
             self._leave()
             raise
@@ -74,10 +86,26 @@ class Session:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
+            self.sandbox.settle()
             if self.sandbox.state() != self._before:
                 self.sandbox.save(self._path)
+        except BaseException as trouble:
+            known = ", ".join(device.id for device in self.sandbox.devices) or "none"
+            trouble.add_note(f"the state could not be saved; devices in the VM now: {known}")
+            raise
         finally:
             self._leave()
+
+    def _wait_for_lock(self) -> None:
+        deadline = time.monotonic() + self._timeout
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise VmmUnreachable(f"another pyblock command has been working on {self._vm} for {self._timeout:g} s") from None
+                time.sleep(LOCK_PAUSE)
 
     def _leave(self) -> None:
         try:

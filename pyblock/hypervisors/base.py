@@ -100,7 +100,6 @@ class SteppedHypervisor(Hypervisor, Protocol):
             await self.backend_add(drive)
             sent = True
             await self.device_add(drive)
-            await self.locate(drive)
         except (VmmUnreachable, VmmProtocolError) as error:
             if sent:
                 raise Unsettled(error) from error
@@ -113,9 +112,15 @@ class SteppedHypervisor(Hypervisor, Protocol):
                 await self._undo(drive, error)
             self.vacate(drive)
             raise
-        except Exception:
+        except Exception as error:  # a fault of ours, not of the VMM
+            if sent:
+                raise Unsettled(VmmProtocolError(f"drive {drive.id}: {error!r}")) from error
             self.vacate(drive)
             raise
+        try:
+            await self.locate(drive)
+        except Exception as error:  # it is plugged in: whatever went wrong, the VMM has it
+            raise Unsettled(error if isinstance(error, PyblockError) else VmmProtocolError(f"drive {drive.id}: {error!r}")) from error
 
     async def _undo(self, drive: BlockDrive, error: PyblockError) -> None:
         try:

@@ -71,11 +71,11 @@ class QemuHypervisor(SteppedHypervisor):
     def __init__(self, address: str) -> None:
         self._qmp = QmpSession(address)
         self._tree: Tree | None = None
-        self._slots: dict[str, str] = {}  # slot name to the ID of our drive in it
+        self._slots: dict[str, tuple[str, Slot | None]] = {}  # slot name to the ID of our drive in it, and the slot if we chose it
         self._buses: dict[Any, int] = {}
         self._leaving: dict[str, asyncio.Future[None]] = {}
         self._nudges: set[asyncio.Task[None]] = set()
-        self._lanes = asyncio.Semaphore(_LANES)
+        self._lanes: asyncio.Semaphore | None = None  # of the event loop that it is used in
 
     @property
     def drivers(self) -> frozenset[str]:
@@ -92,7 +92,7 @@ class QemuHypervisor(SteppedHypervisor):
 
     def adopt(self, drive: BlockDrive) -> None:
         if drive.kind is VIRTIO_BLK and drive.slot is not None:
-            self._slots[drive.slot] = drive.id
+            self._slots[drive.slot] = (drive.id, None)
 
     async def place(self, drive: BlockDrive) -> None:
         if drive.kind is VIRTIO_SCSI:
@@ -108,7 +108,7 @@ class QemuHypervisor(SteppedHypervisor):
                     "start QEMU with more pcie-root-port (q35) or pci-bridge (pc) devices"
                 )
             drive.slot, drive.pci_path = slot.name, slot.pci_path
-            self._slots[slot.name] = drive.id
+            self._slots[slot.name] = (drive.id, slot)
 
     def _free(self, tree: Tree) -> Slot | None:
         return next((slot for slot in tree.free if slot.name not in self._slots), None)
@@ -118,12 +118,15 @@ class QemuHypervisor(SteppedHypervisor):
         return self._tree
 
     def vacate(self, drive: BlockDrive) -> None:
-        if drive.slot is not None and self._slots.get(drive.slot) == drive.id:
+        held = self._slots.get(drive.slot) if drive.slot is not None else None
+        if drive.slot is not None and held is not None and held[0] == drive.id:
             del self._slots[drive.slot]
             if self._tree is not None and all(slot.name != drive.slot for slot in self._tree.free):
                 self._tree = None  # it was read while the drive was there, so it does not list the slot as free
 
     async def plug(self, drive: BlockDrive) -> None:
+        if self._lanes is None:
+            self._lanes = asyncio.Semaphore(_LANES)
         async with self._lanes:
             await super().plug(drive)
 
@@ -147,27 +150,41 @@ class QemuHypervisor(SteppedHypervisor):
             drive.nvdimm_id = drive.id
             drive.guest_match = f"/region{drive.ordinal + drive.offset}/"
         else:
-            slot = next((slot for slot in (self._tree or await self._look()).free if slot.name == drive.slot), None)
+            _, slot = self._slots.get(drive.slot or "", ("", None))
             if slot is not None:
                 if any(slot.route[:depth] not in self._buses for depth in range(1, len(slot.route) + 1)):
                     self._buses = await bus_numbers(self._qmp)
                 drive.guest_match = slot.guest_match(self._buses)
 
     async def device_del(self, drive: BlockDrive) -> bool:
-        self._leaving[drive.id] = await self._qmp.leaving(drive.id)
+        if await self._ask_to_leave(drive, drive.id):
+            return True
+        # The original names the device otherwise than its node ("virtio-drive-…"), and its drives can be loaded from its state.
+        user = await self._user_of(drive)
+        return user is not None and await self._ask_to_leave(drive, user)
+
+    async def _ask_to_leave(self, drive: BlockDrive, device_id: str) -> bool:
+        leaving = await self._qmp.leaving(device_id)
         try:
-            await self._qmp.execute("device_del", {"id": drive.id}, step="device-del")
-        except VmmRefused as error:
-            if _not_found(error):
-                self._qmp.left(drive.id)
-                return False
-            if not _is_pending(error):
-                self._qmp.left(drive.id)
+            await self._qmp.execute("device_del", {"id": device_id}, step="device-del")
+        except PyblockError as error:
+            if not (isinstance(error, VmmRefused) and _is_pending(error)):
+                self._qmp.forget(device_id)
+                if isinstance(error, VmmRefused) and _not_found(error):
+                    return False
                 raise
-        except PyblockError:
-            self._qmp.left(drive.id)
-            raise
+        self._leaving[drive.id] = leaving
         return True
+
+    async def _user_of(self, drive: BlockDrive) -> str | None:
+        """The ID of the device that uses the drive's node, if there is one."""
+        if drive.kind is NVDIMM:
+            return None
+        for block in await self._qmp.execute("query-block"):
+            if block.get("inserted", {}).get("node-name") == drive.id and block.get("qdev"):
+                name: str = block["qdev"].removeprefix("/machine/peripheral/").partition("/")[0]
+                return name or None
+        return None
 
     async def device_gone(self, drive: BlockDrive) -> None:
         await asyncio.shield(self._leaving.pop(drive.id))
@@ -208,6 +225,7 @@ class QemuHypervisor(SteppedHypervisor):
     async def close(self) -> None:
         for task in list(self._nudges):
             task.cancel()
+        self._lanes = None
         await self._qmp.close()
 
 

@@ -79,6 +79,11 @@ class QmpSession:
         if (future := self._leaving.pop(device_id, None)) is not None and not future.done():
             future.set_result(None)
 
+    def forget(self, device_id: str) -> None:
+        """Takes note that nobody waits for the device to leave."""
+        if (future := self._leaving.pop(device_id, None)) is not None:
+            future.cancel()
+
     async def close(self) -> None:
         """Ends the connection, if there is one."""
         if self._opening is not None:
@@ -98,6 +103,11 @@ class QmpSession:
         self._openers += 1
         try:
             return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if opening.cancelled() and task is not None and not task.cancelling():
+                raise VmmUnreachable(f"QMP socket {self.path!r}: closed while the connection was being made") from None
+            raise
         finally:
             if self._opening is opening:
                 self._openers -= 1

@@ -306,15 +306,28 @@ def test_a_command_waits_for_the_lock(shell: Shell, make_image: MakeImage) -> No
         fcntl.flock(held, fcntl.LOCK_EX)
         with subprocess.Popen(shell.command("attach", make_image("two")), env=shell.environment, stdout=subprocess.PIPE) as process:
             deadline = time.monotonic() + 60
-            waiting = re.compile(rf"-> FLOCK .* {process.pid} ")
-            while not waiting.search(Path("/proc/locks").read_text()):
+            opened = Path(f"/proc/{process.pid}/fd")
+            while not any(os.path.samefile(entry, lock) for entry in opened.iterdir() if entry.exists()):  # noqa: PTH121
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
+            time.sleep(0.3)  # time enough for one that does not wait to be done
+            assert process.poll() is None
             fcntl.flock(held, fcntl.LOCK_UN)
             process.communicate(timeout=60)
             assert process.returncode == 0
     assert len(shell.json("list")) == 2
+
+
+def test_a_command_gives_up_on_the_lock(shell: Shell, make_image: MakeImage) -> None:
+    shell.fine("attach", make_image("one"))
+    [lock] = shell.folder.glob(".*.lock")
+    with lock.open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        command = shell.command("attach", make_image("two"), "--timeout", "0.1")
+        gone = subprocess.run(command, env=shell.environment, capture_output=True, text=True, check=False)
+    assert gone.returncode == 1 and "another pyblock command" in gone.stderr
+    assert len(shell.json("list")) == 1
 
 
 def on_terminal(shell: Shell, *arguments: str | Path) -> tuple[int, str]:

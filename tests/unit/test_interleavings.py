@@ -1,0 +1,226 @@
+"""Callers that get in each other's way: each case once lost a disk, an index, or the truth."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pyblock
+from pyblock import BlockDevice, Phase, blocking
+from pyblock.drivers import SD
+from pyblock.hypervisors.base import FoundDisk
+from pyblock.hypervisors.memory import Fault, MemoryHypervisor
+from pyblock.model import BlockDrive
+from pyblock.stores import json_file
+
+pytestmark = pytest.mark.anyio
+
+SOON, LATE = 0.05, 30.0  # seconds: a deadline meant to pass, and one that is not
+MakeImage = Callable[..., Path]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LATE):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def test_one_attaches_while_another_resumes_its_detach(make_image: MakeImage) -> None:
+    vm = MemoryHypervisor()
+    image = make_image("a")
+    async with pyblock.Sandbox("sb", vm) as sandbox:
+        mine = await sandbox.attach(image)
+        vm.fail("device-gone", Fault("hold"))
+        with pytest.raises(pyblock.DetachPending):
+            await sandbox.detach(mine, timeout=SOON)
+        other = asyncio.create_task(sandbox.attach(image))
+        await asyncio.sleep(0.01)
+        resumed = asyncio.create_task(sandbox.detach(mine))
+        await asyncio.sleep(0.01)
+        vm.let_go("device-gone")
+        await resumed
+        theirs = await other
+        assert sandbox.devices == [theirs] and theirs.attach_count == 1 and list(sandbox.index) == [0]
+        await sandbox.detach(theirs)
+        assert not sandbox.devices and not len(sandbox.index) and not vm.devices
+
+
+async def test_a_safe_retry_takes_nobody_elses_disk(make_image: MakeImage) -> None:
+    vm = MemoryHypervisor()
+    image = make_image("a")
+    async with pyblock.Sandbox("sb", vm) as sandbox:
+        mine = await sandbox.attach(image)
+        vm.fail("device-gone", Fault("hold"))
+        with pytest.raises(pyblock.DetachPending):
+            await sandbox.detach(mine, timeout=SOON)
+        other = asyncio.create_task(sandbox.attach(image))
+        await asyncio.sleep(0.01)
+        vm.let_go("device-gone")
+        theirs = await other
+        assert theirs is not mine
+        await sandbox.detach(mine)
+        assert theirs.phase is Phase.ATTACHED and len(vm.devices) == 1
+
+
+async def test_two_batches_of_the_same_images(make_image: MakeImage) -> None:
+    async with pyblock.Sandbox("sb", "memory:") as sandbox:
+        images = [make_image("a"), make_image("b")]
+        both = await asyncio.gather(sandbox.attach_many(images), sandbox.attach_many(images))
+        assert [device.attach_count for device in both[0]] == [2, 2]
+        await sandbox.detach_many([*both[0], *both[1]])
+        assert not len(sandbox.index)
+        assert (await sandbox.attach(images[0])).held.predicted_name == "/dev/sda"
+
+
+async def test_an_unknown_outcome_is_not_guessed_when_the_vmm_is_away(make_image: MakeImage) -> None:
+    vm = MemoryHypervisor()
+    async with pyblock.Sandbox("sb", vm) as sandbox:
+        image = make_image("a")
+        device = await sandbox.attach(image)
+        vm.fail("device-gone", Fault("lose"))
+        with pytest.raises(pyblock.DetachPending):
+            await sandbox.detach(device)
+        vm.dead = True
+        with pytest.raises(pyblock.VmmUnreachable):
+            await sandbox.detach(device)
+        assert device.phase is Phase.DETACH_PENDING
+        vm.dead = False
+        with pytest.raises(pyblock.DetachPending):
+            await sandbox.attach(image)
+        await sandbox.detach(device)
+        assert not sandbox.devices
+
+
+async def test_a_cancelled_batch_does_not_wait_for_its_slowest(make_image: MakeImage) -> None:
+    vm = MemoryHypervisor()
+    vm.fail("device-add", Fault("hold"), times=2)
+    async with pyblock.Sandbox("sb", vm) as sandbox:
+        task = asyncio.create_task(sandbox.attach_many([make_image("a"), make_image("b")], timeout=None))
+        await until(lambda: len(vm.backends) == 2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.wait_for(task, LATE)
+        vm.let_go("device-add")
+        await until(lambda: not sandbox.devices)
+        assert not len(sandbox.index) and not vm.backends
+
+
+async def test_nothing_is_plugged_after_close(make_image: MakeImage) -> None:
+    class Slow(MemoryHypervisor):
+        async def inventory(self) -> list[FoundDisk]:
+            await asyncio.sleep(0.05)
+            return await super().inventory()
+
+    vm = Slow()
+    async with pyblock.Sandbox("sb", vm) as sandbox:
+        task = asyncio.create_task(sandbox.attach(make_image("a")))
+        await asyncio.sleep(0.01)
+    with pytest.raises(pyblock.SandboxClosed):
+        await task
+    assert not vm.backends
+
+
+async def test_an_operation_that_close_meets_before_its_first_step(make_image: MakeImage) -> None:
+    vm = MemoryHypervisor()
+    sandbox = pyblock.Sandbox("sb", vm)
+    image = make_image("a")
+    async with sandbox:
+        await sandbox.detach(await sandbox.attach(image))
+        vm.fail("backend-add", Fault("hold"))
+        task = asyncio.create_task(sandbox.attach(image))
+        await asyncio.sleep(0)
+    with pytest.raises(pyblock.AttachPending):
+        await task
+    vm.let_go("backend-add")
+    async with sandbox:
+        [device] = sandbox.devices
+        await sandbox.detach(device, timeout=LATE)
+        assert not sandbox.devices and not vm.backends
+
+
+async def test_the_newer_of_two_saves_stays(make_image: MakeImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = threading.Event()
+    write = json_file.write
+
+    def slow(path: Any, state: Any) -> None:
+        if not first.is_set():
+            first.set()
+            threading.Event().wait(0.2)
+        write(path, state)
+
+    monkeypatch.setattr(json_file, "write", slow)
+    async with pyblock.Sandbox("sb", "memory:") as sandbox:
+        old = asyncio.create_task(sandbox.save(tmp_path / "state"))
+        await asyncio.sleep(0.01)
+        await sandbox.attach(make_image("a"))
+        await asyncio.gather(old, sandbox.save(tmp_path / "state"))
+    assert len(json.loads((tmp_path / "state").read_text())["Devices"]) == 1
+
+
+async def test_what_is_plugged_in_stays_taken_when_it_cannot_be_located(make_image: MakeImage) -> None:
+    class Broken(MemoryHypervisor):
+        async def locate(self, drive: BlockDrive) -> None:
+            raise KeyError("a reply of another shape")
+
+    vm = Broken()
+    async with pyblock.Sandbox("sb", vm) as sandbox:
+        with pytest.raises(pyblock.AttachPending, match="another shape"):
+            await sandbox.attach(make_image("a"))
+        [device] = sandbox.devices
+        assert isinstance(device, BlockDevice) and device.phase is Phase.ATTACH_PENDING and list(sandbox.index) == [0]
+        await sandbox.detach(device)
+        assert not vm.devices and not vm.backends and not sandbox.devices
+
+
+async def test_a_load_after_asking_counts_the_machines_disks_anew(make_image: MakeImage) -> None:
+    vm = MemoryHypervisor(existing=(FoundDisk("boot", SD, 0),))
+    async with pyblock.Sandbox("sb", vm) as sandbox:
+        await sandbox.attach(make_image("a"))
+        saved = sandbox.state()
+    async with pyblock.Sandbox("sb", vm) as sandbox:
+        await sandbox.detach(await sandbox.attach(make_image("x"), driver="virtio-blk"))
+        sandbox.restore(saved)
+        assert (await sandbox.attach(make_image("b"))).held.predicted_name == "/dev/sdc"
+
+
+def test_an_index_has_one_owner() -> None:
+    index = pyblock.BlockIndex(8)
+    for attempt in (copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError):
+            attempt(index)
+
+
+def test_an_interrupted_blocking_call_is_undone(make_image: MakeImage) -> None:
+    vm = MemoryHypervisor()
+    vm.fail("device-add", Fault("delay", 0.3))
+    with blocking.Sandbox("sb", vm) as sandbox:
+        threading.Timer(0.1, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            sandbox.attach(make_image("a"))
+        sandbox.settle(LATE)
+        assert not sandbox.devices and not vm.devices and not vm.backends
+
+
+def test_a_blocking_sandbox_may_be_opened_again(make_image: MakeImage) -> None:
+    sandbox = blocking.Sandbox("sb", "memory:")
+    images = [make_image(f"{number}") for number in range(8)]
+    for _ in range(2):
+        with sandbox:
+            sandbox.detach_many(sandbox.attach_many(images))
+    with pytest.raises(pyblock.SandboxClosed):
+        sandbox.attach(images[0])
+
+
+async def test_paths_that_are_no_list(make_image: MakeImage) -> None:
+    async with pyblock.Sandbox("sb", "memory:") as sandbox:
+        with pytest.raises(pyblock.InvalidValue, match="one path"):
+            await sandbox.attach_many(str(make_image("a")))
+        assert await sandbox.attach_many([]) == []
