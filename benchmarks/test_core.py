@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,8 +195,12 @@ def test_the_core_alone(versus: Versus) -> None:
 
 
 def test_import(versus: Versus, rounds: int) -> None:
+    """Both byte-compiled, as pip leaves what it installs: the first rounds, which do not count, fill a cache of their own."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(Path("build/bench/pycache").resolve())
+
     def fresh(module: str) -> Callable[[], object]:
-        return lambda: subprocess.check_call([sys.executable, "-c", f"import {module}"])
+        return lambda: subprocess.check_call([sys.executable, "-c", f"import {module}"], env=environment)
 
     versus("import pyblock", fresh("pyblock"), "import asyncio", fresh("asyncio"), at_most=1.5, unit="process", rounds=rounds)
 
