@@ -46,7 +46,7 @@ class Bits:
         self.bits[:taken] = 1
 
     def acquire(self) -> int:
-        index = self.bits.find(0)
+        index: int = self.bits.find(0)
         self.bits[index] = 1
         return index
 

@@ -180,7 +180,7 @@ async def test_there_is_no_monitor(bare_machine: Machine, name: str) -> None:
 
 async def test_length_of_a_socket_path(bare_machine: Machine) -> None:
     image = bare_machine.image("disk")
-    for name, text in (("x" * 120, "107"), ("ä" * 50, "107"), ("nul\0", "null byte")):
+    for name, text in (("x" * 120, "107"), ("ä" * 50, "107"), ("nul\0", "null (byte|character)")):
         path = bare_machine.folder / name
         async with Sandbox("s1", f"qemu:{path}") as sandbox:
             with pytest.raises(VmmUnreachable, match=text):
