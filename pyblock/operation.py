@@ -69,8 +69,8 @@ class Operation:
         self.abandoned = False
         self._waiters += 1
         try:
-            async with asyncio.timeout_at(deadline):
-                await asyncio.shield(self._task)
+            await self.settled(deadline)  # no shield: from Python 3.14 on that reports an error after a cancelled wait to the event loop
+            self._task.result()
         finally:
             self._waiters -= 1
             if not self._waiters and not self._task.done():

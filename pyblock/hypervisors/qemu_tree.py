@@ -23,6 +23,7 @@ PORT_SLOTS = range(1)  # behind a PCIe port there is one device, number 0
 _PCI_BUS = ("child<PCI>", "child<PCIE>")
 _BUS_CHILD = re.compile(r"child\[\d+\]")
 _LINK = re.compile(r"link<(.*)>")
+_ACPI_NUMBER = "acpi-pcihp-bsel"
 _PORTS = frozenset({"pcie-root-port", "ioh3420", "xio3130-downstream"})
 _BRIDGES = _PORTS | {"pci-bridge", "pci-bridge-seat", "pcie-pci-bridge", "i82801b11-bridge", "x3130-upstream"}
 _FAMILIES: tuple[tuple[re.Pattern[str], Family], ...] = (
@@ -149,7 +150,10 @@ async def _children(qmp: QmpSession, bus: str) -> tuple[list[tuple[str, str]], b
     properties = await _properties(qmp, bus)
     links = [(name, match[1]) for name, kind in properties.items() if _BUS_CHILD.fullmatch(name) and (match := _LINK.fullmatch(kind))]
     handler, *paths = await asyncio.gather(_get(qmp, bus, "hotplug-handler"), *(_get(qmp, bus, name) for name, _ in links))
-    return [(path, kind) for path, (_, kind) in zip(paths, links, strict=True) if path], bool(handler)
+    # A bridge that is its bus's own handler takes what is plugged in. Where the handler is the chipset (ACPI), it does so only on the buses
+    # that it has numbered: since QEMU 8 it is named on q35's root bus as well, and refuses there.
+    hotplug = bool(handler) and (handler == bus.rpartition("/")[0] or _ACPI_NUMBER in properties)
+    return [(path, kind) for path, (_, kind) in zip(paths, links, strict=True) if path], hotplug
 
 
 async def _pci_bus(qmp: QmpSession, tree: Tree, bus: str, route: tuple[Hop, ...], *, port: bool) -> None:

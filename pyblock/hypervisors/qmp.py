@@ -15,6 +15,7 @@ from typing import Any
 
 from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
 from qemu.qmp.protocol import ConnectError, StateError
+from qemu.qmp.qmp_client import GreetingError
 
 from pyblock.errors import ConnectionLost, PyblockError, VmmProtocolError, VmmRefused, VmmUnreachable
 from pyblock.hypervisors.base import CONNECT_TIMEOUT
@@ -129,7 +130,13 @@ class QmpSession:
         client.register_listener(listener)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                await client.connect(self.path)
+                try:
+                    await client.connect(self.path)
+                except ConnectError as error:
+                    # QEMU 10 may send a new client, before the greeting, a reply that the one before did not wait for.
+                    if not isinstance(error.exc, GreetingError):
+                        raise
+                    await client.connect(self.path)
         except TimeoutError:
             raise VmmUnreachable(f"QMP socket {self.path!r}: no QMP greeting within {CONNECT_TIMEOUT:g} s") from None
         except ConnectError as error:

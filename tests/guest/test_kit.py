@@ -54,7 +54,7 @@ def test_every_kind_of_disk_appears_and_leaves(guest_machine: Machine) -> None:
     machine.side.command("object-add", {**memory, "size": 16 * MiB, "share": True})
     machine.side.command("device_add", driver="nvdimm", id="nv", memdev="memory")
     pmem0 = guest.wait_for_disks({"sda", "vda", "pmem0"})["pmem0"]
-    bus = "/sys/devices/LNXSYSTM:00/LNXSYBUS:00/ACPI0012:00/ndbus0"
+    bus = pmem0.link.partition("/ACPI0012:00/")[0] + "/ACPI0012:00/ndbus0"  # below LNXSYSTM:00 or, from Linux 7 on, below platform
     assert pmem0 == GuestDisk("pmem0", f"{bus}/region0/namespace0.0/block/pmem0", 16 * MiB, "", False)
 
     unplug(machine, "scsi")

@@ -6,7 +6,6 @@ it answers before any virtio driver is loaded and takes no PCI slot from the tes
 
 from __future__ import annotations
 
-import base64
 import re
 import secrets
 import socket
@@ -55,7 +54,7 @@ class Guest:
             # The newline first ends whatever half a line is still in the port; an answer to an earlier request that was given
             # up carries another id and is skipped with the rest of the bytes before ours.
             begin, end = secrets.token_hex(8), secrets.token_hex(8)
-            framed = base64.b64encode(f"echo {begin}\n{command}".encode()).decode()
+            framed = re.sub(rb"[^!-\[\]-~]", lambda byte: b"\\0%03o" % byte[0][0], f"echo {begin}\n{command}".encode()).decode()
             self._socket.settimeout(timeout)
             self._socket.sendall(f"\n{end} {framed}\n".encode())
             try:

@@ -1,7 +1,7 @@
 #!/bin/sh
 # The guest's whole user space: load the block drivers, then answer on the second serial port.
-# A request is one line, `<id> <command in base64>`. The answer is the command's raw output, then a line `<id> <exit status>`.
-# Base64 one way and a random id the other way: no byte in a command or its output can be mistaken for the frame.
+# A request is one line, `<id> <command, escaped for printf %b>`. The answer is the command's raw output, then a line `<id> <exit status>`.
+# Escapes one way and a random id the other way: no byte in a command or its output can be mistaken for the frame.
 
 /bin/busybox --install -s /bin
 mount -t devtmpfs dev /dev
@@ -19,6 +19,6 @@ echo ready >&3
 while :; do
 	read -r id command <&3
 	[ -n "$command" ] || continue
-	(eval "$(echo "$command" | base64 -d)") >&3 2>&1 3>&-
+	(eval "$(printf %b "$command")") >&3 2>&1 3>&-
 	printf '\n%s %s\n' "$id" "$?" >&3
 done
