@@ -23,7 +23,7 @@ def main() -> int:
     try:
         machine = Machine(ports=4, nvdimm_slots=1)
     except KitMissing as missing:
-        print(f"No real guest here: {missing}. The same job on the in-memory VMM instead:")
+        print(f"No real guest here: {missing}. The same job on the in-memory VMM instead:", flush=True)
         return subprocess.call([sys.executable, "-m", "pyblock", "demo"])
     print("Booting the test guest (QEMU without acceleration, a few seconds)…", flush=True)
     with machine, blocking.Sandbox("demo", f"qemu:{machine.qmp_path}") as sandbox:
