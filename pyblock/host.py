@@ -27,11 +27,10 @@ Identity = tuple[str, int, int]
 
 
 class HostImage(NamedTuple):
-    """What a path was found to be: absolute path, identity, size in bytes."""
+    """What a path was found to be: absolute path and identity."""
 
     path: str
     identity: Identity
-    size: int
 
     @property
     def is_block(self) -> bool:
@@ -89,7 +88,7 @@ def inspect_image(path: str, *, read_only: bool) -> HostImage:
         raise InvalidImage(f"image {path!r} may not be {need} by user {os.geteuid()}")
     if size == 0:
         raise InvalidImage(f"image {path!r} is empty; give it a size first, for example with truncate")
-    return HostImage(path, identity, size)
+    return HostImage(path, identity)
 
 
 def is_block_special(path: str) -> bool:

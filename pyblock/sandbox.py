@@ -30,6 +30,7 @@ from pyblock.index import BlockIndex
 from pyblock.manager import Device, DeviceManager
 from pyblock.model import BlockDrive, DeviceInfo
 from pyblock.operation import Operation, deadline_after
+from pyblock.shared import Ended, SharedWork
 
 if TYPE_CHECKING:
     from pyblock.persist import Kept
@@ -60,7 +61,7 @@ class Sandbox:
     """
 
     __slots__ = (
-        "__weakref__", "_allotment", "_asked", "_askers", "_asking", "_finished_late", "_kept", "_open", "_saving", "_vmm", "id", "manager",
+        "__weakref__", "_allotment", "_asked", "_asking", "_finished_late", "_kept", "_open", "_saving", "_vmm", "id", "manager",
     )  # fmt: skip
 
     def __init__(
@@ -85,8 +86,7 @@ class Sandbox:
         self._saving: asyncio.Future[None] | None = None  # the last save, which may still be under way
         self._open = False
         self._asked = False  # the machine has been asked which disks it has
-        self._asking: asyncio.Task[None] | None = None
-        self._askers = 0  # who wait for it
+        self._asking: SharedWork[None] = SharedWork()
 
     def __repr__(self) -> str:
         return f"<Sandbox {self.id} {len(self.manager)} devices, {len(self.index)} indexes taken>"
@@ -194,10 +194,10 @@ class Sandbox:
             for task in tasks:
                 task.cancel()
             # In a task of its own: another cancellation must not leave what was attached without an owner.
-            await asyncio.shield(asyncio.ensure_future(self._take_back(attached, [], tasks)))
+            await _over(asyncio.ensure_future(self._take_back(attached, [], tasks)))
             raise
         if errors:
-            await asyncio.shield(asyncio.ensure_future(self._take_back(attached, errors, tasks)))
+            await _over(asyncio.ensure_future(self._take_back(attached, errors, tasks)))
             _raise_first(errors)
         return [attached[position] for position in range(len(devices))]
 
@@ -236,9 +236,10 @@ class Sandbox:
         else."""
         self._check_open()
         # One after the other, and each whole: an older picture must not come after a newer one, nor a cancelled one be half awaited.
-        self._saving = asyncio.ensure_future(self._save(path, self._saving))
-        self._saving.add_done_callback(lambda task: task.cancelled() or task.exception())
-        await asyncio.shield(self._saving)
+        saving = self._saving = asyncio.ensure_future(self._save(path, self._saving))
+        saving.add_done_callback(lambda task: task.cancelled() or task.exception())
+        await _over(saving)
+        saving.result()
 
     async def _save(self, path: str | os.PathLike[str], previous: asyncio.Future[None] | None) -> None:
         from pyblock.stores import json_file  # noqa: PLC0415
@@ -292,9 +293,8 @@ class Sandbox:
             await self.settle()
         finally:
             self._open = False
-            if self._asking is not None:
-                self._asking.cancel()
             try:
+                await self._asking.end()
                 await asyncio.sleep(0)  # an operation that was made just now marks its device before it can be ended
                 operations = self.running
                 for operation in operations:
@@ -397,26 +397,13 @@ class Sandbox:
         """Learns, once, which disks the machine has already. All who wait for it share one question."""
         if self._asked:
             return
-        if self._asking is None:
-            self._asking = asyncio.create_task(self._learn())
-        asking = self._asking
-        self._askers += 1
         try:
             async with asyncio.timeout_at(deadline):
-                await asyncio.shield(asking)
+                await self._asking.join(self._learn)
         except TimeoutError:
             raise VmmUnreachable(f"the VMM of sandbox {self.id} did not say before the deadline which disks it has") from None
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if asking.cancelled() and task is not None and not task.cancelling():
-                raise SandboxClosed(f"sandbox {self.id} was closed while its VMM was being asked for its disks") from None
-            raise
-        finally:
-            if self._asking is asking:
-                self._askers -= 1
-                if asking.done() or not self._askers:  # an answer is for those who asked: whoever comes later asks anew
-                    asking.cancel()
-                    self._asking, self._askers = None, 0
+        except Ended:
+            raise SandboxClosed(f"sandbox {self.id} was closed while its VMM was being asked for its disks") from None
 
     async def _learn(self) -> None:
         try:
@@ -438,7 +425,7 @@ _WITHOUT_MARKS = str.maketrans("", "", "_.-")
 
 
 async def _over(future: asyncio.Future[None]) -> None:
-    """Returns when it is over, however it ended."""
+    """Returns when it is over, however it ended. A cancellation ends the waiting only."""
     await asyncio.wait([future])
 
 

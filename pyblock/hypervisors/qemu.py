@@ -187,7 +187,9 @@ class QemuHypervisor(SteppedHypervisor):
         return None
 
     async def device_gone(self, drive: BlockDrive) -> None:
-        await asyncio.shield(self._leaving.pop(drive.id))
+        leaving = self._leaving.pop(drive.id)
+        await asyncio.wait([leaving])  # a cancellation ends the waiting, not what others may wait for
+        leaving.result()
 
     def nudge(self, drive: BlockDrive) -> None:
         task = asyncio.create_task(self._nudge(drive))

@@ -19,6 +19,7 @@ from qemu.qmp.qmp_client import GreetingError
 
 from pyblock.errors import ConnectionLost, PyblockError, VmmProtocolError, VmmRefused, VmmUnreachable
 from pyblock.hypervisors.base import CONNECT_TIMEOUT
+from pyblock.shared import Ended, SharedWork
 
 # The client logs each failure that it also raises; a program that wants them sets a handler of its own.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
@@ -43,8 +44,7 @@ class QmpSession:
     def __init__(self, path: str) -> None:
         self.path = path
         self._client: QMPClient | None = None
-        self._opening: asyncio.Task[QMPClient] | None = None
-        self._openers = 0  # who wait for it
+        self._opening: SharedWork[QMPClient] = SharedWork()
         self._watching: list[asyncio.Task[None]] = []
         self._leaving: dict[str, asyncio.Future[None]] = {}
 
@@ -87,40 +87,17 @@ class QmpSession:
 
     async def close(self) -> None:
         """Ends the connection, if there is one."""
-        if self._opening is not None:
-            self._opening.cancel()
-            await asyncio.wait([self._opening])
+        await self._opening.end()
         await self._end(ConnectionLost(f"QMP socket {self.path!r}: the connection was closed"))
 
     async def _open(self) -> QMPClient:
         client = self._client
         if client is not None and client.runstate is Runstate.RUNNING:
             return client
-        if self._opening is None:
-            self._opening = asyncio.create_task(self._connect())
-            self._opening.add_done_callback(self._opened)
-            self._openers = 0
-        opening = self._opening
-        self._openers += 1
         try:
-            return await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if opening.cancelled() and task is not None and not task.cancelling():
-                raise VmmUnreachable(f"QMP socket {self.path!r}: closed while the connection was being made") from None
-            raise
-        finally:
-            if self._opening is opening:
-                self._openers -= 1
-                if not self._openers and not opening.done():  # nobody waits for it any more
-                    self._opening = None
-                    opening.cancel()
-
-    def _opened(self, task: asyncio.Task[QMPClient]) -> None:
-        if self._opening is task:
-            self._opening = None
-        if not task.cancelled():
-            task.exception()  # whoever waits for it has it too; it may be that nobody does any more
+            return await self._opening.join(self._connect)
+        except Ended:
+            raise VmmUnreachable(f"QMP socket {self.path!r}: closed while the connection was being made") from None
 
     async def _connect(self) -> QMPClient:
         await self._end(ConnectionLost(f"QMP socket {self.path!r}: the connection broke"))
