@@ -121,7 +121,7 @@ class Scenarios:
             saved = sandbox.state()
         async with sandbox_of("two", machine()) as sandbox:
             with self.scenario("restore of 4 drives"):
-                sandbox.restore(saved)
+                await sandbox.restore(saved)
 
 
 def count() -> dict[str, Counts]:

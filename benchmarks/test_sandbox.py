@@ -84,7 +84,7 @@ def test_restore(versus: Versus, short: bool, loop: asyncio.AbstractEventLoop, t
         sandboxes = []
         for number, each in enumerate(texts):
             sandbox = await pyblock.Sandbox(f"sb{number}", "memory:").__aenter__()
-            sandbox.restore(decode(each, where="text"))
+            await sandbox.restore(decode(each, where="text"))
             sandboxes.append(sandbox)
         return sandboxes
 

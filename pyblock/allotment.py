@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pyblock.device import BlockDevice
 from pyblock.drivers import DRIVERS, FAMILIES, Driver, Family
 from pyblock.errors import DeviceConflict, IndexesExhausted, IndexTaken, InvalidName
-from pyblock.hypervisors.base import FoundDisk
+from pyblock.hypervisors.base import Inventory
 from pyblock.index import BlockIndex
 from pyblock.model import BlockDrive
 from pyblock.naming import SCSI_INDEX_MAX, drive_index, make_name_id
@@ -53,10 +53,10 @@ class Allotment:
         """The taken indexes without those of the machine's own disks, ascending."""
         return (index for index in self.index if index not in self._foreign)
 
-    def learn(self, found: Iterable[FoundDisk]) -> None:
+    def learn(self, found: Inventory) -> None:
         """Takes what the machine's own disks use: IDs, indexes of SCSI addresses, and names, unless their offset is known already."""
         counts: dict[str, int] = {}
-        for disk in found:
+        for disk in found.disks:
             if disk.id in self._drive_ids:
                 continue  # one of ours
             counts[disk.family.prefix] = counts.get(disk.family.prefix, 0) + 1
@@ -67,6 +67,7 @@ class Allotment:
                 self._foreign |= {disk.index}
         if counts:
             self._offsets = {**counts, **self._offsets}
+        self._drive_ids |= found.held.keys()
 
     def plan(self, devices: Sequence[BlockDevice]) -> None:
         """Takes the places of many devices in one crossing, in their order; `reserve` then finds them, `unplan` gives back the rest.
@@ -108,7 +109,7 @@ class Allotment:
         self._drive_ids.add(drive_id)
         offset = self._offsets.get(kind.family.prefix, kind.offset) if self._offsets else kind.offset
         format_ = (info.options.get("fstype") if info.options else None) or "raw"
-        return BlockDrive(drive_id, index, ordinal, offset, kind, info.path, format_, info.read_only, info.serial)
+        return BlockDrive(drive_id, index, ordinal, offset, kind, info.path, format_, info.read_only, info.serial, share=info.share)
 
     def release(self, drive: BlockDrive) -> None:
         """Gives back what `reserve` took."""

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from anyio.from_thread import BlockingPortal, BlockingPortalProvider
 
@@ -21,9 +21,11 @@ from pyblock.errors import SandboxClosed
 from pyblock.hypervisors.base import Hypervisor
 from pyblock.index import BlockIndex
 from pyblock.manager import Device, DeviceManager
+from pyblock.recovery import SETTLE_TIME, Finding
 
 if TYPE_CHECKING:
     from pyblock.state import SandboxState
+    from pyblock.stores.base import Store
 
 Result = TypeVar("Result")
 
@@ -50,8 +52,12 @@ class Sandbox:
         driver: str = "virtio-scsi",
         capacity: int = door.CAPACITY,
         block_offset: int | None = None,
+        store: Store | Literal["host"] | None = "host",
+        recover: bool = True,
     ) -> None:
-        self._sandbox = door.Sandbox(sandbox_id, vm, driver=driver, capacity=capacity, block_offset=block_offset)
+        self._sandbox = door.Sandbox(
+            sandbox_id, vm, driver=driver, capacity=capacity, block_offset=block_offset, store=store, recover=recover
+        )
         self._portal: BlockingPortal | None = None
         self._pid = -1  # of the process that opened it
         self._stack = ExitStack()
@@ -60,9 +66,13 @@ class Sandbox:
         return f"<blocking {self._sandbox!r}>"
 
     def __enter__(self) -> Self:
-        self._portal = self._stack.enter_context(_provider)
-        self._pid = os.getpid()
-        self._portal.call(self._sandbox.__aenter__)
+        portal = self._stack.enter_context(_provider)
+        try:
+            portal.call(self._sandbox.__aenter__)
+        except BaseException:
+            self._stack.close()
+            raise
+        self._portal, self._pid = portal, os.getpid()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -96,13 +106,12 @@ class Sandbox:
         read_only: bool = False,
         serial: str | None = None,
         device_id: str | None = None,
+        share: bool = False,
         timeout: float | None = door.TIMEOUT,
     ) -> BlockDevice:
         """See pyblock.Sandbox.attach."""
-        attach = partial(
-            self._sandbox.attach, image, driver=driver, read_only=read_only, serial=serial, device_id=device_id, timeout=timeout
-        )
-        return self._call(attach)
+        attach = partial(self._sandbox.attach, image, driver=driver, read_only=read_only, serial=serial, device_id=device_id, share=share)
+        return self._call(partial(attach, timeout=timeout))
 
     def attach_many(
         self,
@@ -110,14 +119,13 @@ class Sandbox:
         *,
         driver: str | None = None,
         read_only: bool = False,
+        share: bool = False,
         timeout: float | None = door.TIMEOUT,
         progress: Callable[[BlockDevice], None] | None = None,
     ) -> list[BlockDevice]:
         """See pyblock.Sandbox.attach_many. `progress` is called in the event-loop thread."""
-        images = list(images)
-        return self._call(
-            partial(self._sandbox.attach_many, images, driver=driver, read_only=read_only, timeout=timeout, progress=progress)
-        )
+        attach = partial(self._sandbox.attach_many, list(images), driver=driver, read_only=read_only, share=share)
+        return self._call(partial(attach, timeout=timeout, progress=progress))
 
     def detach(self, device: Device | str, *, timeout: float | None = door.TIMEOUT) -> None:
         """See pyblock.Sandbox.detach."""
@@ -126,6 +134,19 @@ class Sandbox:
     def detach_many(self, devices: Iterable[Device | str], *, timeout: float | None = door.TIMEOUT) -> None:
         """See pyblock.Sandbox.detach_many."""
         self._call(partial(self._sandbox.detach_many, list(devices), timeout=timeout))
+
+    @property
+    def recovered(self) -> tuple[Finding, ...]:
+        """See pyblock.Sandbox.recovered."""
+        return self._sandbox.recovered
+
+    def reconcile(self, *, dry_run: bool = False, orphans: bool = False, timeout: float | None = SETTLE_TIME) -> list[Finding]:
+        """See pyblock.Sandbox.reconcile."""
+        return self._call(partial(self._sandbox.reconcile, dry_run=dry_run, orphans=orphans, timeout=timeout))
+
+    def forget(self) -> list[str]:
+        """See pyblock.Sandbox.forget."""
+        return self._call(self._sandbox.forget)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """See pyblock.Sandbox.save."""
@@ -145,7 +166,7 @@ class Sandbox:
 
     def restore(self, state: SandboxState) -> None:
         """See pyblock.Sandbox.restore."""
-        self._loop.call(self._sandbox.restore, state)
+        self._call(partial(self._sandbox.restore, state))
 
     def close(self) -> None:
         """See pyblock.Sandbox.close."""

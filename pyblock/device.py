@@ -10,7 +10,16 @@ import asyncio
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
 
-from pyblock.errors import AttachCountExhausted, AttachPending, DetachPending, NotAttached, PyblockError, TransportError
+from pyblock.errors import (
+    AttachCountExhausted,
+    AttachPending,
+    DetachPending,
+    NotAttached,
+    PyblockError,
+    SandboxClosed,
+    StoreError,
+    TransportError,
+)
 from pyblock.operation import Operation
 
 if TYPE_CHECKING:
@@ -42,6 +51,7 @@ class Event(StrEnum):
     DETACH = "last detach"
     GONE = "VMM says gone"
     KEPT = "refused, VMM keeps it"
+    LOST = "VMM has it no more"
 
 
 LIFE: dict[tuple[Phase, Event], Phase] = {
@@ -50,11 +60,15 @@ LIFE: dict[tuple[Phase, Event], Phase] = {
     (Phase.ATTACHING, Event.UNDONE): Phase.DETACHED,
     (Phase.ATTACHING, Event.UNKNOWN): Phase.ATTACH_PENDING,
     (Phase.ATTACH_PENDING, Event.DETACH): Phase.DETACHING,
+    (Phase.ATTACH_PENDING, Event.GONE): Phase.DETACHED,
     (Phase.ATTACHED, Event.DETACH): Phase.DETACHING,
+    (Phase.ATTACHED, Event.LOST): Phase.DETACHED,
     (Phase.DETACHING, Event.GONE): Phase.DETACHED,
     (Phase.DETACHING, Event.KEPT): Phase.ATTACHED,
     (Phase.DETACHING, Event.UNKNOWN): Phase.DETACH_PENDING,
     (Phase.DETACH_PENDING, Event.DETACH): Phase.DETACHING,
+    (Phase.DETACH_PENDING, Event.GONE): Phase.DETACHED,
+    (Phase.DETACH_PENDING, Event.KEPT): Phase.ATTACHED,
 }
 
 # In these phases an index, an ID, a slot and an address are taken.
@@ -74,7 +88,11 @@ class Forgotten(Exception):
 
 
 class DeviceReceiver(Protocol):
-    """Whatever devices are attached to."""
+    """Whatever devices are attached to. What it writes down outlives the process; one without a store writes nothing."""
+
+    @property
+    def records(self) -> bool:
+        """Whether it writes anything down."""
 
     def reserve(self, device: BlockDevice) -> BlockDrive:
         """Takes index, ordinal and drive ID for a device. No I/O. Raises a CapacityError or CallerError, having taken nothing."""
@@ -85,6 +103,15 @@ class DeviceReceiver(Protocol):
         :param late: a detach ended whose caller was told that it is pending, or went away.
         :param counted: it was attached, and this was its last detach; else an attach was undone.
         """
+
+    async def claim(self, device: BlockDevice, deadline: float | None) -> None:
+        """Writes down that the device is to be attached, and claims its image. Raises ImageInUse or StoreError, having changed nothing."""
+
+    async def record(self, device: BlockDevice, deadline: float | None = None) -> None:
+        """Writes down how the device stands. Raises StoreError."""
+
+    async def note(self, device: BlockDevice) -> None:
+        """The same for what need not be waited for: it is written as soon as that can be done."""
 
     async def plug(self, drive: BlockDrive) -> None:
         """Plugs a drive in and fills in the addresses really used. On an error nothing is left in the VMM, except on Unsettled."""
@@ -132,26 +159,27 @@ class BlockDevice:
         :param deadline: event-loop time in seconds, or None.
         Raises what the receiver raises, having undone everything; AttachPending when the deadline passes (the attach is then undone by
         itself as soon as the VMM answers) or the connection breaks half-way; AttachPending or DetachPending when an earlier outcome is
-        not known yet; AttachCountExhausted. Cancelled, it is undone.
+        not known yet; AttachCountExhausted; ImageInUse or StoreError before the VMM was touched. Cancelled, it is undone.
         """
         await self._turn(deadline)
         if self.phase is Phase.ATTACHED:
             if self.attach_count >= ATTACH_COUNT_MAX:
                 raise AttachCountExhausted(f"device {self.id} is attached {self.attach_count} times, which is all the count can hold")
-            self.attach_count += 1
+            await self._count(receiver, 1, deadline)
             return
         if self.drive is not None:
             raise self._pending("settle it with detach first")
         self.drive = receiver.reserve(self)
         self._move(Event.ATTACH)
-        operation = self._operation = Operation(lambda op: self._plug(receiver, op))
+        operation = self._operation = Operation(lambda op: self._plug(receiver, op, deadline))
         try:
             await self._result(operation, deadline, "the deadline passed; it will be undone as soon as the VMM answers")
         except asyncio.CancelledError:
             if operation.succeeded and not operation.abandoned and self.attached:  # in the very moment of the cancellation
-                self.attach_count -= 1
-                if not self.attach_count:
-                    undo = self._remove(receiver)
+                if self.attach_count > 1:
+                    self.attach_count -= 1
+                else:
+                    undo = self._remove(receiver, None)
                     undo.abandoned = undo.undoing = True
             raise
 
@@ -169,11 +197,27 @@ class BlockDevice:
             if self.phase is Phase.DETACHED:
                 raise NotAttached(f"device {self.id} is not attached; every detach needs an attach of its own")
             if self.phase is Phase.ATTACHED and self.attach_count > 1:
-                self.attach_count -= 1
+                await self._count(receiver, -1, deadline)
                 return True
-            operation = self._remove(receiver)
+            operation = self._remove(receiver, deadline)
         await self._result(operation, deadline, "the VMM did not confirm the removal before the deadline; call detach again to resume")
         return False
+
+    def gone(self, receiver: DeviceReceiver) -> None:
+        """Takes note that the VMM has nothing of it; nothing may be under way. What it took is given back."""
+        lost = self.phase is Phase.ATTACHED
+        self._free(receiver, Event.LOST if lost else Event.GONE, late=not lost)
+
+    def reclaim(self, receiver: DeviceReceiver) -> Operation:
+        """Has whatever the VMM has of it removed, for nobody in particular; nothing may be under way."""
+        operation = self._remove(receiver, None)
+        operation.abandoned = True
+        return operation
+
+    def kept(self) -> None:
+        """Takes note that the VMM has it whole and will not let it go: its attach is thereby finished."""
+        self._move(Event.KEPT)
+        self.attach_count = max(1, self.attach_count)
 
     @property
     def operation(self) -> Operation | None:
@@ -203,63 +247,124 @@ class BlockDevice:
         try:
             await operation.result(deadline)
         except TimeoutError:
-            if operation.done:  # in the very moment of the deadline
+            if operation.done or not operation.begun:  # in the very moment of the deadline
                 return await operation.result(None)
             raise self._pending(why) from None
 
-    def _remove(self, receiver: DeviceReceiver) -> Operation:
+    async def _count(self, receiver: DeviceReceiver, more: int, deadline: float | None) -> None:
+        if not receiver.records:
+            self.attach_count += more
+            return
+        operation = self._operation = Operation(lambda op: self._recount(receiver, op, more, deadline))
+        await operation.result(None)  # it keeps to the deadline
+
+    async def _recount(self, receiver: DeviceReceiver, operation: Operation, more: int, deadline: float | None) -> None:
+        self.attach_count += more
+        try:
+            await receiver.record(self, deadline)
+        except BaseException:
+            self.attach_count -= more
+            raise
+        else:
+            if operation.abandoned and more > 0:  # whoever would have detached it has gone
+                self.attach_count -= more
+                await receiver.note(self)
+        finally:
+            self._operation = None
+
+    def _remove(self, receiver: DeviceReceiver, deadline: float | None) -> Operation:
         unsure = self.phase is not Phase.ATTACHED
         self._move(Event.DETACH)
-        self._operation = Operation(lambda op: self._unplug(receiver, op, unsure=unsure))
+        self._operation = Operation(lambda op: self._detach(receiver, op, deadline, unsure=unsure))
         return self._operation
 
-    async def _plug(self, receiver: DeviceReceiver, operation: Operation) -> None:
+    async def _plug(self, receiver: DeviceReceiver, operation: Operation, deadline: float | None) -> None:
         operation.undoing = True  # should its caller go away
         try:
             try:
+                await receiver.claim(self, deadline)
+                operation.begun = True
                 await receiver.plug(self.held)
             except Unsettled as unsettled:
                 self._move(Event.UNKNOWN)
                 raise self._unknown(unsettled.error) from unsettled.error
-            except asyncio.CancelledError:
-                self._move(Event.UNKNOWN)
-                raise self._pending("it was cut off before the VMM answered") from None
-            except BaseException:
-                self._free(receiver, Event.UNDONE, operation)
+            except BaseException as error:
+                cut_off = isinstance(error, asyncio.CancelledError)
+                if cut_off and operation.begun:
+                    self._move(Event.UNKNOWN)
+                    raise self._pending("it was cut off before the VMM answered") from None
+                self._free(receiver, Event.UNDONE, late=False)
+                if operation.begun:
+                    await receiver.note(self)
+                elif cut_off:
+                    raise self._unwritten() from None
                 raise
             self._move(Event.PLUGGED)
-            if operation.abandoned:
+            self.attach_count = 1
+            trouble = await self._written(receiver) if not operation.abandoned else None
+            if operation.abandoned or trouble is not None:
+                self.attach_count = 0
                 self._move(Event.DETACH)
-                await self._unplug(receiver, operation)
-            else:
-                self.attach_count = 1
+                try:
+                    await self._unplug(receiver, operation)
+                except PyblockError as error:
+                    if trouble is None:
+                        raise
+                    trouble.add_note(f"undoing it failed too: {error}")
+            if trouble is not None:
+                raise trouble
+        finally:
+            self._operation = None
+
+    async def _written(self, receiver: DeviceReceiver) -> StoreError | None:
+        """The trouble with writing down that it is attached: should this process die then, nobody would know of it."""
+        try:
+            await receiver.record(self)
+        except StoreError as error:
+            return error
+        except asyncio.CancelledError:
+            pass  # the sandbox is being closed, which writes it
+        return None
+
+    async def _detach(self, receiver: DeviceReceiver, operation: Operation, deadline: float | None, *, unsure: bool) -> None:
+        try:
+            if not unsure:  # else it is written down already
+                try:
+                    await receiver.record(self, deadline)
+                except BaseException as error:
+                    self._move(Event.KEPT)
+                    if isinstance(error, asyncio.CancelledError):
+                        raise self._unwritten() from None
+                    raise
+            operation.begun = True
+            await self._unplug(receiver, operation, unsure=unsure)
         finally:
             self._operation = None
 
     async def _unplug(self, receiver: DeviceReceiver, operation: Operation, *, unsure: bool = False) -> None:
         try:
-            try:
-                await receiver.unplug(self.held)
-            except Unsettled as unsettled:
-                self._move(Event.UNKNOWN)
-                raise self._unknown(unsettled.error) from unsettled.error
-            except asyncio.CancelledError:
-                self._move(Event.UNKNOWN)
-                raise self._pending("it was cut off before the VMM answered") from None
-            except BaseException as error:
-                known = self.attach_count and not (unsure and isinstance(error, TransportError))
-                self._move(Event.KEPT if known else Event.UNKNOWN)
-                raise
-            self._free(receiver, Event.GONE, operation)
-        finally:
-            self._operation = None
+            await receiver.unplug(self.held)
+        except Unsettled as unsettled:
+            self._move(Event.UNKNOWN)
+            raise self._unknown(unsettled.error) from unsettled.error
+        except asyncio.CancelledError:
+            self._move(Event.UNKNOWN)
+            raise self._pending("it was cut off before the VMM answered") from None
+        except BaseException as error:
+            known = self.attach_count and not (unsure and isinstance(error, TransportError))
+            self._move(Event.KEPT if known else Event.UNKNOWN)
+            if known:
+                await receiver.note(self)
+            raise
+        self._free(receiver, Event.GONE, late=operation.abandoned and not operation.undoing)
+        await receiver.note(self)
 
-    def _free(self, receiver: DeviceReceiver, event: Event, operation: Operation) -> None:
+    def _free(self, receiver: DeviceReceiver, event: Event, *, late: bool) -> None:
         drive, counted = self.held, self.attach_count > 0
         self._move(event)
         self.drive = None
         self.attach_count = 0
-        receiver.release(self, drive, late=operation.abandoned and not operation.undoing, counted=counted)
+        receiver.release(self, drive, late=late, counted=counted)
 
     def _move(self, event: Event) -> None:
         self.phase = LIFE[self.phase, event]
@@ -269,6 +374,9 @@ class BlockDevice:
         what = DetachPending if going else AttachPending
         drive = f" (index {self.drive.index}, drive {self.drive.id})" if self.drive else ""
         return what(f"device {self.id}{drive} is {self.phase}, and what it took stays taken: {why}")
+
+    def _unwritten(self) -> SandboxClosed:
+        return SandboxClosed(f"device {self.id}: the sandbox was closed before the VMM was touched; nothing was changed")
 
     def _unknown(self, error: PyblockError) -> PyblockError:
         if isinstance(error, TransportError):

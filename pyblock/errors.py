@@ -18,8 +18,13 @@ PyblockError
 │   ├── IndexTaken             reserving an index that is taken
 │   ├── IndexFree              releasing an index that is free
 │   ├── SandboxClosed          the sandbox was closed, or not opened yet
-│   └── StateError             a saved state that cannot be used
-│       ├── InvalidState         cut off, not JSON, or of the wrong shape
+│   ├── SandboxBusy            the sandbox belongs to another process that lives
+│   ├── MachineAnswers         what belongs to a machine that still answers cannot be given up
+│   ├── SandboxConflict        the store knows the sandbox, or its machine, in a form that does not fit the request
+│   ├── UnknownSandbox         no such sandbox in the store (also a KeyError)
+│   ├── ImageInUse             another sandbox of this host has claimed the image
+│   └── StateError             a saved state or a store that cannot be used
+│       ├── InvalidState         cut off, not JSON or not SQLite, or of the wrong shape
 │       └── NewerState           written by a newer pyblock; it is left as it is
 ├── CapacityError              something is used up
 │   ├── IndexesExhausted         all block indexes are taken
@@ -30,6 +35,8 @@ PyblockError
 │   ├── VmmUnreachable           no connection: socket absent, not a socket, nobody listening
 │   ├── VmmProtocolError         what answered does not speak the VMM's protocol
 │   └── ConnectionLost           the connection broke while an answer was awaited
+├── StoreError                 the store could not be read or written: full, read-only, an I/O error
+│   └── StoreBusy                another process held its lock past the deadline
 ├── AttachPending              attach: the outcome is unknown, everything stays taken
 └── DetachPending              detach: not confirmed before the deadline, everything stays taken
 """
@@ -114,16 +121,39 @@ class SandboxClosed(CallerError):
     """The sandbox was closed, or is not open yet."""
 
 
+class SandboxBusy(CallerError):
+    """Another process, which lives, has the sandbox open (or this one has, a second time)."""
+
+
+class SandboxConflict(CallerError):
+    """The store knows the sandbox with another machine, or the machine with another sandbox."""
+
+
+class MachineAnswers(CallerError):
+    """A sandbox cannot be forgotten: its machine still answers, or it cannot be told whether it would."""
+
+
+class UnknownSandbox(CallerError, KeyError):
+    """The store has no sandbox of that ID."""
+
+    def __str__(self) -> str:  # as in UnknownDevice
+        return str(self.args[0]) if self.args else ""
+
+
+class ImageInUse(CallerError):
+    """Another sandbox of this host has claimed the image: one may write it, or many may read it. The message names the holder."""
+
+
 class StateError(CallerError):
-    """A saved state cannot be used. The file is left as it is."""
+    """A saved state, or a store, cannot be used. The file is left as it is."""
 
 
 class InvalidState(StateError):
-    """The saved state is cut off, not JSON, or of the wrong shape."""
+    """The saved state is cut off, not JSON (the store: not SQLite), or of the wrong shape."""
 
 
 class NewerState(StateError):
-    """The saved state was written by a newer pyblock."""
+    """The saved state, or the store, was written by a newer pyblock."""
 
 
 class CapacityError(PyblockError):
@@ -166,6 +196,14 @@ class VmmProtocolError(TransportError):
 
 class ConnectionLost(TransportError):
     """The connection broke while an answer was awaited."""
+
+
+class StoreError(PyblockError):
+    """The store could not be read or written: a full disk, a folder that may not be written, an I/O error."""
+
+
+class StoreBusy(StoreError):
+    """Another process held the store's lock past the deadline."""
 
 
 class AttachPending(PyblockError):

@@ -54,6 +54,10 @@ class DeviceManager:
         except (KeyError, TypeError):
             raise UnknownDevice(f"no device {device_id!r} in this sandbox; it has {len(self._by_id)} devices") from None
 
+    def get(self, device_id: str) -> Device | None:
+        """The device of that ID, or None."""
+        return self._by_id.get(device_id)
+
     def obtain(self, info: DeviceInfo) -> Device:
         """The device for what the caller wants, created, or reused where the same host object is there already; counts one user.
 
@@ -81,6 +85,11 @@ class DeviceManager:
             del self._by_id[device.id]
             if isinstance(device, BlockDevice) and device.identity is not None and self._by_identity.get(device.identity) is device:
                 del self._by_identity[device.identity]
+
+    def clear(self) -> None:
+        """Forgets all devices."""
+        self._by_id.clear()
+        self._by_identity.clear()
 
     async def attach(self, device_id: str, receiver: DeviceReceiver, deadline: float | None = None) -> None:
         """Attaches the device of that ID. Raises UnknownDevice and what BlockDevice.attach raises."""
@@ -133,8 +142,9 @@ class DeviceManager:
         elif len(device_id) <= driver.serial_max:
             serial = device_id
         have = DeviceInfo(
-            image.path, driver.name, info.read_only, serial, device_id, info.dev_type, info.major, info.minor, info.options or NO_OPTIONS
-        )
+            image.path, driver.name, info.read_only, serial, device_id, info.dev_type, info.major, info.minor, info.options or NO_OPTIONS,
+            info.share,
+        )  # fmt: skip
         device = BlockDevice(device_id, have, image.identity)
         self._by_id[device_id] = self._by_identity[image.identity] = device
         return device
@@ -162,7 +172,7 @@ class DeviceManager:
     def _same(self, device: BlockDevice, info: DeviceInfo, path: str) -> BlockDevice:
         """The device that is there already, unless the request does not fit it."""
         have = device.info
-        wanted: list[tuple[str, object, object]] = [("access read_only", have.read_only, info.read_only)]
+        wanted: list[tuple[str, object, object]] = [("access read_only", have.read_only, info.read_only), ("share", have.share, info.share)]
         if info.driver or "block-driver" in info.options:
             wanted.append(("driver", DRIVERS[have.driver or ""].name, self._driver(info).name))
         if info.serial is not None:

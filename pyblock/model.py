@@ -46,6 +46,7 @@ class DeviceInfo(msgspec.Struct, frozen=True, gc=False):
     :ivar major: of a special, -1 where none is given.
     :ivar minor: likewise.
     :ivar options: Kata's DriverOptions, kept in the saved state; `block-driver` and `fstype` are understood.
+    :ivar share: others of this host may write the image as well, if they say so too; what guards its contents is then the guests' business.
     """
 
     path: str = ""
@@ -57,6 +58,7 @@ class DeviceInfo(msgspec.Struct, frozen=True, gc=False):
     major: int = -1
     minor: int = -1
     options: dict[str, str] = {}
+    share: bool = False
 
 
 class BlockDrive(msgspec.Struct, gc=False, eq=False):
@@ -77,6 +79,7 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     :ivar dev_no: the CCW device number.
     :ivar guest_match: what the target of the guest's `/sys/block/<name>` link contains for this disk and for no other.
     :ivar slot: the adapter's own word for the place that the drive takes in the machine.
+    :ivar share: others may write the image as well.
     :ivar known_name: a guest path that came from elsewhere (an imported state) and stands in for the computed one.
     """
 
@@ -95,6 +98,7 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     guest_match: str | None = None
     slot: str | None = None
     known_name: str | None = None
+    share: bool = False
 
     @property
     def driver(self) -> str:

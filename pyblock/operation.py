@@ -34,14 +34,16 @@ class Operation:
 
     :ivar abandoned: nobody does.
     :ivar undoing: the work, once abandoned, undoes itself and should be given the time for that.
+    :ivar begun: it has got as far as the VMM. Until then it keeps to its caller's deadline by itself, and changes nothing when it fails.
     """
 
-    __slots__ = ("_task", "_waiters", "abandoned", "undoing")
+    __slots__ = ("_task", "_waiters", "abandoned", "begun", "undoing")
 
     def __init__(self, work: Callable[[Operation], Coroutine[Any, Any, None]]) -> None:
         """Starts `work`. Whoever it belongs to keeps the operation until it is over: the event loop holds its tasks weakly."""
         self.abandoned = False
         self.undoing = False
+        self.begun = False
         self._waiters = 0
         self._task = asyncio.get_running_loop().create_task(work(self))
         self._task.add_done_callback(self._over)
@@ -63,6 +65,11 @@ class Operation:
         """Returns when the operation is over, however it ended. Raises TimeoutError when the deadline passes first."""
         async with asyncio.timeout_at(deadline):
             await asyncio.wait([self._task])
+
+    async def watch(self, deadline: float | None) -> None:
+        """Returns, or raises, what the work did, for one whose coming and going changes nothing. Raises TimeoutError."""
+        await self.settled(deadline)
+        self._task.result()
 
     async def result(self, deadline: float | None) -> None:
         """Returns, or raises, what the work did. A deadline (TimeoutError) or cancellation gives the work up as abandoned."""

@@ -51,7 +51,7 @@ def device_to_state(device: BlockDevice | GenericDevice) -> DeviceState:
         return state
     state.notes = DeviceNotes(
         phase=_SAVED_PHASE.get(device.phase, device.phase).value, path=info.path, driver=info.driver, serial=info.serial,
-        read_only=info.read_only, identity=identity,
+        read_only=info.read_only, share=info.share, identity=identity,
     )  # fmt: skip
     if drive is not None:
         state.block_drive = _drive_to_state(drive, before if same else None)
@@ -73,7 +73,7 @@ def _drive_to_state(drive: BlockDrive, saved: DriveState | None) -> DriveState:
         file=drive.file, format=drive.format, id=drive.id, index=drive.index,
         pci_path=drive.pci_path or "", scsi_addr=drive.scsi_addr or "",
         nvdimm_id=drive.nvdimm_id or "", virt_path=drive.virt_path or "", dev_no=drive.dev_no or "",
-        pmem=drive.pmem, read_only=drive.read_only,
+        pmem=drive.pmem, read_only=drive.read_only, share_rw=True if drive.share else UNSET,
     )  # fmt: skip
     state.notes = DriveNotes(
         driver=drive.driver, ordinal=drive.ordinal, offset=drive.offset, serial=drive.serial, guest_match=drive.guest_match,
@@ -125,7 +125,8 @@ def _block(state: DeviceState, default: Driver) -> BlockDevice:
     ours = _is_our_own(state, saved, driver)
     if ours and len(options) == 1:
         options = NO_OPTIONS  # the driver alone, which is written anew
-    info = DeviceInfo(path, driver.name, read_only, serial, state.id, state.dev_type, state.major, state.minor, options)
+    share = bool((notes and notes.share) or (drive and drive.share))
+    info = DeviceInfo(path, driver.name, read_only, serial, state.id, state.dev_type, state.major, state.minor, options, share)
     # The original writes no identity; what its path is now is the best there is.
     device = BlockDevice(state.id, info, (notes.identity if notes else None) or identity_of(path))
     device.ref_count, device.attach_count, device.phase, device.drive = state.ref_count, state.attach_count, phase, drive
@@ -148,7 +149,7 @@ def _is_our_own(state: DeviceState, drive: DriveState | None, driver: Driver) ->
                 drive.notes is not UNSET
                 and drive.extra is UNSET
                 and drive.pci_addr is UNSET
-                and drive.share_rw is UNSET
+                and drive.share_rw is not False
                 and not drive.mmio_addr
                 and type(drive.pci_path) is str
             )
@@ -206,7 +207,7 @@ def _drive(saved: DriveState, driver: Driver) -> BlockDrive:
         saved.id, saved.index, notes.ordinal, notes.offset if notes.ordinal >= 0 else driver.offset, driver,
         saved.file, saved.format or "raw", saved.read_only is True, notes.serial,
         (pci_path if isinstance(pci_path, str) else "") or None, saved.nvdimm_id or None, saved.dev_no or None,
-        notes.guest_match, notes.slot, known_name,
+        notes.guest_match, notes.slot, known_name, saved.share_rw is True,
     )  # fmt: skip
 
 
@@ -236,6 +237,17 @@ def sandbox_to_state(sandbox_id: str, manager: DeviceManager, allotment: Allotme
     return state
 
 
+def sandbox_to_row(sandbox_id: str, manager: DeviceManager, allotment: Allotment, kept: Kept | None) -> SandboxState | None:
+    """What a store keeps of a sandbox beside its devices: what was loaded and has no other place; None for nothing."""
+    state = kept.sandbox if kept is not None else SandboxState()
+    indexes = {device.drive.index for device in manager if isinstance(device, BlockDevice) and device.drive is not None}
+    taken = [index for index in allotment.own_indexes() if index not in indexes]
+    if kept is None and not taken:
+        return None
+    notes = SandboxNotes(sandbox=sandbox_id, offsets=allotment.offsets, taken=taken)
+    return msgspec.structs.replace(state, notes=notes, devices=kept.devices if kept is not None else [])
+
+
 def restore_sandbox(state: SandboxState, manager: DeviceManager, allotment: Allotment, *, where: str) -> Kept | None:
     """Puts what a saved form says into an empty manager and an unused allotment; returns what there is no place for.
 
@@ -258,7 +270,9 @@ def restore_sandbox(state: SandboxState, manager: DeviceManager, allotment: Allo
         offsets = state.notes.offsets if state.notes is not UNSET else {}
         if (lowest := min(offsets.values(), default=0)) < 0:
             raise InvalidIndex(f"block offset {lowest} is negative")
-        allotment.restore(drives, _mapped(state.hypervisor_state, drives), offsets)
+        taken = state.notes.taken if state.notes is not UNSET else UNSET
+        others = _mapped(state.hypervisor_state, drives) if taken is UNSET else set(taken)
+        allotment.restore(drives, others, offsets)
     except PyblockError as error:
         raise InvalidState(f"{where} contradicts itself: {error}; it is left as it is") from error
     manager.take_in(devices)

@@ -5,6 +5,7 @@ What pyblock adds stands under the key `Pyblock`, which the original skips. Keys
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -65,6 +66,7 @@ class DeviceNotes(msgspec.Struct, kw_only=True, omit_defaults=True, rename="pasc
     driver: str | None = None
     serial: str | None = None
     read_only: bool = False
+    share: bool = False
     identity: tuple[str, int, int] | None = None
 
 
@@ -96,6 +98,8 @@ class SandboxNotes(msgspec.Struct, kw_only=True, rename="pascal", gc=False):
     version: int = VERSION
     sandbox: str = ""
     offsets: dict[str, int] = {}
+    # Indexes that something other than drives took; None: those of BlockIndexMap that no drive has.
+    taken: list[int] | UnsetType = UNSET
 
 
 class SandboxState(_Kept):
@@ -141,6 +145,27 @@ def decode(text: bytes, *, where: str) -> SandboxState:
         return state
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidState(f"{where} is not a saved sandbox: {error}; it is left as it is") from error
+
+
+def decode_rows(sandbox: bytes, devices: Iterable[bytes], *, where: str) -> SandboxState:
+    """Reads what a store has: a sandbox without its devices (b"" for nothing), and the devices. Raises as `decode`."""
+    state = decode(sandbox, where=where) if sandbox else SandboxState(devices=[])
+    rows = decode(b'{"Devices":[' + b",".join(devices) + b"]}", where=where).devices or []
+    state.devices = [*rows, *(state.devices or [])]
+    return state
+
+
+def encode_row(state: SandboxState) -> bytes:
+    """Writes a sandbox for a store, in as few bytes as it takes."""
+    return msgspec.json.encode(_builtins(state))
+
+
+def encode_device(state: DeviceState) -> bytes:
+    """Writes one device for a store."""
+    drive = state.block_drive
+    if state.extra is UNSET and (not isinstance(drive, DriveState) or drive.extra is UNSET):
+        return msgspec.json.encode(state)
+    return msgspec.json.encode(_builtins(state))
 
 
 def encode(state: SandboxState) -> bytes:

@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from snapshot import Busy, MakeImage
+from snapshot import Busy, MakeImage, MakeStore
 
-from pyblock import Sandbox
+from pyblock import Sandbox, stores
 from pyblock.hypervisors.memory import MemoryHypervisor
+from pyblock.stores.sqlite import SqliteStore
 
 
 @pytest.fixture
 def anyio_backend() -> str:
     """Everything that waits is asyncio."""
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def state_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Each test has a host's store of its own."""
+    folder = tmp_path_factory.mktemp("state")
+    monkeypatch.setenv("PYBLOCK_STATE_DIR", str(folder))
+    yield folder
+    while stores._opened:
+        stores._opened.popitem()[1].close()
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> Iterator[MakeStore]:
+    """Makes stores, in the test's folder or at a path; two of one path are as those of two processes."""
+    made: list[SqliteStore] = []
+
+    def make(path: Path | None = None) -> SqliteStore:
+        made.append(SqliteStore(path or tmp_path / "state.db"))
+        return made[-1]
+
+    yield make
+    for store in made:
+        store.close()
 
 
 @pytest.fixture

@@ -12,8 +12,10 @@ import pytest
 
 from pyblock import BlockDevice, PyblockError, Sandbox
 from pyblock.hypervisors.memory import MemoryHypervisor
+from pyblock.stores.sqlite import SqliteStore
 
 MakeImage = Callable[[str], Path]
+MakeStore = Callable[..., SqliteStore]
 
 
 class Busy(NamedTuple):
@@ -57,6 +59,16 @@ def machine(vm: MemoryHypervisor) -> dict[str, Any]:
     """What the machine has, and every step that it was ever asked for."""
     slots = vm._slots
     return {"backends": dict(vm.backends), "devices": dict(vm.devices), "journal": list(vm.journal), "slots": slots}
+
+
+def plug_in(vm: MemoryHypervisor, sandbox: Sandbox) -> None:
+    """Gives the machine what a loaded sandbox says that it has."""
+    for device in sandbox.devices:
+        if isinstance(device, BlockDevice) and device.drive is not None:
+            drive = device.drive
+            vm.backends[drive.id] = drive.file
+            vm.devices[drive.id] = f"{drive.driver} {drive.slot or f'told {drive.index}'}"
+    vm._places = set(vm.devices.values())
 
 
 @contextmanager

@@ -28,6 +28,6 @@ def demo() -> None:
                     file.truncate(SIZE)
             sandbox.attach_many(images, driver=driver)
         devices = [device for device in sandbox.devices if hasattr(device, "drive")]
-        show.devices(devices, as_json=False)  # type: ignore[arg-type]
+        show.devices([show.record(sandbox.id, device) for device in devices], as_json=False)  # type: ignore[arg-type]
         sandbox.detach_many(devices)
         click.echo(f"detached all: {len(sandbox.devices)} devices, {len(sandbox.index)} indexes taken, {len(vm.backends)} backends left")

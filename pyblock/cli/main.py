@@ -7,33 +7,42 @@ import sys
 import click
 
 import pyblock
-from pyblock.cli import show
+from pyblock.cli import session, show
 from pyblock.cli.demo import demo
-from pyblock.cli.session import Session
+from pyblock.cli.session import Target
 from pyblock.device import BlockDevice
 from pyblock.errors import PyblockError
-from pyblock.sandbox import TIMEOUT
+from pyblock.recovery import Finding, Outcome
+from pyblock.sandbox import TIMEOUT, Sandbox
+from pyblock.stores import host_store
 
 vm_option = click.option("--vm", metavar="ADDRESS", help="The machine, for example qemu:/run/vm1/qmp.sock or memory:")
-state_option = click.option("--state", metavar="FILE", help="State file; by default one for each VM in the state folder.")
+sandbox_option = click.option("--sandbox", metavar="ID", help="The sandbox, where the store knows its machine or --vm names it.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @vm_option
-@state_option
+@sandbox_option
 @click.version_option(pyblock.__version__, prog_name="pyblock")
 @click.pass_context
-def cli(context: click.Context, vm: str | None, state: str | None) -> None:
+def cli(context: click.Context, vm: str | None, sandbox: str | None) -> None:
     """Plug block devices into a running virtual machine, and know where each one appears in the guest."""
-    context.obj = (vm, state)
+    context.obj = (vm, sandbox)
 
 
-def _session(context: click.Context, *, changes: bool, timeout: float = TIMEOUT) -> Session:
-    vm, state = context.obj
-    if vm is None:
-        raise click.UsageError("this command needs --vm ADDRESS before it, for example: pyblock --vm qemu:/run/vm1/qmp.sock list")
-    return Session(vm, state, changes=changes, timeout=timeout)
+def _target(context: click.Context) -> Target:
+    vm, sandbox_id = context.obj
+    if vm is not None:
+        return session.by_vm(vm, sandbox_id)
+    if sandbox_id is None:
+        raise click.UsageError("this command needs --vm ADDRESS or --sandbox ID before it: pyblock --vm qemu:/run/vm1/qmp.sock …")
+    return session.by_sandbox(sandbox_id)
+
+
+def _all_or_one(context: click.Context) -> list[str] | Target:
+    """The sandbox that was named, or the IDs of all that the store knows."""
+    return _target(context) if any(text is not None for text in context.obj) else session.run(host_store().sandboxes())
 
 
 @cli.command()
@@ -41,32 +50,49 @@ def _session(context: click.Context, *, changes: bool, timeout: float = TIMEOUT)
 @click.option("--driver", help=f"One of {', '.join(pyblock.DRIVERS)}; virtio-scsi unless given.")
 @click.option("--read-only", is_flag=True, help="The guest may not write.")
 @click.option("--serial", help="What the guest reads as serial (one image only).")
+@click.option("--share", is_flag=True, help="Others may write the image too, if they say so as well.")
 @click.option("--timeout", type=float, default=TIMEOUT, show_default=True, help="Seconds.")
 @json_option
 @click.pass_context
 def attach(
-    context: click.Context, images: tuple[str, ...], driver: str | None, read_only: bool, serial: str | None, timeout: float, as_json: bool
+    context: click.Context,
+    images: tuple[str, ...],
+    driver: str | None,
+    read_only: bool,
+    serial: str | None,
+    share: bool,
+    timeout: float,
+    as_json: bool,
 ) -> None:
     """Attach disk images or block devices: all of them or none."""
     if serial is not None and len(images) > 1:
         raise click.UsageError("--serial belongs to one image; attach them one by one")
-    with _session(context, changes=True, timeout=timeout) as session:
+    with session.opened(_target(context), timeout=timeout) as sandbox:
         if len(images) == 1:
-            devices = [session.sandbox.attach(images[0], driver=driver, read_only=read_only, serial=serial, timeout=timeout)]
+            devices = [sandbox.attach(images[0], driver=driver, read_only=read_only, serial=serial, share=share, timeout=timeout)]
         else:
             with show.progress(len(images)) as step:
-                devices = session.sandbox.attach_many(images, driver=driver, read_only=read_only, timeout=timeout, progress=step)
-    show.devices(list(dict.fromkeys(devices)), as_json=as_json)
+                devices = sandbox.attach_many(images, driver=driver, read_only=read_only, share=share, timeout=timeout, progress=step)
+        rows = [show.record(sandbox.id, device) for device in dict.fromkeys(devices)]
+    show.devices(rows, as_json=as_json)
 
 
 @cli.command(name="list")
 @json_option
 @click.pass_context
 def list_(context: click.Context, as_json: bool) -> None:
-    """List what is attached, as the state knows it. Does not touch the VM."""
-    with _session(context, changes=False) as session:
-        devices = [device for device in session.sandbox.devices if isinstance(device, BlockDevice)]
-    show.devices(devices, as_json=as_json)
+    """List what is attached, to one machine or to all, as the store knows it. Does not touch the VM."""
+    which = _all_or_one(context)
+    targets = [which] if isinstance(which, Target) else [Target(each, "", host_store()) for each in which]
+    found = [session.known(target) for target in targets]
+    rows = [
+        show.record(sandbox.id, device)
+        for sandbox in found
+        if sandbox is not None
+        for device in sandbox.devices
+        if isinstance(device, BlockDevice) and device.drive is not None
+    ]
+    show.devices(rows, as_json=as_json)
 
 
 @cli.command()
@@ -75,8 +101,64 @@ def list_(context: click.Context, as_json: bool) -> None:
 @click.pass_context
 def detach(context: click.Context, device_ids: tuple[str, ...], timeout: float) -> None:
     """Detach devices; returns when the VM says that they are gone."""
-    with _session(context, changes=True, timeout=timeout) as session:
-        session.sandbox.detach_many(device_ids, timeout=timeout)
+    with session.opened(_target(context), timeout=timeout) as sandbox:
+        sandbox.detach_many(device_ids, timeout=timeout)
+
+
+@cli.command()
+@click.option("--dry-run", is_flag=True, help="Say what differs, and change nothing.")
+@click.option("--orphans", is_flag=True, help="Also remove what is named as ours and is known to nobody.")
+@click.option("--timeout", type=float, default=10.0, show_default=True, help="Seconds to wait for removals, for each sandbox.")
+@json_option
+@click.pass_context
+def reconcile(context: click.Context, dry_run: bool, orphans: bool, timeout: float, as_json: bool) -> None:
+    """Ask one machine, or all that the store knows, what is really plugged in, and settle what differs.
+
+    The exit status is 1 when a machine could not be asked, or something is still pending.
+    """
+    which = _all_or_one(context)
+    ids = [which.sandbox_id] if isinstance(which, Target) else which
+    findings: dict[str, list[Finding]] = {}
+    errors: dict[str, str] = {}
+    for sandbox_id in ids:
+        try:
+            target = which if isinstance(which, Target) else session.by_sandbox(sandbox_id)
+            with session.opened(target, recover=False, timeout=timeout) as sandbox:
+                findings[sandbox_id] = sandbox.reconcile(dry_run=dry_run, orphans=orphans, timeout=timeout)
+        except PyblockError as error:
+            errors[sandbox_id] = " ".join(str(error).split())
+    show.findings(findings, errors, as_json=as_json)
+    if errors or any(one.outcome is Outcome.PENDING for each in findings.values() for one in each):
+        context.exit(1)
+
+
+@cli.command()
+@click.argument("sandbox_id", metavar="SANDBOX")
+def forget(sandbox_id: str) -> None:
+    """Give up what belongs to a machine that no longer exists: its devices, indexes and claims. Refused while the VM answers."""
+    with session.opened(session.by_sandbox(sandbox_id), recover=False) as sandbox:
+        given_up = sandbox.forget()
+    click.echo(f"forgotten: {len(given_up)} devices of sandbox {sandbox_id}", err=True)
+
+
+@cli.command(name="import")
+@click.argument("file")
+@click.pass_context
+def import_(context: click.Context, file: str) -> None:
+    """Take a sandbox over from Kata's state file (Devices, HypervisorState.BlockIndexMap), or from one of ours. Does not touch the VM."""
+    target = _target(context)
+    session.needs_store(target)
+    with session.opened(target, recover=False) as sandbox:
+        sandbox.load(file)
+
+
+@cli.command()
+@click.argument("file")
+@click.pass_context
+def export(context: click.Context, file: str) -> None:
+    """Write a sandbox as Kata's state file, with every key that was imported. Does not touch the VM."""
+    target = _target(context)
+    session.run(Sandbox.export(session.needs_store(target), target.sandbox_id, file))
 
 
 @cli.command()
@@ -101,7 +183,7 @@ cli.add_command(demo)
 def main() -> None:
     """The program `pyblock`."""
     try:
-        cli.main(standalone_mode=False)
+        status = cli.main(standalone_mode=False)  # what context.exit was given, for one
     except click.exceptions.Abort:
         sys.exit(130)  # as a shell reports a SIGINT
     except click.ClickException as error:
@@ -113,3 +195,4 @@ def main() -> None:
         text = "; ".join([str(error), *getattr(error, "__notes__", [])])
         click.echo("pyblock: " + " ".join(text.split()), err=True)
         sys.exit(1)
+    sys.exit(status if isinstance(status, int) else 0)

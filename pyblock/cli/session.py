@@ -1,114 +1,98 @@
-"""One command's hold on a sandbox: its state file, locked, loaded before and saved after.
+"""Which sandbox a command is about, and its hold on it: the host's store says what earlier commands, and other programs, did.
 
-Each VM has a state file of its own in the state folder. The lock file beside it keeps two commands from working on one VM at once.
+A machine is named by its address, its sandbox by its ID; either finds the other where the store knows them.
 """
 
 from __future__ import annotations
 
-import fcntl
+import asyncio
 import hashlib
-import os
 import re
 import time
-from pathlib import Path
-from types import TracebackType
-from typing import Self
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
 
 from pyblock import blocking
-from pyblock.errors import InvalidState, VmmUnreachable
-from pyblock.sandbox import TIMEOUT
+from pyblock.errors import InvalidState, SandboxBusy, SandboxConflict
+from pyblock.hypervisors import open_hypervisor
+from pyblock.sandbox import Sandbox
+from pyblock.stores import host_store
+from pyblock.stores.base import Store
 
-LOCK_PAUSE = 0.02  # seconds between two looks at the lock
+BUSY_WAIT = 10.0  # seconds that a command waits for another that has the sandbox open
+BUSY_PAUSE = 0.02
 _WORDS = re.compile(r"[^A-Za-z0-9.]+")
 
-
-def state_folder() -> Path:
-    """`$PYBLOCK_STATE_DIR` if set, else `/run/pyblock` for root, else `$XDG_RUNTIME_DIR/pyblock`. Made if absent, private to its user.
-
-    Raises InvalidState when there is none.
-    """
-    if text := os.environ.get("PYBLOCK_STATE_DIR"):
-        folder = Path(text)
-    elif os.geteuid() == 0:
-        folder = Path("/run/pyblock")
-    elif text := os.environ.get("XDG_RUNTIME_DIR"):
-        folder = Path(text, "pyblock")
-    else:
-        raise InvalidState("no state folder: set PYBLOCK_STATE_DIR (or XDG_RUNTIME_DIR), or name a file with --state")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder
+Result = TypeVar("Result")
 
 
-def canonical(vm: str) -> str:
-    """The VM's address with a socket's path made absolute, so that one VM has one state file from every folder."""
-    scheme, colon, rest = vm.partition(":")
-    return f"{scheme}:{Path(rest).resolve()}" if colon and rest and scheme != "memory" else vm
+class Target(NamedTuple):
+    """What a command is about. `store` is None for a machine that ends with the command."""
+
+    sandbox_id: str
+    vm: str
+    store: Store | None
 
 
-def state_file(vm: str) -> Path:
-    """The state file of a VM by its address: readable words of it, and a digest that keeps two addresses apart."""
+def run(work: Coroutine[Any, Any, Result]) -> Result:
+    """Runs what the store is asked for."""
+    return asyncio.run(work)
+
+
+def by_vm(vm: str, sandbox_id: str | None = None) -> Target:
+    """The machine at that address, whose sandbox the store may know. Raises UnknownScheme, StateError, StoreError."""
+    address = open_hypervisor(vm).address
+    if not address:
+        return Target(sandbox_id or "cli", vm, None)
+    store = host_store()
+    return Target(sandbox_id or run(store.find(address)) or derived_id(address), address, store)
+
+
+def by_sandbox(sandbox_id: str) -> Target:
+    """The sandbox of that ID, whose machine the store knows. Raises UnknownSandbox, StateError, StoreError."""
+    store = host_store()
+    vm = run(store.read(sandbox_id)).vm
+    if not vm:
+        raise SandboxConflict(f"sandbox {sandbox_id!r} has a machine in memory, which only the process that made it can reach")
+    return Target(sandbox_id, vm, store)
+
+
+def derived_id(vm: str) -> str:
+    """A sandbox ID for a machine that has none: readable words of its address, and a digest that keeps two addresses apart."""
     digest = hashlib.sha256(vm.encode()).hexdigest()[:16]
     words = _WORDS.sub("-", vm).strip("-.")[-80:].strip("-.") or "vm"
-    return state_folder() / f"{words}-{digest}.json"
+    return f"{words}-{digest}"
 
 
-class Session:
-    """A context manager; `sandbox` is open inside it. The state is saved also when the body fails, for a failure may leave devices
-    pending.
+def known(target: Target) -> Sandbox | None:
+    """What the store has of the sandbox, whoever has it open; None if it has nothing."""
+    if target.store is None or target.sandbox_id not in run(target.store.sandboxes()):
+        return None
+    return run(Sandbox.stored(target.store, target.sandbox_id))
 
-    :param changes: the command will change the machine, so the state must be writable: it is written once before.
-    :param timeout: seconds to wait for another command that works on the same VM.
-    """
 
-    def __init__(self, vm: str, state: str | None, *, changes: bool, timeout: float = TIMEOUT) -> None:
-        vm = canonical(vm)
-        self.sandbox = blocking.Sandbox("cli", vm)
-        self._vm = vm
-        self._path = Path(state) if state is not None else state_file(vm)
-        self._changes = changes
-        self._timeout = timeout
-        self._lock = -1
-
-    def __enter__(self) -> Self:
-        self._lock = os.open(self._path.with_name(f".{self._path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+@contextmanager
+def opened(target: Target, *, recover: bool = True, timeout: float = BUSY_WAIT) -> Iterator[blocking.Sandbox]:
+    """The sandbox, open. One that another command has open is waited for, that many seconds and 10 at most."""
+    deadline = time.monotonic() + min(timeout, BUSY_WAIT)
+    while True:
+        sandbox = blocking.Sandbox(target.sandbox_id, target.vm, store=target.store, recover=recover)
         try:
-            self._wait_for_lock()
-            self.sandbox.__enter__()
-            if self._path.exists():
-                self.sandbox.load(self._path)
-            if self._changes:
-                self.sandbox.save(self._path)  # a full disk or a read-only folder is better met now than with disks plugged in
-        except BaseException:
-            self._leave()
-            raise
-        self._before = self.sandbox.state()
-        return self
+            sandbox.__enter__()
+            break
+        except SandboxBusy:
+            if not time.monotonic() < deadline:
+                raise
+        time.sleep(BUSY_PAUSE)
+    try:
+        yield sandbox
+    finally:
+        sandbox.close()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            self.sandbox.settle()
-            if self.sandbox.state() != self._before:
-                self.sandbox.save(self._path)
-        except BaseException as trouble:
-            known = ", ".join(device.id for device in self.sandbox.devices) or "none"
-            trouble.add_note(f"the state could not be saved; devices in the VM now: {known}")
-            raise
-        finally:
-            self._leave()
 
-    def _wait_for_lock(self) -> None:
-        deadline = time.monotonic() + self._timeout
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise VmmUnreachable(f"another pyblock command has been working on {self._vm} for {self._timeout:g} s") from None
-                time.sleep(LOCK_PAUSE)
-
-    def _leave(self) -> None:
-        try:
-            self.sandbox.close()
-        finally:
-            os.close(self._lock)
+def needs_store(target: Target) -> Store:
+    """The store of a target that has one. Raises InvalidState."""
+    if target.store is None:
+        raise InvalidState(f"the machine {target.vm!r} ends with this command, so nothing is kept of it; give --vm an address that stays")
+    return target.store

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import click
 
 from pyblock.device import BlockDevice
+from pyblock.recovery import Finding
 
 COLUMNS = ("device_id", "driver", "index", "predicted_name", "guest_match", "serial", "attach_count", "phase", "host_path")
 
 
-def record(device: BlockDevice) -> dict[str, Any]:
+def record(sandbox_id: str, device: BlockDevice) -> dict[str, Any]:
     """A device as a JSON object."""
     drive = device.drive
     keys = (
@@ -32,6 +33,7 @@ def record(device: BlockDevice) -> dict[str, Any]:
         "serial",
     )
     return {
+        "sandbox": sandbox_id,
         "device_id": device.id,
         "drive_id": drive.id if drive else None,
         "host_path": device.info.path,
@@ -41,16 +43,44 @@ def record(device: BlockDevice) -> dict[str, Any]:
     }
 
 
-def devices(found: Iterable[BlockDevice], *, as_json: bool) -> None:
-    """Prints devices."""
-    records = [record(device) for device in found]
+def devices(records: Iterable[dict[str, Any]], *, as_json: bool) -> None:
+    """Prints devices. The table names their sandboxes where there are several."""
+    records = list(records)
     if as_json:
         click.echo(json.dumps(records, indent=2))
         return
     if not records:
         click.echo("nothing is attached", err=True)
         return
-    table(list(COLUMNS), [["" if row[column] is None else str(row[column]) for column in COLUMNS] for row in records])
+    columns = [*(["sandbox"] if len({row["sandbox"] for row in records}) > 1 else []), *COLUMNS]
+    table(columns, [["" if row[column] is None else str(row[column]) for column in columns] for row in records])
+
+
+def findings(found: Mapping[str, list[Finding]], errors: Mapping[str, str], *, as_json: bool) -> None:
+    """Prints what differed in each sandbox, and why others could not be asked."""
+    rows = [
+        {
+            "sandbox": sandbox_id,
+            "found": one.found.value,
+            "outcome": one.outcome.value,
+            "device_id": one.device_id or None,
+            "drive_id": one.drive_id,
+            "host_path": one.path or None,
+            "note": one.note or None,
+        }
+        for sandbox_id, each in found.items()
+        for one in each
+    ]
+    if as_json:
+        asked = [{"sandbox": each, "error": errors.get(each)} for each in sorted([*found, *errors])]
+        click.echo(json.dumps({"sandboxes": asked, "findings": rows}, indent=2))
+        return
+    if rows:
+        table([*rows[0]], [["" if value is None else value for value in row.values()] for row in rows])
+    for sandbox_id, error in errors.items():
+        click.echo(f"pyblock: sandbox {sandbox_id}: {error}", err=True)
+    if not rows:
+        click.echo(f"{len(found)} sandboxes asked, nothing differs", err=True)
 
 
 def table(columns: list[str], rows: list[list[str]], *, title: str | None = None) -> None:
@@ -58,7 +88,8 @@ def table(columns: list[str], rows: list[list[str]], *, title: str | None = None
     from rich.console import Console  # noqa: PLC0415 - a quarter of the start-up time, and only needed here
     from rich.table import Table  # noqa: PLC0415
 
-    console = Console(width=None if sys.stdout.isatty() else 240)
+    widths = (max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True))
+    console = Console(width=None if sys.stdout.isatty() else max(240, sum(widths) + 3 * len(columns) + 1))
     body = Table(*columns, title=title, title_justify="left")
     for row in rows:
         body.add_row(*row)

@@ -7,12 +7,13 @@ and the backend may go only after the VMM has confirmed that the device is gone.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Collection
 from typing import Protocol
 
 import msgspec
 
 from pyblock.device import Unsettled
-from pyblock.drivers import Family
+from pyblock.drivers import Driver, Family
 from pyblock.errors import PyblockError, TransportError, VmmProtocolError, VmmUnreachable
 from pyblock.model import BlockDrive
 
@@ -32,6 +33,34 @@ class FoundDisk(msgspec.Struct, frozen=True):
     index: int | None = None
 
 
+class Held(msgspec.Struct, frozen=True):
+    """What the machine has under a drive ID.
+
+    :ivar device: the guest has, or may have, the device.
+    :ivar backend: what the device reads and writes is there.
+    :ivar kind: a driver whose steps remove it.
+    """
+
+    device: bool
+    backend: bool
+    kind: Driver
+
+    @property
+    def whole(self) -> bool:
+        return self.device and self.backend
+
+
+class Inventory(msgspec.Struct, frozen=True):
+    """What a machine has now.
+
+    :ivar disks: its disks, whoever plugged them in.
+    :ivar held: drive ID to what is there, for all that is named as drives are, and for no other.
+    """
+
+    disks: list[FoundDisk] = []
+    held: dict[str, Held] = {}
+
+
 class Hypervisor(Protocol):
     """One machine's VMM. Every method may raise TransportError; none takes a deadline, since the operations around them outlive theirs."""
 
@@ -39,14 +68,31 @@ class Hypervisor(Protocol):
     def drivers(self) -> frozenset[str]:
         """The names of the drivers that this VMM offers."""
 
-    async def inventory(self) -> list[FoundDisk]:
-        """Connects where that is needed, and lists the disks that the machine has now. Changes nothing."""
+    @property
+    def address(self) -> str:
+        """What finds this machine again from another process, as `open_hypervisor` takes it; "" when nothing does."""
+
+    async def inventory(self, known: Collection[str] = ()) -> Inventory:
+        """Connects where that is needed, and lists what the machine has now. Changes nothing.
+
+        :param known: IDs of drives whose place need not be looked at.
+        """
+
+    async def gone(self) -> bool:
+        """Whether nothing answers at its address any more: its socket is absent, or nobody listens there. Changes nothing, and is not
+        answered by waiting."""
 
     def adopt(self, drive: BlockDrive) -> None:
         """Takes note of a drive that was plugged in before this adapter was opened: what it takes stays taken until it is unplugged."""
 
+    def vacate(self, drive: BlockDrive) -> None:
+        """Takes note that a drive's place is free: the machine has nothing of it."""
+
     async def plug(self, drive: BlockDrive) -> None:
         """Plugs a drive in and fills in where it went. On an error nothing is left behind, except on Unsettled."""
+
+    async def locate(self, drive: BlockDrive) -> None:
+        """Fills in the addresses that only the VMM knows, of a drive that is plugged in. Changes nothing in the machine."""
 
     async def unplug(self, drive: BlockDrive) -> None:
         """Removes whatever the machine has of a drive; returns when it is confirmed gone. Unsettled when that is not known."""
@@ -68,18 +114,10 @@ class SteppedHypervisor(Hypervisor, Protocol):
         """Chooses and takes the drive's place, or raises SlotsExhausted; sends nothing that changes the machine."""
 
     @abstractmethod
-    def vacate(self, drive: BlockDrive) -> None:
-        """Gives the place back."""
-
-    @abstractmethod
     async def backend_add(self, drive: BlockDrive) -> None: ...
 
     @abstractmethod
     async def device_add(self, drive: BlockDrive) -> None: ...
-
-    @abstractmethod
-    async def locate(self, drive: BlockDrive) -> None:
-        """Fills in the addresses that only the VMM knows, after the device was added. Changes nothing in the machine."""
 
     @abstractmethod
     async def device_del(self, drive: BlockDrive) -> bool:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Literal
 
 import msgspec
 
 from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_MMIO, VIRTIO_SCSI
 from pyblock.errors import ConnectionLost, InvalidValue, SlotsExhausted, VmmRefused, VmmUnreachable
-from pyblock.hypervisors.base import FoundDisk, SteppedHypervisor
+from pyblock.hypervisors.base import FoundDisk, Held, Inventory, SteppedHypervisor
 from pyblock.model import BlockDrive
 
 BRIDGES = 30  # PCI bridges in slots 2 … 31 of the root bus
@@ -32,7 +32,7 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 class MemoryHypervisor(SteppedHypervisor):
-    """:param address: what follows `memory:`; a label of no consequence.
+    """:param label: what errors call it.
     :param slots: PCI slots for virtio-blk, at most 960.
     :param existing: disks that the machine has from the start.
 
@@ -44,13 +44,13 @@ class MemoryHypervisor(SteppedHypervisor):
 
     __slots__ = (
         "_existing", "_faults", "_gates", "_keep_journal", "_places", "_slot_count", "_slots",
-        "address", "backends", "dead", "devices", "journal",
+        "backends", "dead", "devices", "journal", "label",
     )  # fmt: skip
 
-    def __init__(self, address: str = "", *, slots: int = BRIDGES * BRIDGE_SLOTS, existing: tuple[FoundDisk, ...] = ()) -> None:
+    def __init__(self, label: str = "", *, slots: int = BRIDGES * BRIDGE_SLOTS, existing: tuple[FoundDisk, ...] = ()) -> None:
         if not 0 <= slots <= BRIDGES * BRIDGE_SLOTS:
             raise InvalidValue(f"slots {slots!r} is not in 0 … {BRIDGES * BRIDGE_SLOTS}")
-        self.address = address
+        self.label = label
         self.backends: dict[str, str] = {}
         self.devices: dict[str, str] = {}
         self.journal: list[tuple[str, str]] = []
@@ -62,6 +62,10 @@ class MemoryHypervisor(SteppedHypervisor):
         self._slots = 0  # a bit for each that is taken
         self._faults: dict[str, deque[Fault]] | None = None
         self._gates: dict[str, asyncio.Event] | None = None
+
+    @property
+    def address(self) -> str:
+        return ""  # it ends with its process
 
     @property
     def drivers(self) -> frozenset[str]:
@@ -81,12 +85,16 @@ class MemoryHypervisor(SteppedHypervisor):
         if self._gates and (gate := self._gates.pop(step, None)):
             gate.set()
 
-    async def inventory(self) -> list[FoundDisk]:
+    async def inventory(self, known: Collection[str] = ()) -> Inventory:
         self._connect()
-        return [*self._existing, *(FoundDisk(drive_id, DRIVERS[kind].family) for drive_id, kind in self._kinds())]
+        kinds = {drive_id: DRIVERS[place.partition(" ")[0]] for drive_id, place in self.devices.items()}
+        found = [FoundDisk(drive_id, kind.family) for drive_id, kind in kinds.items()]
+        ids = dict.fromkeys([*self.backends, *self.devices])
+        held = {one: Held(one in self.devices, one in self.backends, kinds.get(one, VIRTIO_SCSI)) for one in ids}
+        return Inventory([*self._existing, *found], held)
 
-    def _kinds(self) -> list[tuple[str, str]]:
-        return [(drive_id, place.partition(" ")[0]) for drive_id, place in self.devices.items()]
+    async def gone(self) -> bool:
+        return self.dead
 
     def adopt(self, drive: BlockDrive) -> None:
         if drive.kind is VIRTIO_BLK and drive.slot is not None:
@@ -174,7 +182,7 @@ class MemoryHypervisor(SteppedHypervisor):
 
     def _connect(self) -> None:
         if self.dead:
-            raise VmmUnreachable(f"the machine in memory {self.address!r} is dead")
+            raise VmmUnreachable(f"the machine in memory {self.label!r} is dead")
 
     async def _step(self, step: str, drive: BlockDrive, do: Callable[[], None]) -> None:
         self._connect()
@@ -200,7 +208,13 @@ class MemoryHypervisor(SteppedHypervisor):
 
 
 def open_memory(address: str) -> MemoryHypervisor:
-    """The machine behind `memory:`. Nobody can look at its journal, so it keeps none: there may be thousands of them."""
-    machine = MemoryHypervisor(address)
+    """The machine behind `memory:`, or the one in a file behind `memory:/tmp/vm1`. Nobody can look at its journal, so it keeps none: there
+    may be thousands of them."""
+    if "/" in address:
+        from pyblock.hypervisors.memory_file import FileMachine  # noqa: PLC0415 - it derives from this module's
+
+        machine: MemoryHypervisor = FileMachine(address)
+    else:
+        machine = MemoryHypervisor(address)
     machine._keep_journal = False
     return machine

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -14,12 +16,12 @@ import msgspec
 from pyblock.drivers import NVDIMM, VIRTIO_BLK, VIRTIO_SCSI
 from pyblock.errors import PyblockError, SlotsExhausted, UnknownDriver, VmmRefused
 from pyblock.host import image_size, is_block_special
-from pyblock.hypervisors.base import FoundDisk, SteppedHypervisor
+from pyblock.hypervisors.base import Inventory, SteppedHypervisor
+from pyblock.hypervisors.qemu_inventory import LUNS, take_inventory
 from pyblock.hypervisors.qemu_tree import Slot, Tree, bus_numbers, read_tree
 from pyblock.hypervisors.qmp import QmpSession
 from pyblock.model import BlockDrive
 
-_LUNS = 256  # a SCSI ID has as many LUNs in Kata's numbering
 # QEMU works off its commands one by one, and each takes longer the more block nodes there are: with a hundred drives begun at once, every
 # device would be added among a hundred nodes. A few in flight keep QEMU busy.
 _LANES = 4
@@ -54,7 +56,7 @@ def _recipe(drive: BlockDrive) -> Recipe:
         "file": {"driver": "host_device" if is_block_special(drive.file) else "file", "filename": drive.file, "read-only": drive.read_only},
     }
     if drive.kind is VIRTIO_SCSI:
-        target, lun = divmod(drive.index, _LUNS)
+        target, lun = divmod(drive.index, LUNS)
         device = {"driver": "scsi-hd", "bus": drive.slot, "channel": 0, "scsi-id": target, "lun": lun}
     else:
         bus, _, number = (drive.slot or "").rpartition("/")
@@ -62,6 +64,8 @@ def _recipe(drive: BlockDrive) -> Recipe:
     device |= {"id": drive.id, "drive": drive.id}
     if drive.serial is not None:
         device["serial"] = drive.serial
+    if drive.share:
+        device["share-rw"] = True
     return Recipe(("blockdev-add", node), device)
 
 
@@ -81,14 +85,17 @@ class QemuHypervisor(SteppedHypervisor):
     def drivers(self) -> frozenset[str]:
         return frozenset({VIRTIO_SCSI.name, VIRTIO_BLK.name, NVDIMM.name})
 
-    async def inventory(self) -> list[FoundDisk]:
-        tree = self._tree = await read_tree(self._qmp)
-        ours = tree.scsi_buses[0] if tree.scsi_buses else None
-        found: list[FoundDisk] = []
-        for disk in tree.disks:
-            bus, target, lun = disk.scsi or (None, 0, 0)
-            found.append(FoundDisk(disk.id, disk.family, target * _LUNS + lun if bus is not None and bus == ours and lun < _LUNS else None))
-        return found
+    @property
+    def address(self) -> str:
+        with contextlib.suppress(ValueError):  # of a NUL in it; connecting will say so
+            return f"qemu:{os.path.realpath(self._qmp.path)}"
+        return f"qemu:{self._qmp.path}"
+
+    async def inventory(self, known: Collection[str] = ()) -> Inventory:
+        return await take_inventory(self._qmp, await self._look(), known)
+
+    async def gone(self) -> bool:
+        return self._qmp.gone()
 
     def adopt(self, drive: BlockDrive) -> None:
         if drive.kind is VIRTIO_BLK and drive.slot is not None:
@@ -123,6 +130,8 @@ class QemuHypervisor(SteppedHypervisor):
             del self._slots[drive.slot]
             if self._tree is not None and all(slot.name != drive.slot for slot in self._tree.free):
                 self._tree = None  # it was read while the drive was there, so it does not list the slot as free
+        elif drive.kind is VIRTIO_BLK:
+            self._tree = None  # its slot was never told
 
     async def plug(self, drive: BlockDrive) -> None:
         if self._lanes is None:
@@ -143,7 +152,7 @@ class QemuHypervisor(SteppedHypervisor):
 
     async def locate(self, drive: BlockDrive) -> None:
         if drive.kind is VIRTIO_SCSI:
-            target, lun = divmod(drive.index, _LUNS)
+            target, lun = divmod(drive.index, LUNS)
             # The guest numbers its SCSI hosts itself, and SATA ports count among them: only what follows the host's number is a fact.
             drive.guest_match = f":0:{target}:{lun}/block/"
         elif drive.kind is NVDIMM:

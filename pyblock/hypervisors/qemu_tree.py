@@ -1,4 +1,4 @@
-"""The machine as QEMU's object tree shows it: PCI buses and their slots, SCSI controllers, disks.
+"""The machine as QEMU's object tree shows it: PCI buses with their slots and disks, SCSI controllers.
 
 The tree is asked, not `query-pci`: that sees nothing behind a bridge until the firmware has numbered the buses. It is read from the host
 bridges down, so devices without an ID are seen as well.
@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
 
-from pyblock.drivers import PMEM, SD, VD, Family
+from pyblock.drivers import VD, Family
 from pyblock.errors import VmmRefused
 from pyblock.hypervisors.qmp import QmpSession
 
@@ -26,11 +25,7 @@ _LINK = re.compile(r"link<(.*)>")
 _ACPI_NUMBER = "acpi-pcihp-bsel"
 _PORTS = frozenset({"pcie-root-port", "ioh3420", "xio3130-downstream"})
 _BRIDGES = _PORTS | {"pci-bridge", "pci-bridge-seat", "pcie-pci-bridge", "i82801b11-bridge", "x3130-upstream"}
-_FAMILIES: tuple[tuple[re.Pattern[str], Family], ...] = (
-    (re.compile(r"(virtio-blk|vhost-user-blk)-.*"), VD),
-    (re.compile(r"scsi-hd|scsi-block|ide-hd"), SD),
-    (re.compile(r"nvdimm|virtio-pmem-.*"), PMEM),
-)
+_FAMILIES: tuple[tuple[re.Pattern[str], Family], ...] = ((re.compile(r"(virtio-blk|vhost-user-blk)-.*"), VD),)
 _SCSI_CONTROLLER = re.compile(r"virtio-scsi-.*")
 
 
@@ -80,15 +75,14 @@ class Slot(msgspec.Struct, frozen=True):
 
 
 class Disk(msgspec.Struct, frozen=True):
-    """A disk in the tree: its ID ("" without one), family, and SCSI place (controller's bus, ID, LUN) if it has one."""
+    """A disk on a PCI bus: its ID ("" without one) and family."""
 
     id: str
     family: Family
-    scsi: tuple[str, int, int] | None = None
 
 
 class Tree(msgspec.Struct):
-    """What was found. `free` are the hot-pluggable slots that nothing sits in, in the order of their paths."""
+    """What was found. `free` are the hot-pluggable slots that nothing sits in, in the order of their paths; `scsi_buses` are sorted."""
 
     free: list[Slot] = []
     scsi_buses: list[str] = []
@@ -98,12 +92,12 @@ class Tree(msgspec.Struct):
 async def read_tree(qmp: QmpSession) -> Tree:
     """Reads the tree. Changes nothing in the machine."""
     tree = Tree()
-    machine = await _properties(qmp, "/machine")
+    machine = await properties(qmp, "/machine")
     hosts = [f"/machine/{name}" for name, kind in machine.items() if "host" in kind and kind.startswith("child<")]
     for host in sorted(hosts):
         for bus in await _buses(qmp, host, _PCI_BUS):
             await _pci_bus(qmp, tree, bus, (), port=False)
-    await _memory_and_others(qmp, tree)
+    tree.scsi_buses.sort()
     tree.free.sort(key=lambda slot: ([(hop.slot, hop.function) for hop in slot.route], slot.number))
     return tree
 
@@ -126,7 +120,7 @@ async def bus_numbers(qmp: QmpSession) -> dict[tuple[Hop, ...], int]:
     return numbers
 
 
-async def _properties(qmp: QmpSession, path: str) -> dict[str, str]:
+async def properties(qmp: QmpSession, path: str) -> dict[str, str]:
     """Name to type; empty for an object that left while it was being looked at."""
     try:
         return {entry["name"]: entry["type"] for entry in await qmp.execute("qom-list", {"path": path})}
@@ -134,7 +128,7 @@ async def _properties(qmp: QmpSession, path: str) -> dict[str, str]:
         return {}
 
 
-async def _get(qmp: QmpSession, path: str, name: str) -> Any:
+async def get_property(qmp: QmpSession, path: str, name: str) -> Any:
     try:
         return await qmp.execute("qom-get", {"path": path, "property": name})
     except VmmRefused:
@@ -142,23 +136,23 @@ async def _get(qmp: QmpSession, path: str, name: str) -> Any:
 
 
 async def _buses(qmp: QmpSession, path: str, kinds: tuple[str, ...]) -> list[str]:
-    return [f"{path}/{name}" for name, kind in (await _properties(qmp, path)).items() if kind in kinds]
+    return [f"{path}/{name}" for name, kind in (await properties(qmp, path)).items() if kind in kinds]
 
 
 async def _children(qmp: QmpSession, bus: str) -> tuple[list[tuple[str, str]], bool]:
     """The devices on a bus as (path, type), and whether it takes hot-plug."""
-    properties = await _properties(qmp, bus)
-    links = [(name, match[1]) for name, kind in properties.items() if _BUS_CHILD.fullmatch(name) and (match := _LINK.fullmatch(kind))]
-    handler, *paths = await asyncio.gather(_get(qmp, bus, "hotplug-handler"), *(_get(qmp, bus, name) for name, _ in links))
+    have = await properties(qmp, bus)
+    links = [(name, match[1]) for name, kind in have.items() if _BUS_CHILD.fullmatch(name) and (match := _LINK.fullmatch(kind))]
+    handler, *paths = await asyncio.gather(get_property(qmp, bus, "hotplug-handler"), *(get_property(qmp, bus, name) for name, _ in links))
     # A bridge that is its bus's own handler takes what is plugged in. Where the handler is the chipset (ACPI), it does so only on the buses
     # that it has numbered: since QEMU 8 it is named on q35's root bus as well, and refuses there.
-    hotplug = bool(handler) and (handler == bus.rpartition("/")[0] or _ACPI_NUMBER in properties)
+    hotplug = bool(handler) and (handler == bus.rpartition("/")[0] or _ACPI_NUMBER in have)
     return [(path, kind) for path, (_, kind) in zip(paths, links, strict=True) if path], hotplug
 
 
 async def _pci_bus(qmp: QmpSession, tree: Tree, bus: str, route: tuple[Hop, ...], *, port: bool) -> None:
     children, hotplug = await _children(qmp, bus)
-    places = await asyncio.gather(*(_get(qmp, path, "addr") for path, _ in children))
+    places = await asyncio.gather(*(get_property(qmp, path, "addr") for path, _ in children))
     # PCI devfn: the slot in the upper five bits. A device that left meanwhile has none.
     devices = [
         (path, kind, Hop(place >> 3, place & 7)) for (path, kind), place in zip(children, places, strict=True) if isinstance(place, int)
@@ -176,39 +170,9 @@ async def _pci_device(qmp: QmpSession, tree: Tree, path: str, kind: str, route: 
         for bus in await _buses(qmp, path, _PCI_BUS):
             await _pci_bus(qmp, tree, bus, route, port=kind in _PORTS)
     elif _SCSI_CONTROLLER.fullmatch(kind):
-        for bus in await _buses(qmp, f"{path}/virtio-backend", ("child<SCSI>",)):
-            await _scsi_bus(qmp, tree, bus)
+        tree.scsi_buses += [bus.rpartition("/")[2] for bus in await _buses(qmp, f"{path}/virtio-backend", ("child<SCSI>",))]
     elif family := _family(kind):
         tree.disks.append(Disk(_id(path), family))
-
-
-async def _scsi_bus(qmp: QmpSession, tree: Tree, bus: str) -> None:
-    name = bus.rpartition("/")[2]
-    tree.scsi_buses.append(name)
-    tree.scsi_buses.sort()
-    children, _ = await _children(qmp, bus)
-
-    async def one(path: str, kind: str) -> None:
-        target, lun = await asyncio.gather(_get(qmp, path, "scsi-id"), _get(qmp, path, "lun"))
-        if family := _family(kind):
-            tree.disks.append(Disk(_id(path), family, (name, target, lun)))
-        elif isinstance(target, int):
-            tree.disks.append(Disk(_id(path), Family("sr", letters=False), (name, target, lun)))  # a CD-ROM: no disk name, but an address
-
-    await asyncio.gather(*(one(path, kind) for path, kind in children))
-
-
-async def _memory_and_others(qmp: QmpSession, tree: Tree) -> None:
-    """Disks that are on no PCI or SCSI bus of ours: nvdimms, and IDE disks that the machine made itself."""
-    memory, blocks = await asyncio.gather(qmp.execute("query-memory-devices"), qmp.execute("query-block"))
-    tree.disks.extend(Disk(entry["data"].get("id", ""), PMEM) for entry in memory if entry["type"] in ("nvdimm", "virtio-pmem"))
-    paths = [path for path in _qdevs(blocks) if path.startswith("/machine/unattached/")]
-    kinds = await asyncio.gather(*(_get(qmp, path, "type") for path in paths))
-    tree.disks.extend(Disk("", SD) for kind in kinds if kind == "ide-hd")
-
-
-def _qdevs(blocks: list[dict[str, Any]]) -> Iterator[str]:
-    return (block["qdev"] for block in blocks if "qdev" in block)
 
 
 def _family(kind: str) -> Family | None:

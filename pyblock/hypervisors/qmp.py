@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import socket
 import stat
 from collections.abc import Mapping
 from typing import Any
@@ -84,6 +85,17 @@ class QmpSession:
         """Takes note that nobody waits for the device to leave."""
         if (future := self._leaving.pop(device_id, None)) is not None:
             future.cancel()
+
+    def gone(self) -> bool:
+        """Whether the socket is absent or nobody listens there. A peer that is there and says nothing is not gone."""
+        with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)) as probe:
+            try:
+                probe.connect(self.path)
+            except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
+                return True
+            except OSError:
+                pass  # taken, or not to be touched by this user: something is there
+        return False
 
     async def close(self) -> None:
         """Ends the connection, if there is one."""

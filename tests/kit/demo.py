@@ -10,6 +10,7 @@ import sys
 
 from pyblock import BlockDevice, VmmRefused, blocking
 from pyblock.cli import show
+from pyblock.stores.sqlite import SqliteStore
 
 from .guest import GuestDisk
 from .initramfs import KitMissing
@@ -26,7 +27,9 @@ def main() -> int:
         print(f"No real guest here: {missing}. The same job on the in-memory VMM instead:", flush=True)
         return subprocess.call([sys.executable, "-m", "pyblock", "demo"])
     print("Booting the test guest (QEMU without acceleration, a few seconds)…", flush=True)
-    with machine, blocking.Sandbox("demo", f"qemu:{machine.qmp_path}") as sandbox:
+    # A store of its own, which goes with the machine: the host's would remember the nvdimm that QEMU does not let go of.
+    store = SqliteStore(machine.folder / "state.db")
+    with machine, blocking.Sandbox("demo", f"qemu:{machine.qmp_path}", store=store) as sandbox:
         before = set(machine.guest.disks())
         plugged: list[BlockDevice] = []
         for driver, count in PLAN:

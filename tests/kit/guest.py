@@ -72,8 +72,9 @@ class Guest:
         values = dict(zip((name.decode() for name in parts[::2]), parts[1::2], strict=True))
         disks = {}
         for name, target in re.findall(r"(\S+) -> \.\./(\S+)", listing.decode()):
-            if re.match("loop|ram", name) or f"{name}/size" not in values or f"{name}/ro" not in values:
-                continue  # one without attributes is coming or going at this moment
+            # One without attributes, or with empty ones, is coming or going at this moment.
+            if re.match("loop|ram", name) or not values.get(f"{name}/size") or not values.get(f"{name}/ro"):
+                continue
             page = values.get(f"{name}/device/vpd_pg80")
             serial = page[4:] if page is not None else values.get(f"{name}/serial", b"")
             disks[name] = GuestDisk(

@@ -20,6 +20,7 @@ from snapshot import drive_ids, ordinals
 
 from pyblock import AttachPending, BlockDevice, DetachPending, Phase, PyblockError, Sandbox, VmmRefused
 from pyblock.hypervisors.qemu import QemuHypervisor
+from pyblock.stores.sqlite import SqliteStore
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(600)]
 
@@ -47,15 +48,17 @@ class Bench:
         await self.close()
         self.machine = self._start(guest=False, nvdimm_slots=2, extra=["-action", "reboot=reset"])
         self.image = self.machine.image("disk")
+        self.store = SqliteStore(self.machine.folder / "state.db")
         self.proxy = await self._stack.enter_async_context(Proxy(self.machine.folder / "proxy", self.machine.qmp_path))
 
     async def close(self) -> None:
         if hasattr(self, "machine"):
             await self._stack.aclose()
+            self.store.close()
             self.machine.close()
 
     def sandbox(self, driver: str) -> Sandbox:
-        return Sandbox("s1", f"qemu:{self.proxy.path}", driver=driver)
+        return Sandbox("s1", f"qemu:{self.proxy.path}", driver=driver, store=self.store)
 
     def has(self) -> set[str]:
         """What QEMU has of the drive."""

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import pty
-import re
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import samples
 from children import NOBODY, in_child
 from snapshot import MakeImage
 
-from pyblock import InvalidState, __version__
+from pyblock import InvalidState, Sandbox, __version__, blocking
 from pyblock.cli import session
+from pyblock.stores import state_folder
 
 PROGRAM = [sys.executable, "-c", "from pyblock.cli import main; main()"]
 SCRIPT = Path(sys.executable).with_name("pyblock")
@@ -28,6 +27,8 @@ KEYS = {
     *("device_id", "drive_id", "index", "driver", "host_path", "read_only", "attach_count", "scsi_addr", "pci_path", "nvdimm_id"),
     *("virt_path", "predicted_name", "guest_match", "serial"),
 }
+
+OWN = "its own"  # the machine that a shell comes with
 
 Done = subprocess.CompletedProcess[str]
 
@@ -37,27 +38,35 @@ class Shell:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.vm = self.machine("vm1")
         self.environment = {**os.environ, "PYBLOCK_STATE_DIR": str(folder)}
 
-    def __call__(self, *arguments: str | Path, vm: str | None = "memory:vm1") -> Done:
+    def __call__(self, *arguments: str | Path, vm: str | None = OWN) -> Done:
         """One command, whatever its end."""
         return subprocess.run(
             self.command(*arguments, vm=vm), env=self.environment, capture_output=True, text=True, timeout=60, check=False
         )
 
-    def command(self, *arguments: str | Path, vm: str | None = "memory:vm1") -> list[str]:
+    def machine(self, name: str) -> str:
+        """The address of a machine that outlives the commands, made where it is not there yet."""
+        path = self.folder.parent / name
+        path.touch()
+        return f"memory:{path}"
+
+    def command(self, *arguments: str | Path, vm: str | None = OWN) -> list[str]:
+        vm = self.vm if vm == OWN else vm
         return [*PROGRAM, *(["--vm", vm] if vm is not None else []), *map(str, arguments)]
 
-    def fine(self, *arguments: str | Path, vm: str | None = "memory:vm1") -> str:
+    def fine(self, *arguments: str | Path, vm: str | None = OWN) -> str:
         """The output of a command that ends well and complains of nothing."""
         done = self(*arguments, vm=vm)
         assert (done.returncode, done.stderr) == (0, "")
         return done.stdout
 
-    def json(self, *arguments: str | Path, vm: str = "memory:vm1") -> Any:
+    def json(self, *arguments: str | Path, vm: str | None = OWN) -> Any:
         return json.loads(self.fine(*arguments, "--json", vm=vm))
 
-    def refused(self, *arguments: str | Path, vm: str | None = "memory:vm1") -> str:
+    def refused(self, *arguments: str | Path, vm: str | None = OWN) -> str:
         """The one line that a refused command says."""
         done = self(*arguments, vm=vm)
         assert (done.returncode, done.stdout) == (1, "")
@@ -66,7 +75,7 @@ class Shell:
         assert "Traceback" not in done.stderr
         return done.stderr
 
-    def misused(self, *arguments: str | Path, vm: str | None = "memory:vm1") -> str:
+    def misused(self, *arguments: str | Path, vm: str | None = OWN) -> str:
         done = self(*arguments, vm=vm)
         assert (done.returncode, done.stdout) == (2, "")
         assert "Traceback" not in done.stderr
@@ -96,9 +105,97 @@ def test_one_call_knows_what_an_earlier_one_did(shell: Shell, make_image: MakeIm
 
 def test_each_vm_has_a_state_of_its_own(shell: Shell, make_image: MakeImage) -> None:
     shell.fine("attach", make_image("one"))
-    assert shell.json("list", vm="memory:vm2") == []
-    assert shell.json("list", vm="memory:vm1 ") == []
+    assert shell.json("list", vm=shell.machine("vm2")) == []
+    assert shell.json("list", vm=shell.machine("vm1 ")) == []
+    assert shell.json("list", vm="memory:") == []
     assert len(shell.json("list")) == 1
+
+
+def test_all_machines_in_one_list(shell: Shell, make_image: MakeImage) -> None:
+    assert shell.json("list", vm=None) == []
+    [one] = shell.json("attach", make_image("one"))
+    [two] = shell.json("--sandbox", "two", "attach", make_image("two"), vm=shell.machine("vm2"))
+    assert two["sandbox"] == "two"
+    assert sorted(row["device_id"] for row in shell.json("list", vm=None)) == sorted([one["device_id"], two["device_id"]])
+    assert one["sandbox"] in (text := shell.fine("list", vm=None)) and "two" in text
+    # The ID alone finds the machine, and the machine its sandbox.
+    assert shell.json("--sandbox", "two", "list", vm=None) == [two] == shell.json("list", vm=shell.machine("vm2"))
+    assert "vm2" in shell.refused("--sandbox", "three", "attach", make_image("three"), vm=shell.machine("vm2"))
+    shell.fine("--sandbox", "two", "detach", two["device_id"], vm=None)
+    assert "no sandbox 'two'" in shell.refused("--sandbox", "two", "detach", "x", vm=None)
+
+
+def test_a_machine_that_ends_with_the_command(shell: Shell, make_image: MakeImage) -> None:
+    assert [row["index"] for row in shell.json("attach", make_image("one"), vm="memory:")] == [0]
+    assert not shell.folder.exists()
+    assert "memory:" in shell.refused("import", make_image("state"), vm="memory:")
+
+
+def test_an_image_has_one_writer(shell: Shell, make_image: MakeImage) -> None:
+    image, other = make_image("image"), shell.machine("vm2")
+    [row] = shell.json("attach", image)
+    text = shell.refused("attach", image, vm=other)
+    assert str(image) in text and row["sandbox"] in text and row["device_id"] in text and "forget" in text
+    shell.refused("attach", image, "--read-only", vm=other)
+    shell.refused("attach", image, "--share", vm=other)  # both have to say so
+    shell.fine("detach", row["device_id"])
+    for vm in (OWN, other):
+        shell.fine("attach", image, "--share", vm=vm)
+    shared = make_image("shared")
+    for vm in (OWN, other):
+        shell.fine("attach", shared, "--read-only", vm=vm)
+    shell.refused("attach", shared, vm=shell.machine("vm3"))
+
+
+def test_reconcile(shell: Shell, make_image: MakeImage) -> None:
+    rows = shell.json("attach", *(make_image(name) for name in ("kept", "lost", "half")))
+    path = Path(shell.vm.removeprefix("memory:"))
+    machine = json.loads(path.read_text())
+    for which, where in ((1, ("backends", "devices")), (2, ("devices",))):
+        for name in where:
+            del machine[name][rows[which]["drive_id"]]
+    machine["backends"]["drive-nobodys"] = "/x"
+    path.write_text(json.dumps(machine))
+    lost, half, orphan = rows[1]["drive_id"], rows[2]["drive_id"], "drive-nobodys"
+
+    def outcomes(*arguments: str, vm: str | None = OWN) -> dict[str, tuple[str, str]]:
+        answer = shell.json("reconcile", *arguments, vm=vm)
+        assert [each["error"] for each in answer["sandboxes"]] == [None]
+        return {one["drive_id"]: (one["found"], one["outcome"]) for one in answer["findings"]}
+
+    assert outcomes("--dry-run") == {lost: ("lost", "left"), half: ("lost", "left"), orphan: ("orphan", "left")}
+    assert shell.json("list") == rows and json.loads(path.read_text()) == machine
+    assert outcomes(vm=None) == {lost: ("lost", "freed"), half: ("lost", "removed"), orphan: ("orphan", "left")}
+    assert shell.json("list") == rows[:1]
+    assert outcomes("--orphans") == {orphan: ("orphan", "removed")}
+    assert outcomes() == {}
+    assert json.loads(path.read_text())["backends"].keys() == {rows[0]["drive_id"]}
+    assert "nothing differs" in shell("reconcile", vm=None).stderr
+
+
+def test_a_machine_that_is_gone(shell: Shell, make_image: MakeImage) -> None:
+    image = make_image("image")
+    [row] = shell.json("attach", image)
+    sandbox = row["sandbox"]
+    assert "still answers" in shell.refused("forget", sandbox, vm=None)
+    Path(shell.vm.removeprefix("memory:")).unlink()
+    done = shell("reconcile", "--json", vm=None)
+    assert done.returncode == 1 and json.loads(done.stdout)["sandboxes"][0]["error"]
+    assert shell.json("list") == [row]
+    assert "claim" in shell.refused("attach", image, vm=shell.machine("vm2"))
+    assert (done := shell("forget", sandbox, vm=None)).returncode == 0 and sandbox in done.stderr
+    assert shell.json("list", vm=None) == []
+    shell.fine("attach", image, vm=shell.machine("vm2"))
+    assert "'nothing'" in shell.refused("forget", "nothing", vm=None)
+
+
+@pytest.mark.parametrize("name", samples.KATA)
+def test_import_then_export_keeps_all(shell: Shell, tmp_path: Path, name: str) -> None:
+    theirs, ours = tmp_path / "theirs.json", tmp_path / "ours.json"
+    theirs.write_bytes(samples.text(samples.KATA[name]))
+    shell.fine("import", theirs)
+    shell.fine("export", ours)
+    assert samples.without_pyblock(json.loads(ours.read_bytes())) == samples.without_pyblock(samples.KATA[name])
 
 
 def test_keys_of_a_record(shell: Shell, make_image: MakeImage) -> None:
@@ -120,21 +217,6 @@ def test_table(shell: Shell, make_image: MakeImage) -> None:
     image = make_image("an-image-with-quite-a-long-name-that-nobody-may-cut-short.img")
     for text in (shell.fine("attach", image), shell.fine("list")):
         assert all(word in text for word in ("device_id", "predicted_name", "/dev/sda", "virtio-scsi", image.name))
-
-
-def test_a_state_file_by_name(shell: Shell, make_image: MakeImage, tmp_path: Path) -> None:
-    state = tmp_path / "mine.json"
-    image = make_image("one")
-    [row] = shell.json("--state", state, "attach", image)
-    assert [device["ID"] for device in json.loads(state.read_bytes())["Devices"]] == [row["device_id"]]
-    assert not shell.folder.exists()
-    assert shell.json("--state", state, "list") == [row]
-    assert shell.json("list") == []
-    before = image.read_bytes()
-    assert str(image) in shell.refused("--state", image, "list")
-    assert str(image) in shell.refused("--state", image, "attach", make_image("two"))
-    assert image.read_bytes() == before
-    shell.refused("--state", tmp_path / "absent" / "state", "list")
 
 
 ERRORS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
@@ -174,6 +256,9 @@ def test_machines_that_are_none(shell: Shell, make_image: MakeImage, vm: str, te
         ["detach"],
         ["list", "extra"],
         ["list", "--nonsense"],
+        ["forget"],
+        ["import"],
+        ["export"],
         ["name"],
         ["name", "x"],
         ["plug"],
@@ -185,7 +270,7 @@ def test_wrong_usage(shell: Shell, arguments: list[str]) -> None:
 
 
 def test_vm_is_needed(shell: Shell, make_image: MakeImage) -> None:
-    for arguments in (["list"], ["attach", str(make_image("image"))], ["detach", "x"]):
+    for arguments in (["export", "x"], ["attach", str(make_image("image"))], ["detach", "x"]):
         assert "--vm" in shell.misused(*arguments, vm=None)
 
 
@@ -212,12 +297,12 @@ def test_the_installed_script(shell: Shell) -> None:
         assert done.returncode == status
 
 
-def test_a_spoiled_state_is_left_as_it_is(shell: Shell, make_image: MakeImage) -> None:
+def test_a_spoiled_store_is_left_as_it_is(shell: Shell, make_image: MakeImage) -> None:
     image = make_image("image")
     shell.fine("attach", image)
-    [state] = shell.folder.glob("*.json")
-    state.write_bytes(text := state.read_bytes()[:-20])
-    for arguments in (["list"], ["attach", str(image)], ["detach", "x"]):
+    state = shell.folder / "state.db"
+    state.write_bytes(text := state.read_bytes()[:-4096])
+    for arguments in (["list"], ["attach", str(image)], ["detach", "x"], ["reconcile"]):
         assert str(state) in shell.refused(*arguments)
     assert state.read_bytes() == text
 
@@ -228,7 +313,7 @@ def test_state_folder_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "xdg"))
     old = os.umask(0)
     try:
-        assert session.state_folder() == named
+        assert state_folder() == named
     finally:
         os.umask(old)
     assert stat.S_IMODE(named.stat().st_mode) == 0o700
@@ -246,14 +331,14 @@ def test_state_folder_of_root_and_of_others(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     with monkeypatch.context() as patch:  # /run is the machine's
         patch.setattr(Path, "mkdir", lambda path, **_: made.append(path))
-        assert session.state_folder() == Path("/run/pyblock")
+        assert state_folder() == Path("/run/pyblock")
     assert made == [Path("/run/pyblock")]
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert session.state_folder() == tmp_path / "pyblock"
+    assert state_folder() == tmp_path / "pyblock"
     assert stat.S_IMODE((tmp_path / "pyblock").stat().st_mode) == 0o700
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     with pytest.raises(InvalidState, match="PYBLOCK_STATE_DIR"):
-        session.state_folder()
+        state_folder()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
@@ -263,7 +348,7 @@ def test_state_folder_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def attempt() -> str:
         try:
-            return str(session.state_folder())
+            return str(state_folder())
         except InvalidState as error:
             return str(error)
 
@@ -275,19 +360,20 @@ def test_state_folder_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_files_in_the_state_folder_are_private(shell: Shell, make_image: MakeImage) -> None:
     shell.fine("attach", make_image("image"))
     assert stat.S_IMODE(shell.folder.stat().st_mode) == 0o700
+    assert {path.name for path in shell.folder.iterdir()} >= {"state.db", "state.db-owners"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in shell.folder.iterdir()} == {0o600}
 
 
-def test_one_socket_has_one_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYBLOCK_STATE_DIR", str(tmp_path))
+def test_one_socket_has_one_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to("qmp.sock")
     spellings = [f"qemu:{tmp_path}/qmp.sock", "qemu:qmp.sock", "qemu:./qmp.sock", "qemu:link"]
-    assert len({session.state_file(session.canonical(vm)) for vm in spellings}) == 1
-    others = ["memory:", "memory:a", "memory:a/b", "memory:a-b", "qemu:/a/b", "qemu:/a-b", "qemu:" + "/x" * 50, "qemu:" + "/x" * 51]
-    files = {session.state_file(session.canonical(vm)) for vm in others}
-    assert len(files) == len(others)
-    assert all(len(file.name) < 200 and re.fullmatch(r"[A-Za-z0-9.-]+", file.name) for file in files)
+    assert len({session.by_vm(vm).sandbox_id for vm in spellings}) == 1
+    others = ["memory:", "memory:/a", "memory:/a/b", "memory:/a-b", "qemu:/a/b", "qemu:/a-b", "qemu:" + "/x" * 50, "qemu:" + "/x" * 51]
+    ids = {session.by_vm(vm).sandbox_id for vm in others}
+    assert len(ids) == len(others)
+    for each in ids:
+        Sandbox(each, "memory:")  # takes it as an ID
 
 
 def test_commands_at_once_take_their_turns(shell: Shell, make_image: MakeImage) -> None:
@@ -299,35 +385,19 @@ def test_commands_at_once_take_their_turns(shell: Shell, make_image: MakeImage) 
     assert {row["host_path"] for row in rows} == {str(image) for image in images}
 
 
-def test_a_command_waits_for_the_lock(shell: Shell, make_image: MakeImage) -> None:
-    shell.fine("attach", make_image("one"))
-    [lock] = shell.folder.glob(".*.lock")
-    with lock.open("rb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        with subprocess.Popen(shell.command("attach", make_image("two")), env=shell.environment, stdout=subprocess.PIPE) as process:
-            deadline = time.monotonic() + 60
-            opened = Path(f"/proc/{process.pid}/fd")
-            while not any(os.path.samefile(entry, lock) for entry in opened.iterdir() if entry.exists()):  # noqa: PTH121
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            time.sleep(0.3)  # time enough for one that does not wait to be done
-            assert process.poll() is None
-            fcntl.flock(held, fcntl.LOCK_UN)
-            process.communicate(timeout=60)
-            assert process.returncode == 0
+def test_a_command_waits_for_another(shell: Shell, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    [row] = shell.json("attach", make_image("one"))
+    monkeypatch.setenv("PYBLOCK_STATE_DIR", str(shell.folder))
+    command = shell.command("attach", make_image("two"))
+    with blocking.Sandbox(row["sandbox"], shell.vm):
+        late = shell("attach", make_image("three"), "--timeout", "0.1")
+        assert late.returncode == 1 and f"process {os.getpid()} " in late.stderr
+        process = subprocess.Popen(command, env=shell.environment, stdout=subprocess.PIPE)
+        with pytest.raises(subprocess.TimeoutExpired):  # time enough for one that does not wait to be done
+            process.wait(1)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
     assert len(shell.json("list")) == 2
-
-
-def test_a_command_gives_up_on_the_lock(shell: Shell, make_image: MakeImage) -> None:
-    shell.fine("attach", make_image("one"))
-    [lock] = shell.folder.glob(".*.lock")
-    with lock.open("rb") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        command = shell.command("attach", make_image("two"), "--timeout", "0.1")
-        gone = subprocess.run(command, env=shell.environment, capture_output=True, text=True, check=False)
-    assert gone.returncode == 1 and "another pyblock command" in gone.stderr
-    assert len(shell.json("list")) == 1
 
 
 def on_terminal(shell: Shell, *arguments: str | Path) -> tuple[int, str]:

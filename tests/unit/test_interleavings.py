@@ -7,7 +7,7 @@ import copy
 import json
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ import pytest
 import pyblock
 from pyblock import BlockDevice, Phase, blocking
 from pyblock.drivers import SD
-from pyblock.hypervisors.base import FoundDisk
+from pyblock.hypervisors.base import FoundDisk, Inventory
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
 from pyblock.model import BlockDrive
+from pyblock.recovery import Found, Outcome
 from pyblock.stores import json_file
 
 pytestmark = pytest.mark.anyio
@@ -93,10 +94,11 @@ async def test_an_unknown_outcome_is_not_guessed_when_the_vmm_is_away(make_image
             await sandbox.detach(device)
         assert device.phase is Phase.DETACH_PENDING
         vm.dead = False
-        with pytest.raises(pyblock.DetachPending):
-            await sandbox.attach(image)
-        await sandbox.detach(device)
-        assert not sandbox.devices
+        # It answers again: it is asked, the removal is finished, and the image is free for a new device.
+        again = await sandbox.attach(image)
+        assert again is not device and sandbox.devices == [again]
+        await sandbox.detach(device)  # whoever was told "pending" may call again
+        assert sandbox.devices == [again] and again.attached
 
 
 async def test_a_cancelled_batch_does_not_wait_for_its_slowest(make_image: MakeImage) -> None:
@@ -115,9 +117,9 @@ async def test_a_cancelled_batch_does_not_wait_for_its_slowest(make_image: MakeI
 
 async def test_nothing_is_plugged_after_close(make_image: MakeImage) -> None:
     class Slow(MemoryHypervisor):
-        async def inventory(self) -> list[FoundDisk]:
+        async def inventory(self, known: Collection[str] = ()) -> Inventory:
             await asyncio.sleep(0.05)
-            return await super().inventory()
+            return await super().inventory(known)
 
     vm = Slow()
     async with pyblock.Sandbox("sb", vm) as sandbox:
@@ -139,11 +141,11 @@ async def test_an_operation_that_close_meets_before_its_first_step(make_image: M
         await asyncio.sleep(0)
     with pytest.raises(pyblock.AttachPending):
         await task
+    assert len(sandbox.devices) == 1
     vm.let_go("backend-add")
-    async with sandbox:
-        [device] = sandbox.devices
-        await sandbox.detach(device, timeout=LATE)
-        assert not sandbox.devices and not vm.backends
+    async with sandbox:  # asks the machine, which has nothing of it
+        assert [(one.found, one.outcome) for one in sandbox.recovered] == [(Found.ATTACH, Outcome.FREED)]
+        assert not sandbox.devices and not len(sandbox.index) and not vm.backends
 
 
 async def test_the_newer_of_two_saves_stays(make_image: MakeImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +189,7 @@ async def test_a_load_after_asking_counts_the_machines_disks_anew(make_image: Ma
         saved = sandbox.state()
     async with pyblock.Sandbox("sb", vm) as sandbox:
         await sandbox.detach(await sandbox.attach(make_image("x"), driver="virtio-blk"))
-        sandbox.restore(saved)
+        await sandbox.restore(saved)
         assert (await sandbox.attach(make_image("b"))).held.predicted_name == "/dev/sdc"
 
 

@@ -12,7 +12,7 @@ import pytest
 import samples
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from snapshot import MakeImage, drive_ids, ordinals
+from snapshot import MakeImage, drive_ids, ordinals, plug_in
 
 from pyblock import BlockDevice, DetachPending, DeviceInfo, Phase, Sandbox
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
@@ -81,9 +81,11 @@ async def test_what_it_means(tmp_path: Path, name: str) -> None:
 async def test_it_goes_on_with_the_lowest_free(tmp_path: Path, make_image: MakeImage) -> None:
     path = tmp_path / "state"
     path.write_bytes(samples.text(samples.KATA["index without device"]))
-    async with Sandbox("s1", MemoryHypervisor()) as sandbox:
+    vm = MemoryHypervisor()
+    async with Sandbox("s1", vm) as sandbox:
         await sandbox.load(path)
         assert list(sandbox.index) == [0, 1, 2, 7]
+        plug_in(vm, sandbox)
         devices = [
             await sandbox.attach(make_image(f"image{n}"), driver=driver) for n, driver in enumerate(["virtio-scsi", "virtio-blk"] * 3)
         ]
@@ -97,8 +99,10 @@ async def test_names_of_two_drivers_after_a_load(tmp_path: Path, make_image: Mak
     """The original named by index whatever the driver: vdc is taken, and pyblock keeps to what was told to the guest's owner."""
     path = tmp_path / "state"
     path.write_bytes(samples.text(samples.sandbox([*samples.SCSI[:2], samples.BLK[2]], [0, 1, 2])))
-    async with Sandbox("s1", MemoryHypervisor()) as sandbox:
+    vm = MemoryHypervisor()
+    async with Sandbox("s1", vm) as sandbox:
         await sandbox.load(path)
+        plug_in(vm, sandbox)
         assert [name for _, _, name, *_ in drives(sandbox).values()] == ["/dev/sda", "/dev/sdb", "/dev/vdc"]
         blk = [await sandbox.attach(make_image(f"image{n}"), driver="virtio-blk") for n in range(3)]
         assert [device.held.predicted_name for device in blk] == ["/dev/vda", "/dev/vdb", "/dev/vdd"]
@@ -114,8 +118,10 @@ async def test_an_attach_after_the_originals_is_saved_as_it_is(tmp_path: Path, m
         [samples.device(0, samples.drive(0, File=str(make_image("image")), SCSIAddr="0:0"), AttachCount=1, RefCount=2)], [0]
     )
     path.write_bytes(samples.text(state))
-    async with Sandbox("s1", MemoryHypervisor()) as sandbox:
+    vm = MemoryHypervisor()
+    async with Sandbox("s1", vm) as sandbox:
         await sandbox.load(path)
+        plug_in(vm, sandbox)
         await sandbox.attach(make_image("new"), device_id="new", driver="nvdimm")
         [old, _] = sandbox.devices
         await sandbox.detach(old)
@@ -157,7 +163,7 @@ async def in_memory(state: Any) -> Any:
     text = samples.text(state)
     for _ in range(2):
         async with Sandbox("s1", MemoryHypervisor()) as sandbox:
-            sandbox.restore(decode(text, where="the sample"))
+            await sandbox.restore(decode(text, where="the sample"))
             text = encode(sandbox.state())
     return json.loads(text)
 
@@ -223,6 +229,7 @@ async def test_a_pending_device_of_the_originals_stays_pending(tmp_path: Path) -
     device_id = f"{0:016x}"
     async with Sandbox("s1", vm) as sandbox:
         await sandbox.load(path)
+        plug_in(vm, sandbox)
         vm.fail("device-del", Fault("lose", done=False))
         with pytest.raises(DetachPending):
             await sandbox.detach(device_id)

@@ -1,0 +1,65 @@
+"""A machine in memory that outlives its process, kept in a file: for callers' own tests of what a restart finds.
+
+The file is the machine: an empty one is a machine that was just started, and one that is not there is a machine that has ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from pyblock.errors import VmmProtocolError, VmmUnreachable
+from pyblock.hypervisors.base import Inventory
+from pyblock.hypervisors.memory import MemoryHypervisor
+from pyblock.model import BlockDrive
+
+
+class FileMachine(MemoryHypervisor):
+    """:param path: the file."""
+
+    __slots__ = ("_path",)
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        super().__init__(os.fspath(path))
+        self._path = Path(path).absolute()
+
+    @property
+    def address(self) -> str:
+        return f"memory:{self._path}"
+
+    async def gone(self) -> bool:
+        return not self._path.exists()
+
+    async def inventory(self, known: Collection[str] = ()) -> Inventory:
+        self._read()
+        return await super().inventory(known)
+
+    async def _step(self, step: str, drive: BlockDrive, do: Callable[[], None]) -> None:
+        def do_and_keep() -> None:
+            self._read()
+            do()
+            self._write()
+
+        self._read()
+        await super()._step(step, drive, do_and_keep)
+
+    def _read(self) -> None:
+        try:
+            text = self._path.read_bytes()
+        except OSError as error:
+            raise VmmUnreachable(
+                f"machine in memory {str(self._path)!r}: {error.strerror}; an empty file there would be a new machine"
+            ) from error
+        try:
+            have = json.loads(text or b'{"backends": {}, "devices": {}}')
+            self.backends, self.devices = dict(have["backends"]), dict(have["devices"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise VmmProtocolError(f"file {str(self._path)!r} is no machine in memory: {error!r}") from error
+        self._places = set(self.devices.values())
+
+    def _write(self) -> None:
+        new = self._path.with_name(self._path.name + ".new")
+        new.write_text(json.dumps({"backends": self.backends, "devices": self.devices}, indent=1))
+        new.replace(self._path)

@@ -1,0 +1,255 @@
+"""What a sandbox knows against what its VMM has: found differences are settled in favour of the VMM, and nothing is settled by guessing.
+
+The VMM is asked before a sandbox first changes it, when a sandbox with a past is opened, and again after a connection was lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Collection
+from enum import StrEnum
+from functools import partial
+from typing import NamedTuple
+
+import msgspec
+
+from pyblock.device import BlockDevice, DeviceReceiver, Phase, Unsettled
+from pyblock.errors import PyblockError, SandboxClosed, VmmRefused, VmmUnreachable
+from pyblock.hypervisors.base import CONNECT_TIMEOUT, Held, Hypervisor, Inventory
+from pyblock.manager import DeviceManager
+from pyblock.model import BlockDrive
+from pyblock.operation import Operation
+from pyblock.shared import Ended, SharedWork
+
+SETTLE_TIME = 2.0  # seconds that opening and reconcile wait for removals; those that take longer go on by themselves
+
+
+class Found(StrEnum):
+    """What a difference is."""
+
+    LOST = "lost"  # attached, and the VMM has it no more
+    ATTACH = "unfinished attach"
+    DETACH = "unfinished detach"
+    ORPHAN = "orphan"  # named as ours, and known to nobody
+
+
+class Outcome(StrEnum):
+    """What became of it."""
+
+    FREED = "freed"  # nothing of it was there; what it took is free
+    REMOVED = "removed"  # the VMM had something of it, and has no more
+    FINISHED = "finished"  # the VMM has it whole and does not let it go: it is attached
+    PENDING = "pending"  # the VMM has not confirmed the removal; everything stays taken
+    LEFT = "left"  # nobody asked for more
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """One difference.
+
+    :ivar device_id: the device's ID, "" for an orphan.
+    :ivar drive_id: what the VMM calls it.
+    :ivar path: the host's path of the image, "" for an orphan.
+    :ivar note: what the VMM said, where it said something.
+    """
+
+    found: Found
+    outcome: Outcome
+    device_id: str
+    drive_id: str
+    path: str
+    note: str = ""
+
+
+# Shared by all: most never have any.
+NONE: tuple[Finding, ...] = ()
+IDLE: frozenset[asyncio.Task[Finding]] = frozenset()
+
+
+class Difference(NamedTuple):
+    """A device, or an orphan, that does not stand as it should, and what the VMM has of it (None: nothing)."""
+
+    found: Found
+    drive: BlockDrive | None
+    drive_id: str
+    device: BlockDevice | None
+    held: Held | None
+
+
+class Seen(NamedTuple):
+    """A device as it stood before the VMM was asked. One that moved meanwhile is not judged by an answer that is older."""
+
+    device: BlockDevice
+    drive: BlockDrive
+    phase: Phase
+
+
+_FOUND = {Phase.ATTACHED: Found.LOST, Phase.ATTACH_PENDING: Found.ATTACH, Phase.DETACH_PENDING: Found.DETACH}
+
+
+def at_rest(manager: DeviceManager) -> list[Seen]:
+    """The devices that hold a drive and have nothing under way."""
+    devices = (device for device in manager if isinstance(device, BlockDevice))
+    return [Seen(device, device.drive, device.phase) for device in devices if device.drive is not None and device.operation is None]
+
+
+def differences(before: Collection[Seen], manager: DeviceManager, inventory: Inventory) -> list[Difference]:
+    """Where `before`, as far as it still holds, and the VMM's inventory differ; nothing is changed."""
+    found: list[Difference] = []
+    for device, drive, phase in before:
+        if device.drive is not drive or device.phase is not phase or device.operation is not None:
+            continue
+        held = inventory.held.get(drive.id)
+        if phase is not Phase.ATTACHED or held is None or not held.device:
+            found.append(Difference(_FOUND[phase], drive, drive.id, device, held))
+    known = {seen.drive.id for seen in before}
+    known |= {device.drive.id for device in manager if isinstance(device, BlockDevice) and device.drive is not None}
+    found += [Difference(Found.ORPHAN, None, name, None, held) for name, held in inventory.held.items() if name not in known]
+    return found
+
+
+class Recovery:
+    """:param name: what errors call the VMM.
+    :param learn: is told what the machine has, before anything is settled."""
+
+    __slots__ = ("_asked", "_asking", "_learn", "_manager", "_name", "_receiver", "_settling", "_vmm", "findings")
+
+    def __init__(
+        self, name: str, vmm: Hypervisor, manager: DeviceManager, receiver: DeviceReceiver, learn: Callable[[Inventory], None]
+    ) -> None:
+        self._name = name
+        self._vmm = vmm
+        self._manager = manager
+        self._receiver = receiver
+        self._learn = learn
+        self._asked = False
+        self._asking: SharedWork[None] = SharedWork()
+        self._settling: frozenset[asyncio.Task[Finding]] = IDLE
+        self.findings: tuple[Finding, ...] = NONE  # of the last time that somebody waited for them
+
+    @property
+    def asked(self) -> bool:
+        """Whether the machine has said what it has, and no connection was lost since."""
+        return self._asked
+
+    def doubt(self) -> None:
+        """Has the machine asked again before it is next changed."""
+        self._asked = False
+
+    async def ask(self, deadline: float | None) -> None:
+        """Asks the machine, unless that was done, and begins to settle what differs. All who wait for it share one question.
+
+        Raises TransportError when it does not answer (nothing is then changed), SandboxClosed.
+        """
+        if self._asked:
+            return
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._asking.join(self._ask)
+        except TimeoutError:
+            raise VmmUnreachable(f"the VMM of sandbox {self._name} did not say before the deadline which disks it has") from None
+        except Ended:
+            raise SandboxClosed(f"sandbox {self._name} was closed while its VMM was being asked for its disks") from None
+
+    async def end(self) -> None:
+        """Ends a question that is under way, and the wait for what is being settled; removals that were begun belong to their devices."""
+        await self._asking.end()
+        if settling := self._settling:
+            for task in settling:
+                task.cancel()
+            await asyncio.wait(settling)
+
+    async def reconcile(self, *, dry_run: bool = False, orphans: bool = False, timeout: float | None = SETTLE_TIME) -> list[Finding]:
+        """Asks the machine now, settles what differs, and returns what it found.
+
+        :param dry_run: settles nothing.
+        :param orphans: removes what is named as ours and is known to nobody.
+        :param timeout: seconds that removals may take; those that take longer go on by themselves.
+        Raises TransportError when the machine does not answer; nothing is then changed.
+        """
+        found = await self._differences()
+        if dry_run:
+            return [_finding(one, Outcome.LEFT) for one in found]
+        tasks = self._begin(found, orphans=orphans)
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout)
+        findings = [
+            task.result() if task.done() else _finding(one, Outcome.PENDING, "the VMM has not confirmed the removal")
+            for one, task in zip(found, tasks, strict=True)
+        ]
+        self.findings = tuple(findings)
+        return findings
+
+    async def _ask(self) -> None:
+        self._begin(await self._differences(), orphans=False)
+
+    async def _differences(self) -> list[Difference]:
+        before = at_rest(self._manager)
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                inventory = await self._vmm.inventory({seen.drive.id for seen in before})
+        except TimeoutError:
+            raise VmmUnreachable(f"the VMM of sandbox {self._name} did not answer within {CONNECT_TIMEOUT:g} s") from None
+        self._learn(inventory)
+        return differences(before, self._manager, inventory)
+
+    def _begin(self, found: list[Difference], *, orphans: bool) -> list[asyncio.Task[Finding]]:
+        """Begins to settle all of it; what can be settled at once is."""
+        self._asked = True
+        tasks = [asyncio.create_task(self._settle(one, self._step(one, orphans=orphans))) for one in found]
+        if tasks:
+            self._settling = self._settling.union(tasks)
+            for task in tasks:
+                task.add_done_callback(self._settled)
+        return tasks
+
+    def _settled(self, task: asyncio.Task[Finding]) -> None:
+        self._settling -= {task}
+
+    def _step(self, one: Difference, *, orphans: bool) -> Callable[[], Awaitable[Outcome]] | None:
+        """What there is to wait for, begun where it belongs to a device: nobody else may have a go at it in between."""
+        device = one.device
+        if device is None:
+            return partial(self._remove_orphan, one) if orphans else None
+        if one.held is None:
+            self._vmm.vacate(device.held)
+            device.gone(self._receiver)
+            return partial(self._freed, device)
+        return partial(self._removed, one, device, device.reclaim(self._receiver))
+
+    async def _settle(self, one: Difference, step: Callable[[], Awaitable[Outcome]] | None) -> Finding:
+        try:
+            return _finding(one, await step() if step is not None else Outcome.LEFT)
+        except PyblockError as error:
+            device = one.device
+            if device is not None and one.found is Found.ATTACH and device.phase is Phase.ATTACHED:
+                return _finding(one, Outcome.FINISHED, str(error))
+            return _finding(one, Outcome.PENDING, str(error))
+
+    async def _freed(self, device: BlockDevice) -> Outcome:
+        await self._receiver.note(device)
+        return Outcome.FREED
+
+    async def _removed(self, one: Difference, device: BlockDevice, operation: Operation) -> Outcome:
+        try:
+            await operation.watch(None)
+        except VmmRefused:
+            # An attach that cannot be undone is there, so it is attached.
+            if one.found is Found.ATTACH and one.held is not None and one.held.whole and device.phase is Phase.DETACH_PENDING:
+                await self._vmm.locate(device.held)
+                device.kept()
+                await self._receiver.note(device)
+            raise
+        return Outcome.REMOVED
+
+    async def _remove_orphan(self, one: Difference) -> Outcome:
+        assert one.held is not None  # an orphan is something that is there
+        try:
+            await self._vmm.unplug(BlockDrive(one.drive_id, 0, 0, 0, one.held.kind, ""))
+        except Unsettled as unsettled:
+            raise unsettled.error from unsettled
+        return Outcome.REMOVED
+
+
+def _finding(one: Difference, outcome: Outcome, note: str = "") -> Finding:
+    device = one.device
+    return Finding(one.found, outcome, device.id if device else "", one.drive_id, device.info.path if device else "", note)

@@ -1,0 +1,99 @@
+"""What a store keeps, and the few ways to change it: a row for each device, which also holds the claim on its image.
+
+A row is written before the VMM is touched and again after. It exists from the first attach until the VMM says that the device is gone, so a
+claim cannot outlive its device, nor a device its claim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from pyblock.errors import ImageInUse
+from pyblock.host import Identity
+
+PATIENCE = 60.0  # seconds that a write without a deadline of its own waits for another process
+
+
+class Claim(NamedTuple):
+    """What a device may do with its image: one writes or many read, unless all of them say `share`."""
+
+    identity: Identity
+    read_only: bool
+    share: bool
+
+    def fits(self, other: Claim) -> bool:
+        """Whether both may hold."""
+        return (self.read_only and other.read_only) or (self.share and other.share)
+
+
+class Row(NamedTuple):
+    """A device as the store shall have it from now on.
+
+    :ivar device_id: its ID.
+    :ivar state: its saved form; None: it goes, and its claim with it.
+    :ivar claim: the claim it holds, if any.
+    :ivar claiming: the claim is new, so others' are to be looked at.
+    """
+
+    device_id: str
+    state: bytes | None
+    claim: Claim | None = None
+    claiming: bool = False
+
+
+class Stored(NamedTuple):
+    """A sandbox as the store has it.
+
+    :ivar sandbox_id: its ID.
+    :ivar vm: the VMM's address, "" where nothing finds the machine again.
+    :ivar owner: who has it open, in words; "" for nobody who lives.
+    :ivar state: the saved form of the sandbox without its devices, b"" for nothing.
+    :ivar devices: the saved forms of its devices, in the order in which they came.
+    """
+
+    sandbox_id: str
+    vm: str
+    owner: str
+    state: bytes
+    devices: Sequence[bytes]
+
+
+class Store(Protocol):
+    """Many processes use one at once, and survive each other's death. A deadline is an event-loop time in seconds, None for PATIENCE.
+
+    Every method may raise StoreError, StoreBusy (the deadline passed), InvalidState and NewerState; nothing is then changed.
+    """
+
+    async def open_sandbox(self, sandbox_id: str, vm: str, deadline: float | None = None) -> Stored:
+        """Makes this process the owner of a sandbox, made where it is absent, and returns what the store has of it.
+
+        Raises SandboxBusy when a process that lives owns it; SandboxConflict when it is there with another VMM, or the VMM belongs to
+        another sandbox.
+        """
+
+    async def close_sandbox(self, sandbox_id: str, deadline: float | None = None) -> None:
+        """Gives the ownership up. A sandbox of which nothing is kept is forgotten."""
+
+    async def write(
+        self, sandbox_id: str, rows: Callable[[], Sequence[Row]], deadline: float | None = None, *, state: bytes | None = None
+    ) -> dict[str, ImageInUse]:
+        """Writes rows of a sandbox that this process owns, all in one transaction; `rows` is asked when that has begun.
+
+        Returns, by device ID, the rows that were left out because their claim does not fit one that another sandbox holds; the errors say
+        so without a subject, since a store knows no path.
+
+        :param state: the sandbox's own saved form, where it is to change.
+        """
+
+    async def read(self, sandbox_id: str, deadline: float | None = None) -> Stored:
+        """What it has of one sandbox. Raises UnknownSandbox."""
+
+    async def find(self, vm: str, deadline: float | None = None) -> str | None:
+        """The ID of the sandbox of this VMM, None if there is none."""
+
+    async def sandboxes(self, deadline: float | None = None) -> list[str]:
+        """The IDs of all its sandboxes, sorted."""
+
+    def close(self) -> None:
+        """Closes what it holds open. A later call opens it again; sandboxes that are open stay this process's only until then."""
