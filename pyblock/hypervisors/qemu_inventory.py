@@ -34,7 +34,11 @@ async def take_inventory(qmp: QmpSession, tree: Tree, known: Collection[str]) ->
     backends = {node["node-name"] for node in nodes} | objects.keys()
     modules = [entry["data"] for entry in memory if entry["type"] in ("nvdimm", "virtio-pmem")]
     # The original names a device otherwise than its node; whoever uses the node is the device.
-    used = {block["inserted"]["node-name"] for block in blocks if block.get("qdev") and "node-name" in block.get("inserted", {})}
+    used = {
+        block["inserted"]["node-name"]
+        for block in blocks
+        if "node-name" in block.get("inserted", {}) and _is_there(block.get("qdev"), peripherals)
+    }
     used |= {module["memdev"].rpartition("/")[2] for module in modules if "memdev" in module}
     held = {
         name: Held(name in peripherals or name in used, name in backends, _kind(peripherals.get(name, ""), name in objects))
@@ -49,6 +53,14 @@ async def take_inventory(qmp: QmpSession, tree: Tree, known: Collection[str]) ->
         *(disk for disk in scsi if disk is not None),
     ]
     return Inventory(disks, held)
+
+
+def _is_there(qdev: str | None, peripherals: Collection[str]) -> bool:
+    """Whether the user of a node is still in the machine: one that left is listed until QEMU has freed it."""
+    if not qdev:
+        return False
+    name = qdev.removeprefix(f"{_PERIPHERAL}/")
+    return name.startswith("/") or name.partition("/")[0] in peripherals
 
 
 def _kind(device_type: str, is_object: bool) -> Driver:

@@ -173,13 +173,13 @@ async def test_a_late_confirmation_needs_no_call(start_machine: Start) -> None:
 async def test_the_job_survives_save_and_load(start_machine: Start, tmp_path: Path) -> None:
     machine = start_machine(ports=3)
     state = tmp_path / "state.json"
-    async with pyblock.Sandbox("saved", f"qemu:{machine.qmp_path}") as sandbox:
+    async with pyblock.Sandbox("saved", f"qemu:{machine.qmp_path}", store=None) as sandbox:
         await sandbox.attach_many([machine.image(f"s{number}", (number + 1) * MIB) for number in range(3)])
         for number in range(2):
             await sandbox.attach(machine.image(f"b{number}", (number + 5) * MIB), driver="virtio-blk")
             await asyncio.to_thread(machine.guest.wait_for_disks, 4 + number, TIMEOUT)
         await sandbox.save(state)
-    async with pyblock.Sandbox("saved", f"qemu:{machine.qmp_path}") as sandbox:
+    async with pyblock.Sandbox("saved", f"qemu:{machine.qmp_path}", store=None) as sandbox:
         await sandbox.load(state)
         devices = [device for device in sandbox.devices if isinstance(device, BlockDevice)]
         agree(machine, devices)
