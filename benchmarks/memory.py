@@ -1,6 +1,6 @@
 """Bytes that one object adds to a process, in a fresh process each: the kernel's count of resident memory, C's share included.
 
-`python benchmarks/memory.py index|sandbox [DRIVES]` prints the bytes of one. A fresh process, for in a used one freed memory takes up
+`python benchmarks/memory.py index|sandbox|stored [DRIVES]` prints the bytes of one. A fresh process, for in a used one freed memory takes up
 what is new.
 """
 
@@ -20,7 +20,7 @@ WARM, COUNT = 200, 4000
 
 
 def per_object(what: str, drives: int = 4) -> float:
-    """Bytes of one block index with 64 in use ("index"), or of one sandbox with its drives ("sandbox")."""
+    """Bytes of one block index with 64 in use ("index"), of one sandbox with its drives ("sandbox"), or of one in a store ("stored")."""
     command = [sys.executable, __file__, what, str(drives)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -47,12 +47,14 @@ def _index(_: int) -> object:
     return index
 
 
-def _sandboxes(drives: int) -> float:
+def _sandboxes(drives: int, *, stored: bool) -> float:
     """Each sandbox has images of its own; a tenth of the drives, at least one, is virtio-blk, the others virtio-scsi."""
     import pyblock  # noqa: PLC0415 - only here
+    from pyblock.stores.sqlite import SqliteStore  # noqa: PLC0415
 
     async def run() -> float:
         with tempfile.TemporaryDirectory() as folder:
+            store = SqliteStore(f"{folder}/state.db") if stored else None
             names = [[f"{folder}/sandbox-{number}-disk-{drive}.img" for drive in range(drives)] for number in range(WARM + COUNT)]
             for each in names:
                 for name in each:
@@ -60,7 +62,7 @@ def _sandboxes(drives: int) -> float:
                         file.truncate(1 << 20)
 
             async def one(number: int) -> object:
-                sandbox = await pyblock.Sandbox(f"sandbox-{number}", "memory:").__aenter__()
+                sandbox = await pyblock.Sandbox(f"sandbox-{number}", "memory:", store=store).__aenter__()
                 split = drives - drives // 10 - 1 if drives > 1 else drives
                 await sandbox.attach_many(names[number][:split])
                 for name in names[number][split:]:
@@ -79,4 +81,4 @@ def _sandboxes(drives: int) -> float:
 
 
 if __name__ == "__main__":
-    print(_grown(_index) if sys.argv[1] == "index" else _sandboxes(int(sys.argv[2])))
+    print(_grown(_index) if sys.argv[1] == "index" else _sandboxes(int(sys.argv[2]), stored=sys.argv[1] == "stored"))

@@ -16,6 +16,7 @@ from libvirt_rival import LibvirtMachine
 from rows import Row
 
 import pyblock
+from pyblock.stores.sqlite import SqliteStore
 
 DISKS = 100
 
@@ -31,7 +32,8 @@ def paths(tmp_path: Path) -> list[Path]:
 
 def ours(paths: list[Path], *, at_once: bool) -> float:
     async def run(machine: Machine) -> float:
-        async with pyblock.Sandbox("bench", f"qemu:{machine.qmp_path}") as sandbox:
+        store = SqliteStore(machine.folder / "state.db")
+        async with pyblock.Sandbox("bench", f"qemu:{machine.qmp_path}", store=store) as sandbox:
             # The connection and the question for the machine's own disks belong to the first use, not to the attach of a disk.
             await sandbox.detach(await sandbox.attach(machine.image("first", 1 << 20)))
             start = time.perf_counter()

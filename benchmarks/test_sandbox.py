@@ -105,6 +105,7 @@ def test_memory(record: Callable[[Row], None]) -> None:
     for name, what, limit in (
         ("memory of one block index, 64 in use", "index", 512),
         ("memory of one sandbox with 4 drives", "sandbox", 6 * 1024),
+        ("memory of one sandbox with 4 drives, in a store", "stored", None),
     ):
         size = per_object(what)
         record(Row(name=name, rival="bytes", value=size, target=limit, at_most=True, ours_ns=0, rival_ns=0, unit="object"))
