@@ -1,7 +1,7 @@
 """Bytes that one object adds to a process, in a fresh process each: the kernel's count of resident memory, C's share included.
 
-`python benchmarks/memory.py index|sandbox|stored [DRIVES]` prints the bytes of one. A fresh process, for in a used one freed memory takes up
-what is new.
+`python benchmarks/memory.py index|sandbox|stored [DRIVES]` prints the bytes of one. A fresh process, for in a used one freed memory takes
+up what is new.
 """
 
 from __future__ import annotations

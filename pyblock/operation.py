@@ -29,6 +29,11 @@ def deadline_after(timeout: float | None) -> float | None:
     return asyncio.get_running_loop().time() + timeout
 
 
+async def over(future: asyncio.Future[None]) -> None:
+    """Returns when it is over, however it ended. A cancellation ends the waiting only."""
+    await asyncio.wait([future])
+
+
 class Operation:
     """A task and whether somebody still waits for it.
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
 from pyblock.allotment import Allotment
+from pyblock.batch import Batch, raise_first
 from pyblock.device import BlockDevice, Forgotten, Phase, Unsettled
 from pyblock.errors import (
     CallerError,
@@ -33,7 +34,7 @@ from pyblock.hypervisors.base import Hypervisor, Inventory
 from pyblock.index import BlockIndex
 from pyblock.manager import Device, DeviceManager
 from pyblock.model import BlockDrive, DeviceInfo
-from pyblock.operation import Operation, deadline_after, log
+from pyblock.operation import Operation, deadline_after, log, over
 from pyblock.recovery import SETTLE_TIME, Finding, Recovery
 
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
 CAPACITY = 65536
 TIMEOUT = 60.0  # seconds: the deadline of attach and detach unless the caller gives another
-NOTES = 5  # different errors of a batch that are shown beside the first
 GRACE = 5.0  # seconds for undoing attaches whose caller is not there any more, in close and after a failed batch
 OPEN_TIME = 10.0  # seconds that opening a sandbox waits for its VMM to say what it has
 
@@ -242,21 +242,6 @@ class Sandbox:
         devices = self._obtain(infos)
         if not devices:
             return []
-        attached: dict[int, BlockDevice] = {}
-        errors: list[BaseException] = []
-
-        async def one(position: int, device: BlockDevice) -> None:
-            try:
-                device = await self._attach(device, infos[position], deadline)
-            except BaseException as error:
-                errors.append(error)
-                if isinstance(error, asyncio.CancelledError):
-                    raise
-            else:
-                attached[position] = device
-                if progress is not None:
-                    progress(device)
-
         try:
             await self._recovery.ask(deadline)
             fresh = [device for device in dict.fromkeys(devices) if device.phase is Phase.DETACHED and device.operation is None]
@@ -265,24 +250,13 @@ class Sandbox:
             for device in devices:
                 self.manager.drop(device)
             raise
-        # The tasks start in this order, and an attach reserves before it first waits: so the indexes follow the order of the images.
-        tasks = [asyncio.ensure_future(one(position, device)) for position, device in enumerate(devices)]
-        try:
-            try:
-                await asyncio.sleep(0)
-            finally:
-                self._allotment.unplan(fresh)  # all have reserved by now but those that wait for their turn
-            await asyncio.gather(*tasks)
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-            # In a task of its own: another cancellation must not leave what was attached without an owner.
-            await _over(asyncio.ensure_future(self._take_back(attached, [], tasks)))
-            raise
-        if errors:
-            await _over(asyncio.ensure_future(self._take_back(attached, errors, tasks)))
-            _raise_first(errors)
-        return [attached[position] for position in range(len(devices))]
+        batch = Batch(
+            lambda position: self._attach(devices[position], infos[position], deadline),
+            partial(self.detach, timeout=GRACE),
+            begun=lambda: self._allotment.unplan(fresh),  # all have reserved by now but those that wait for their turn
+            progress=progress,
+        )
+        return await batch.run(len(devices))
 
     async def detach(self, device: Device | str, *, timeout: float | None = TIMEOUT) -> None:
         """Takes one attach of a device back; the last one unplugs it. Returns when the VMM says that it is gone.
@@ -315,7 +289,7 @@ class Sandbox:
     async def detach_many(self, devices: Iterable[Device | str], *, timeout: float | None = TIMEOUT) -> None:
         """Detaches many devices at once. All are tried; the first error is raised, the others are its notes."""
         done = await asyncio.gather(*(self.detach(device, timeout=timeout) for device in list(devices)), return_exceptions=True)
-        _raise_first([error for error in done if isinstance(error, BaseException)])
+        raise_first([error for error in done if isinstance(error, BaseException)])
 
     async def save(self, path: str | os.PathLike[str]) -> None:
         """Writes devices, counts and indexes to a JSON file, atomically and synced. Raises StateError when the file there is something
@@ -324,14 +298,14 @@ class Sandbox:
         # One after the other, and each whole: an older picture must not come after a newer one, nor a cancelled one be half awaited.
         saving = self._saving = asyncio.ensure_future(self._save(path, self._saving))
         saving.add_done_callback(lambda task: task.cancelled() or task.exception())
-        await _over(saving)
+        await over(saving)
         saving.result()
 
     async def _save(self, path: str | os.PathLike[str], previous: asyncio.Future[None] | None) -> None:
         from pyblock.stores import json_file  # noqa: PLC0415
 
         if previous is not None:
-            await _over(previous)
+            await over(previous)
         await asyncio.to_thread(json_file.write, path, self.state())
 
     async def load(self, path: str | os.PathLike[str]) -> None:
@@ -437,7 +411,7 @@ class Sandbox:
         """Waits, so many seconds at most, until attaches that nobody waits for any more are undone, and saves are written."""
         undoing = [operation.settled(None) for operation in self.running if operation.abandoned and operation.undoing]
         if self._saving is not None:
-            undoing.append(_over(self._saving))
+            undoing.append(over(self._saving))
         if undoing:
             await asyncio.wait([asyncio.ensure_future(one) for one in undoing], timeout=timeout)
 
@@ -603,14 +577,6 @@ class Sandbox:
             else:
                 return device
 
-    async def _take_back(
-        self, attached: dict[int, BlockDevice], errors: list[BaseException], tasks: Sequence[asyncio.Future[None]]
-    ) -> None:
-        """Undoes the attaches of a batch when its tasks are over; trouble goes behind `errors`. What does not end in time is pending."""
-        await asyncio.wait(tasks)
-        done = await asyncio.gather(*(self.detach(device, timeout=GRACE) for device in attached.values()), return_exceptions=True)
-        errors.extend(error for error in done if isinstance(error, BaseException))
-
 
 def _is_sandbox_id(text: object) -> bool:
     if not isinstance(text, str) or not 0 < len(text) <= SANDBOX_ID_MAX or not text.isascii() or not text[0].isalnum():
@@ -619,18 +585,3 @@ def _is_sandbox_id(text: object) -> bool:
 
 
 _WITHOUT_MARKS = str.maketrans("", "", "_.-")
-
-
-async def _over(future: asyncio.Future[None]) -> None:
-    """Returns when it is over, however it ended. A cancellation ends the waiting only."""
-    await asyncio.wait([future])
-
-
-def _raise_first(errors: list[BaseException]) -> None:
-    """Raises the first of the errors with the others as its notes; returns when there is none."""
-    if errors:
-        for other, count in Counter(str(error) for error in errors[1:]).most_common(NOTES):
-            errors[0].add_note(f"also: {other}" + (f" ({count} times)" if count > 1 else ""))
-        if len(errors) > NOTES + 1:
-            errors[0].add_note(f"{len(errors)} failed in all")
-        raise errors[0]

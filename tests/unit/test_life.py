@@ -442,6 +442,6 @@ async def test_operations_leave_no_garbage_task(image: Make) -> None:
 
 
 def test_the_diagram_in_the_docs_is_the_table() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "design.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "recovery.md").read_text()
     drawn = re.findall(r"^    ([a-z-]+) --> ([a-z-]+): (.+)$", text, re.MULTILINE)
     assert sorted(drawn) == sorted((before.value, after.value, event.value) for (before, event), after in LIFE.items())
