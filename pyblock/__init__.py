@@ -37,18 +37,26 @@ from pyblock.naming import (
 from pyblock.naming import (
     scsi_index as scsi_index,
 )
+from pyblock.recovery import Finding as Finding
+from pyblock.recovery import Found as Found
+from pyblock.recovery import Outcome as Outcome
 from pyblock.sandbox import Sandbox as Sandbox
 
 if TYPE_CHECKING:
     from pyblock import blocking as blocking
     from pyblock.state import DeviceState as DeviceState
+    from pyblock.stores.base import Store as Store
+    from pyblock.stores.sqlite import SqliteStore as SqliteStore
 
 __version__ = "0.1.0"
+
+# What not every program needs, and takes long to import.
+_LATE = {"DeviceState": "pyblock.state", "SqliteStore": "pyblock.stores.sqlite", "Store": "pyblock.stores.base"}
 
 
 def __getattr__(name: str) -> Any:
     if name == "blocking":  # loads anyio, which the asyncio front door does without
         return import_module("pyblock.blocking")
-    if name == "DeviceState":
-        return import_module("pyblock.state").DeviceState
+    if name in _LATE:
+        return getattr(import_module(_LATE[name]), name)
     raise AttributeError(f"module 'pyblock' has no attribute {name!r}")

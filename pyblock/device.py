@@ -23,6 +23,7 @@ from pyblock.errors import (
 from pyblock.operation import Operation
 
 if TYPE_CHECKING:
+    from pyblock.generic import GenericDevice
     from pyblock.host import Identity
     from pyblock.model import BlockDrive, DeviceInfo
     from pyblock.state import DeviceState
@@ -104,14 +105,20 @@ class DeviceReceiver(Protocol):
         :param counted: it was attached, and this was its last detach; else an attach was undone.
         """
 
+    def touch(self, device: BlockDevice) -> None:
+        """Has the device written down with whatever is written next, so that a crowd shares the writing."""
+
     async def claim(self, device: BlockDevice, deadline: float | None) -> None:
         """Writes down that the device is to be attached, and claims its image. Raises ImageInUse or StoreError, having changed nothing."""
 
-    async def record(self, device: BlockDevice, deadline: float | None = None) -> None:
+    async def record(self, device: BlockDevice | GenericDevice, deadline: float | None = None) -> None:
         """Writes down how the device stands. Raises StoreError."""
 
+    async def flush(self, deadline: float | None) -> None:
+        """Writes down what was touched. Raises StoreError."""
+
     async def note(self, device: BlockDevice) -> None:
-        """The same for what need not be waited for: it is written as soon as that can be done."""
+        """Records, for what need not be waited for: it is written as soon as that can be done."""
 
     async def plug(self, drive: BlockDrive) -> None:
         """Plugs a drive in and fills in the addresses really used. On an error nothing is left in the VMM, except on Unsettled."""
@@ -275,6 +282,8 @@ class BlockDevice:
     def _remove(self, receiver: DeviceReceiver, deadline: float | None) -> Operation:
         unsure = self.phase is not Phase.ATTACHED
         self._move(Event.DETACH)
+        if not unsure:
+            receiver.touch(self)
         self._operation = Operation(lambda op: self._detach(receiver, op, deadline, unsure=unsure))
         return self._operation
 
@@ -330,7 +339,7 @@ class BlockDevice:
         try:
             if not unsure:  # else it is written down already
                 try:
-                    await receiver.record(self, deadline)
+                    await receiver.flush(deadline)
                 except BaseException as error:
                     self._move(Event.KEPT)
                     if isinstance(error, asyncio.CancelledError):

@@ -1,7 +1,7 @@
 """One sandbox's part of a store, kept in step with what the sandbox knows.
 
-Whoever changes a device touches it; a flush writes all that was touched in one transaction, as it is at that moment. So a crowd of attaches
-shares its transactions, and what could not be written is written with whatever comes next.
+Whoever changes a device touches it; a flush writes all that was touched in one transaction, as it is at that moment. So a crowd shares its
+transactions, and what could not be written is written with whatever comes next.
 """
 
 from __future__ import annotations

@@ -96,16 +96,26 @@ class DeviceManager:
         device = self.find(device_id)
         if isinstance(device, BlockDevice):
             await device.attach(receiver, deadline)
-        else:
-            device.attach()
+            return
+        device.attach()
+        try:
+            await receiver.record(device, deadline)
+        except BaseException:
+            device.detach()
+            raise
 
     async def detach(self, device_id: str, receiver: DeviceReceiver, deadline: float | None = None) -> None:
         """Detaches the device of that ID. Raises UnknownDevice and what BlockDevice.detach raises."""
         device = self.find(device_id)
         if isinstance(device, BlockDevice):
             await device.detach(receiver, deadline)
-        else:
-            device.detach()
+            return
+        device.detach()
+        try:
+            await receiver.record(device, deadline)
+        except BaseException:
+            device.attach()
+            raise
 
     def check_new(self, devices: Iterable[Device]) -> None:
         """Raises DeviceConflict when two of the devices have one ID, or one has that of a device which is there."""

@@ -138,6 +138,7 @@ class Sandbox:
         from pyblock.state import decode_rows  # noqa: PLC0415
 
         stored = await store.open_sandbox(self.id, self._vmm.address)
+        self._clear()  # of an earlier opening; the store knows what came of it
         try:
             where = f"{store!r}, sandbox {self.id!r}"
             if stored.devices or stored.state:
@@ -280,10 +281,10 @@ class Sandbox:
         if isinstance(found, BlockDevice):
             stays = await found.detach(self, deadline)
         else:
-            found.detach()
+            await self.manager.detach(device_id, self, deadline)
             stays = True
         if stays:
-            self._touch(found)
+            self.touch(found)
             self.manager.drop(found)  # the last one is dropped by `release`, whenever that comes
 
     async def detach_many(self, devices: Iterable[Device | str], *, timeout: float | None = TIMEOUT) -> None:
@@ -354,7 +355,7 @@ class Sandbox:
     def _clear(self) -> None:
         """Forgets all devices, as if none had ever been there."""
         for device in self.manager:
-            self._touch(device)
+            self.touch(device)
             if isinstance(device, BlockDevice) and device.drive is not None:
                 self._vmm.vacate(device.drive)
         self.manager.clear()
@@ -462,13 +463,13 @@ class Sandbox:
         drive = self._allotment.reserve(device)
         if self._finished_late:
             self._finished_late -= {device.id}
-        self._touch(device)
+        self.touch(device)
         return drive
 
     def release(self, device: BlockDevice, drive: BlockDrive, *, late: bool, counted: bool) -> None:
         """Gives back what `reserve` took; see DeviceReceiver."""
         self._allotment.release(drive)
-        self._touch(device)
+        self.touch(device)
         if late:
             # Whoever was told "pending" may call again with this device. So it ends here, and who waits to attach its image gets a new one.
             self._finished_late |= {device.id}
@@ -483,12 +484,22 @@ class Sandbox:
         """See DeviceReceiver."""
         return self._ledger is not None
 
+    def touch(self, device: Device) -> None:
+        """See DeviceReceiver."""
+        if self._ledger is not None:
+            self._ledger.touch(device.id)
+
+    async def flush(self, deadline: float | None) -> None:
+        """See DeviceReceiver."""
+        if self._ledger is not None:
+            await self._ledger.flush(deadline)
+
     async def claim(self, device: BlockDevice, deadline: float | None) -> None:
         """See DeviceReceiver."""
         if self._ledger is not None:
             await self._ledger.claim(device.id, deadline)
 
-    async def record(self, device: BlockDevice, deadline: float | None = None) -> None:
+    async def record(self, device: Device, deadline: float | None = None) -> None:
         """See DeviceReceiver."""
         if self._ledger is not None:
             self._ledger.touch(device.id)
@@ -523,10 +534,6 @@ class Sandbox:
     def _check_open(self) -> None:
         if not self._open:
             raise SandboxClosed(f"sandbox {self.id} is not open; use it inside 'with'")
-
-    def _touch(self, device: Device) -> None:
-        if self._ledger is not None:
-            self._ledger.touch(device.id)
 
     def _learn(self, inventory: Inventory) -> None:
         self._allotment.learn(inventory)
