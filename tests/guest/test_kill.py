@@ -28,13 +28,13 @@ Start = Callable[..., Machine]
 # What the process does, and how often each of two images is attached when it has done it.
 LIFE: tuple[tuple[str, str, tuple[int, int]], ...] = (
     ("attach", "a", (1, 0)),
-    ("attach", "b", (1, 1)),
-    ("attach", "a", (2, 1)),
+    ("attach", "a", (2, 0)),
+    ("attach", "b", (2, 1)),
     ("detach", "a", (1, 1)),
     ("detach", "a", (0, 1)),
-    ("attach", "a", (1, 1)),
-    ("detach", "b", (1, 0)),
-    ("detach", "a", (0, 0)),
+    ("detach", "b", (0, 0)),
+    ("attach_many", "ab", (1, 1)),
+    ("detach_many", "ab", (0, 0)),
 )
 # QEMU does not let go of an nvdimm, so its process only attaches.
 ATTACHES = (("attach", "a", (1, 0)), ("attach", "b", (1, 1)), ("attach", "a", (2, 1)))
@@ -77,13 +77,36 @@ class Scene:
         store = SqliteStore(self.path)
         async with self.sandbox(store) as sandbox:
             devices = {}
-            for work, name, _ in self.script:
-                if work == "attach":
-                    devices[name] = await sandbox.attach(self.images[name], timeout=TIMEOUT)
-                else:
-                    await sandbox.detach(devices[name], timeout=TIMEOUT)
+            for work, names, _ in self.script:
+                match work:
+                    case "attach":
+                        devices[names] = await sandbox.attach(self.images[names], timeout=TIMEOUT)
+                    case "attach_many":
+                        attached = await sandbox.attach_many([self.images[name] for name in names], timeout=TIMEOUT)
+                        devices |= dict(zip(names, attached, strict=True))
+                    case "detach":
+                        await sandbox.detach(devices[names], timeout=TIMEOUT)
+                    case "detach_many":
+                        await sandbox.detach_many([devices[name] for name in names], timeout=TIMEOUT)
                 os.write(report, b".")
         store.close()
+
+    def run_recovery(self, last: int | None) -> tuple[int, list[str]]:
+        """A process that opens the sandbox and closes it: its exit status, and the steps that it counted (if it lives)."""
+
+        async def open_it() -> None:
+            store = SqliteStore(self.path)
+            async with self.sandbox(store):
+                pass
+            store.close()
+
+        def victim() -> str:
+            points = Points(last)
+            asyncio.run(open_it())
+            return "\n".join(points.reached)
+
+        status, text = in_child(victim)
+        return status, text.splitlines()
 
     def held_by_qemu(self) -> tuple[set[str], set[str]]:
         """The IDs of our devices and of our backends, as QEMU lists them."""
@@ -161,6 +184,35 @@ def kill_at_every_step(scene: Callable[[int], Scene], driver: str, capsys: pytes
 
 def test_virtio_scsi(bare_machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
     kill_at_every_step(lambda number: Scene(bare_machine, "virtio-scsi", number), "virtio-scsi", capsys)
+
+
+def test_recovery_itself(bare_machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    """For each kind of thing that there is to settle: the process that settles it is killed at every step as well."""
+    first = Scene(bare_machine, "virtio-scsi", 0)
+    _, steps, _ = first.run(None)
+    number = 0
+    kinds: dict[str, int] = {}  # what recovery finds, and a step after which it finds that
+    for step in range(len(steps)):
+        scene = Scene(bare_machine, "virtio-scsi", number := number + 1)
+        _, _, done = scene.run(step)
+        found = asyncio.run(scene.recover_and_compare(done))
+        kinds.setdefault(" and ".join(sorted({f"{one.found.value} {one.outcome.value}" for one in found})), step)
+    assert len(kinds) >= 5
+    points = 0
+    for step in kinds.values():
+        last = 0
+        while True:
+            scene = Scene(bare_machine, "virtio-scsi", number := number + 1)
+            _, _, done = scene.run(step)
+            status, _ = scene.run_recovery(last)
+            asyncio.run(scene.recover_and_compare(done))
+            if status == 0:
+                break
+            assert status == -signal.SIGKILL
+            last += 1
+        points += last
+    with capsys.disabled():
+        print(f"\nrecovery: {points} kill points in {len(kinds)} kinds of it: {', '.join(kind or 'nothing to do' for kind in kinds)}")
 
 
 def test_virtio_blk_with_a_guest(guest_machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
