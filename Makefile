@@ -2,7 +2,8 @@
 
 PYTHON := .venv/bin/python
 
-.PHONY: help setup demo test lint types c-tests py-tests bench bench-short instructions fuzz fuzz-replay sanitize-extension clean
+.PHONY: help setup demo test lint types c-tests py-tests bench bench-short instructions fuzz fuzz-replay sanitize-extension \
+	soak model races clean
 
 help:
 	@echo 'make demo    plug disks into a real guest (in memory where there is no QEMU) and out again'
@@ -12,6 +13,9 @@ help:
 	@echo 'make bench-short    the guards of CI: instructions, crossings, a few rounds of each ratio'
 	@echo 'make fuzz SECONDS=600    coverage-guided fuzzing of the core'
 	@echo 'make sanitize-extension    the unit tests on an extension built with the address and undefined-behaviour sanitizers'
+	@echo 'make soak    a million operations on 10,000 sandboxes in memory, through one store (OPERATIONS=, SANDBOXES=)'
+	@echo 'make model STEPS=100000    more steps of the state machine that tests recovery against a model'
+	@echo 'make races   ten processes on one store for a minute'
 	@echo 'make clean   remove what was built'
 
 # The guest's part may be missing: the demo then runs in memory, and tests that need it say so. Without Python nothing runs.
@@ -64,6 +68,15 @@ fuzz-replay:
 
 sanitize-extension:
 	PYTHON=$(PYTHON) scripts/sanitize-extension
+
+soak:
+	PYTHONPATH=tests $(PYTHON) tests/soak.py --operations $(or $(OPERATIONS),1000000) --sandboxes $(or $(SANDBOXES),10000)
+
+model:
+	PYBLOCK_MODEL_STEPS=$(or $(STEPS),100000) $(PYTHON) -m pytest tests/unit/test_model.py -s
+
+races:
+	PYBLOCK_LONG=1 $(PYTHON) -m pytest tests/unit/test_store_races.py -s
 
 clean:
 	rm -rf build dist *.egg-info pyblock/*.so pyblock/_core.c .pytest_cache .mypy_cache .ruff_cache
