@@ -108,10 +108,10 @@ def test_write_transactions(record: Callable[[Row], None], loop: asyncio.Abstrac
     async def run() -> None:
         async with pyblock.Sandbox("counted", "memory:", store=store) as sandbox:
             await sandbox.detach(await sandbox.attach(one))
-            assert store._db is not None
-            store._db.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
+            assert store._file._db is not None
+            store._file._db.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
             await sandbox.detach(await sandbox.attach(one))
-            store._db.set_trace_callback(None)
+            store._file._db.set_trace_callback(None)
 
     loop.run_until_complete(run())
     store.close()

@@ -20,6 +20,7 @@ Place = tuple[int, int]
 
 # Shared by all allotments: most never have any.
 NO_INDEXES: frozenset[int] = frozenset()
+NO_IDS: frozenset[str] = frozenset()
 NOTHING: Mapping[str, int] = {}
 
 
@@ -30,18 +31,21 @@ class Allotment:
     :ivar index: the block index.
     :ivar capacity: as it was given.
     :ivar given: the offsets as they were given.
+    :ivar unused: nothing was ever given out or learnt.
     """
 
-    __slots__ = ("_drive_ids", "_foreign", "_offsets", "_ordinals", "_planned", "capacity", "given", "index")
+    __slots__ = ("_drive_ids", "_foreign", "_foreign_ids", "_offsets", "_ordinals", "_planned", "capacity", "given", "index", "unused")
 
     def __init__(self, capacity: int, offsets: Mapping[str, int] | None = None) -> None:
         self.index = BlockIndex(capacity)
         self.capacity = capacity
+        self.unused = True
         self._ordinals: dict[str, BlockIndex] = {}
         self.given: Mapping[str, int] = dict(offsets) if offsets else NOTHING
         self._offsets = self.given
         self._drive_ids: set[str] = set()
-        self._foreign = NO_INDEXES  # indexes whose address a disk of the machine's own sits at
+        self._foreign_ids = NO_IDS  # of the machine's own disks, and of orphans
+        self._foreign = NO_INDEXES  # indexes whose address one of these sits at
         self._planned: dict[str, Place] | None = None  # device ID to what a batch took for it
 
     @property
@@ -53,21 +57,34 @@ class Allotment:
         """The taken indexes without those of the machine's own disks, ascending."""
         return (index for index in self.index if index not in self._foreign)
 
-    def learn(self, found: Inventory) -> None:
-        """Takes what the machine's own disks use: IDs, indexes of SCSI addresses, and names, unless their offset is known already."""
+    @property
+    def drive_ids(self) -> frozenset[str]:
+        """The drive IDs that are given out."""
+        return frozenset(self._drive_ids)
+
+    def learn(self, found: Inventory, ours: Collection[str] = NO_IDS) -> None:
+        """Takes what the machine's own disks use: IDs, indexes of SCSI addresses, and names, unless their offset is known already. What
+        they used when it was last asked, and do not use now, is free, but for names: the guest does not name its disks anew.
+
+        :param ours: drive IDs that were given out when the machine was asked.
+        """
+        self.unused = False
+        disks = [disk for disk in found.disks if not disk.id or (disk.id not in ours and disk.id not in self._drive_ids)]
+        at = {disk.index for disk in disks if disk.index is not None and disk.index < self.capacity}
+        for index in self._foreign - at:
+            self.index.release(index)
+        kept = self._foreign & at
+        taken = sorted(index for index in at - kept if index not in self.index)
+        for index in taken:
+            self.index.reserve(index)
+        self._foreign = kept.union(taken) or NO_INDEXES
+        names = (*(disk.id for disk in disks if disk.id), *found.held)
+        self._foreign_ids = frozenset(name for name in names if name not in ours and name not in self._drive_ids) or NO_IDS
         counts: dict[str, int] = {}
-        for disk in found.disks:
-            if disk.id in self._drive_ids:
-                continue  # one of ours
+        for disk in disks:
             counts[disk.family.prefix] = counts.get(disk.family.prefix, 0) + 1
-            if disk.id:
-                self._drive_ids.add(disk.id)
-            if disk.index is not None and disk.index < self.capacity and disk.index not in self.index:
-                self.index.reserve(disk.index)
-                self._foreign |= {disk.index}
         if counts:
             self._offsets = {**counts, **self._offsets}
-        self._drive_ids |= found.held.keys()
 
     def plan(self, devices: Sequence[BlockDevice]) -> None:
         """Takes the places of many devices in one crossing, in their order; `reserve` then finds them, `unplan` gives back the rest.
@@ -78,6 +95,7 @@ class Allotment:
         kinds = {_kind(device) for device in devices}
         if len(devices) < 2 or len({kind.family for kind in kinds}) != 1:
             return
+        self.unused = False
         [family] = {kind.family for kind in kinds}
         indexes, ordinals = plan_many(self.index, self._family(family), len(devices))
         places = zip(indexes, ordinals, strict=True)
@@ -96,6 +114,7 @@ class Allotment:
 
         Raises IndexesExhausted, or DeviceConflict when the ID cannot be made unique; nothing is then taken.
         """
+        self.unused = False
         kind, info = _kind(device), device.info
         place = self._planned.pop(device.id, None) if self._planned else None
         index, ordinal = place = place or plan(self.index, self._family(kind.family))
@@ -133,7 +152,7 @@ class Allotment:
             self.index.reserve_many(indexes)
         except IndexTaken as error:
             raise IndexTaken("an index belongs to two drives: " + str(error)) from error
-        self._ordinals, self._drive_ids = ordinals, drive_ids
+        self._ordinals, self._drive_ids, self.unused = ordinals, drive_ids, False
         if offsets:
             self._offsets = {**self._offsets, **{name: offset for name, offset in offsets.items() if name in FAMILIES}}
 
@@ -173,9 +192,9 @@ class Allotment:
     def _new_id(self, device_id: str) -> str:
         drive_id = make_name_id("drive", device_id)
         salt = 0
-        while drive_id in self._drive_ids:
+        while drive_id in self._drive_ids or drive_id in self._foreign_ids:
             salt += 1  # it changes an ID that was shortened, and none that fits
-            if salt > len(self._drive_ids) + 1:
+            if salt > len(self._drive_ids) + len(self._foreign_ids) + 1:
                 raise DeviceConflict(f"drive ID {drive_id!r} is taken in this machine; give device {device_id} another ID")
             drive_id = make_name_id("drive", device_id, salt=salt)
         return drive_id

@@ -21,6 +21,7 @@ from pyblock.errors import SandboxClosed
 from pyblock.hypervisors.base import Hypervisor
 from pyblock.index import BlockIndex
 from pyblock.manager import Device, DeviceManager
+from pyblock.receiver import GRACE
 from pyblock.recovery import SETTLE_TIME, Finding
 
 if TYPE_CHECKING:
@@ -66,13 +67,13 @@ class Sandbox:
         return f"<blocking {self._sandbox!r}>"
 
     def __enter__(self) -> Self:
-        portal = self._stack.enter_context(_provider)
+        self._portal, self._pid = self._stack.enter_context(_provider), os.getpid()
         try:
-            portal.call(self._sandbox.__aenter__)
+            self._call(self._sandbox.__aenter__)
         except BaseException:
+            self._portal = None
             self._stack.close()
             raise
-        self._portal, self._pid = portal, os.getpid()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -156,7 +157,7 @@ class Sandbox:
         """See pyblock.Sandbox.load."""
         self._call(partial(self._sandbox.load, path))
 
-    def settle(self, timeout: float = door.GRACE) -> None:
+    def settle(self, timeout: float = GRACE) -> None:
         """See pyblock.Sandbox.settle."""
         self._call(partial(self._sandbox.settle, timeout))
 
@@ -195,7 +196,7 @@ class Sandbox:
         except BaseException:
             if not future.done():
                 future.cancel()
-                over.wait(door.GRACE)
+                over.wait(GRACE)
             raise
 
     @property

@@ -17,7 +17,7 @@ from pyblock.errors import (
     NotAttached,
     PyblockError,
     SandboxClosed,
-    StoreError,
+    StoreBusy,
     TransportError,
 )
 from pyblock.operation import Operation
@@ -64,6 +64,7 @@ LIFE: dict[tuple[Phase, Event], Phase] = {
     (Phase.ATTACH_PENDING, Event.GONE): Phase.DETACHED,
     (Phase.ATTACHED, Event.DETACH): Phase.DETACHING,
     (Phase.ATTACHED, Event.LOST): Phase.DETACHED,
+    (Phase.ATTACHED, Event.UNKNOWN): Phase.ATTACH_PENDING,
     (Phase.DETACHING, Event.GONE): Phase.DETACHED,
     (Phase.DETACHING, Event.KEPT): Phase.ATTACHED,
     (Phase.DETACHING, Event.UNKNOWN): Phase.DETACH_PENDING,
@@ -91,9 +92,17 @@ class Forgotten(Exception):
 class DeviceReceiver(Protocol):
     """Whatever devices are attached to. What it writes down outlives the process; one without a store writes nothing."""
 
+    __slots__ = ()
+
     @property
     def records(self) -> bool:
         """Whether it writes anything down."""
+
+    def check(self) -> None:
+        """Raises SandboxClosed unless it takes anything on."""
+
+    def drop(self, device: BlockDevice) -> None:
+        """Takes note that the device has one user less."""
 
     def reserve(self, device: BlockDevice) -> BlockDrive:
         """Takes index, ordinal and drive ID for a device. No I/O. Raises a CapacityError or CallerError, having taken nothing."""
@@ -105,23 +114,20 @@ class DeviceReceiver(Protocol):
         :param counted: it was attached, and this was its last detach; else an attach was undone.
         """
 
-    def touch(self, device: BlockDevice) -> None:
-        """Has the device written down with whatever is written next, so that a crowd shares the writing."""
-
     async def claim(self, device: BlockDevice, deadline: float | None) -> None:
-        """Writes down that the device is to be attached, and claims its image. Raises ImageInUse or StoreError, having changed nothing."""
+        """Chooses the drive's place, writes down that the device is to be attached, and claims its image.
+
+        Raises SlotsExhausted, ImageInUse, StoreError (StoreBusy past the deadline), TransportError, having changed nothing.
+        """
 
     async def record(self, device: BlockDevice | GenericDevice, deadline: float | None = None) -> None:
-        """Writes down how the device stands. Raises StoreError."""
-
-    async def flush(self, deadline: float | None) -> None:
-        """Writes down what was touched. Raises StoreError."""
+        """Writes down how the device stands, and returns when that is done. Raises StoreError."""
 
     async def note(self, device: BlockDevice) -> None:
-        """Records, for what need not be waited for: it is written as soon as that can be done."""
+        """The same for what need not be waited for: tries once, and else has it written in the background. Raises nothing."""
 
     async def plug(self, drive: BlockDrive) -> None:
-        """Plugs a drive in and fills in the addresses really used. On an error nothing is left in the VMM, except on Unsettled."""
+        """Plugs a claimed drive in and fills in the addresses really used. On an error nothing is left in the VMM, except on Unsettled."""
 
     async def unplug(self, drive: BlockDrive) -> None:
         """Removes whatever the VMM has of a drive; returns when the VMM says that it is gone. Unsettled: not known; other errors: it is
@@ -198,9 +204,11 @@ class BlockDevice:
         """
         operation = self._operation
         if operation is not None and operation.abandoned and self.phase is Phase.DETACHING:
-            receiver.nudge(self.held)
+            if operation.begun:
+                receiver.nudge(self.held)
         else:
             await self._turn(deadline)
+            receiver.check()
             if self.phase is Phase.DETACHED:
                 raise NotAttached(f"device {self.id} is not attached; every detach needs an attach of its own")
             if self.phase is Phase.ATTACHED and self.attach_count > 1:
@@ -210,10 +218,9 @@ class BlockDevice:
         await self._result(operation, deadline, "the VMM did not confirm the removal before the deadline; call detach again to resume")
         return False
 
-    def gone(self, receiver: DeviceReceiver) -> None:
-        """Takes note that the VMM has nothing of it; nothing may be under way. What it took is given back."""
-        lost = self.phase is Phase.ATTACHED
-        self._free(receiver, Event.LOST if lost else Event.GONE, late=not lost)
+    def free(self, receiver: DeviceReceiver) -> None:
+        """Takes note that the VMM has nothing of it; nothing may be under way. What it took is given back, and the device ends."""
+        self._free(receiver, Event.LOST if self.phase is Phase.ATTACHED else Event.GONE, late=True)
 
     def reclaim(self, receiver: DeviceReceiver) -> Operation:
         """Has whatever the VMM has of it removed, for nobody in particular; nothing may be under way."""
@@ -221,7 +228,7 @@ class BlockDevice:
         operation.abandoned = True
         return operation
 
-    def kept(self) -> None:
+    def finish(self) -> None:
         """Takes note that the VMM has it whole and will not let it go: its attach is thereby finished."""
         self._move(Event.KEPT)
         self.attach_count = max(1, self.attach_count)
@@ -248,32 +255,50 @@ class BlockDevice:
             try:
                 await operation.settled(deadline)
             except TimeoutError:
+                if self.phase is Phase.ATTACHED:
+                    text = f"device {self.id}: the deadline passed while its count was being written for another; nothing was changed"
+                    raise StoreBusy(text) from None
                 raise self._pending("the deadline passed while an earlier operation on it was under way") from None
 
     async def _result(self, operation: Operation, deadline: float | None, why: str) -> None:
         try:
             await operation.result(deadline)
         except TimeoutError:
-            if operation.done or not operation.begun:  # in the very moment of the deadline
+            # In the very moment of the deadline; until it has begun, the work keeps to the deadline itself.
+            if operation.done or not operation.begun:
                 return await operation.result(None)
             raise self._pending(why) from None
 
     async def _count(self, receiver: DeviceReceiver, more: int, deadline: float | None) -> None:
+        receiver.check()
         if not receiver.records:
             self.attach_count += more
+            if more < 0:
+                receiver.drop(self)
             return
         operation = self._operation = Operation(lambda op: self._recount(receiver, op, more, deadline))
-        await operation.result(None)  # it keeps to the deadline
+        try:
+            await operation.result(None)  # it keeps to the deadline
+        except asyncio.CancelledError:
+            if more > 0 and operation.succeeded and not operation.abandoned:  # in the very moment of the cancellation
+                self.attach_count -= more
+                await receiver.note(self)
+            raise
 
     async def _recount(self, receiver: DeviceReceiver, operation: Operation, more: int, deadline: float | None) -> None:
         self.attach_count += more
         try:
             await receiver.record(self, deadline)
-        except BaseException:
+        except BaseException as error:
             self.attach_count -= more
+            await receiver.note(self)  # what is written for others may have taken this along
+            if isinstance(error, asyncio.CancelledError):
+                raise self._unwritten() from None
             raise
         else:
-            if operation.abandoned and more > 0:  # whoever would have detached it has gone
+            if more < 0:
+                receiver.drop(self)
+            elif operation.abandoned:  # whoever would have detached it has gone
                 self.attach_count -= more
                 await receiver.note(self)
         finally:
@@ -282,8 +307,6 @@ class BlockDevice:
     def _remove(self, receiver: DeviceReceiver, deadline: float | None) -> Operation:
         unsure = self.phase is not Phase.ATTACHED
         self._move(Event.DETACH)
-        if not unsure:
-            receiver.touch(self)
         self._operation = Operation(lambda op: self._detach(receiver, op, deadline, unsure=unsure))
         return self._operation
 
@@ -292,7 +315,7 @@ class BlockDevice:
         try:
             try:
                 await receiver.claim(self, deadline)
-                operation.begun = True
+                self._begin(receiver, operation, deadline)
                 await receiver.plug(self.held)
             except Unsettled as unsettled:
                 self._move(Event.UNKNOWN)
@@ -303,14 +326,19 @@ class BlockDevice:
                     self._move(Event.UNKNOWN)
                     raise self._pending("it was cut off before the VMM answered") from None
                 self._free(receiver, Event.UNDONE, late=False)
-                if operation.begun:
-                    await receiver.note(self)
-                elif cut_off:
+                await receiver.note(self)
+                if cut_off:
                     raise self._unwritten() from None
                 raise
             self._move(Event.PLUGGED)
             self.attach_count = 1
-            trouble = await self._written(receiver) if not operation.abandoned else None
+            try:
+                trouble = await self._written(receiver) if not operation.abandoned else None
+            except asyncio.CancelledError:  # the sandbox is being closed; whoever opens it next may find the intent only
+                self.attach_count = 0
+                self._move(Event.UNKNOWN)
+                await receiver.note(self)
+                raise self._pending("it was cut off before it was written down") from None
             if operation.abandoned or trouble is not None:
                 self.attach_count = 0
                 self._move(Event.DETACH)
@@ -325,27 +353,32 @@ class BlockDevice:
         finally:
             self._operation = None
 
-    async def _written(self, receiver: DeviceReceiver) -> StoreError | None:
+    def _begin(self, receiver: DeviceReceiver, operation: Operation, deadline: float | None) -> None:
+        """From here on the VMM is touched. Raises StoreBusy when writing took all the time there was."""
+        if receiver.records and deadline is not None and asyncio.get_running_loop().time() >= deadline:
+            raise StoreBusy(f"device {self.id}: the deadline passed while the store was being written; nothing was changed")
+        operation.begun = True
+
+    async def _written(self, receiver: DeviceReceiver) -> Exception | None:
         """The trouble with writing down that it is attached: should this process die then, nobody would know of it."""
         try:
             await receiver.record(self)
-        except StoreError as error:
+        except Exception as error:
             return error
-        except asyncio.CancelledError:
-            pass  # the sandbox is being closed, which writes it
         return None
 
     async def _detach(self, receiver: DeviceReceiver, operation: Operation, deadline: float | None, *, unsure: bool) -> None:
         try:
-            if not unsure:  # else it is written down already
-                try:
-                    await receiver.flush(deadline)
-                except BaseException as error:
-                    self._move(Event.KEPT)
-                    if isinstance(error, asyncio.CancelledError):
-                        raise self._unwritten() from None
-                    raise
-            operation.begun = True
+            try:
+                if not unsure:  # else it is written down already
+                    await receiver.record(self, deadline)
+                self._begin(receiver, operation, deadline)
+            except BaseException as error:
+                self._move(Event.UNKNOWN if unsure else Event.KEPT)
+                await receiver.note(self)  # what is written for others may have taken this along
+                if isinstance(error, asyncio.CancelledError):
+                    raise self._unwritten() from None
+                raise
             await self._unplug(receiver, operation, unsure=unsure)
         finally:
             self._operation = None
@@ -382,7 +415,8 @@ class BlockDevice:
         going = self.phase in (Phase.DETACHING, Phase.DETACH_PENDING)
         what = DetachPending if going else AttachPending
         drive = f" (index {self.drive.index}, drive {self.drive.id})" if self.drive else ""
-        return what(f"device {self.id}{drive} is {self.phase}, and what it took stays taken: {why}")
+        stands = "attached, but not written down yet" if self.phase is Phase.ATTACHED else str(self.phase)
+        return what(f"device {self.id}{drive} is {stands}, and what it took stays taken: {why}")
 
     def _unwritten(self) -> SandboxClosed:
         return SandboxClosed(f"device {self.id}: the sandbox was closed before the VMM was touched; nothing was changed")

@@ -68,6 +68,10 @@ def inspect_image(path: str, *, read_only: bool) -> HostImage:
     """
     if not path or "\0" in path:
         raise InvalidImage(f"image path {path!r} is empty or holds a NUL; give the path of a disk image or block device")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise InvalidImage(f"image path {path!r} is not UTF-8; neither a VMM's JSON nor a saved state can hold it") from None
     path = os.path.abspath(path)  # noqa: PTH100 - pathlib would follow or keep "..", abspath does neither I/O nor surprise
     try:
         status = os.stat(path)  # noqa: PTH116 - a str goes in, no Path object is needed on the hot path

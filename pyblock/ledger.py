@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Sequence
 
 from pyblock.device import HOLDING, BlockDevice, Phase
-from pyblock.errors import ImageInUse, StoreError
+from pyblock.errors import CallerError, ImageInUse, InvalidValue, PyblockError
 from pyblock.manager import Device, DeviceManager
 from pyblock.operation import log
 from pyblock.persist import device_to_state
@@ -23,15 +24,16 @@ RETRY = 1.0  # seconds between two tries to write what could not be written at o
 class Ledger:
     """:param manager: the devices that there are; a touched device that it does not know has gone."""
 
-    __slots__ = ("_later", "_manager", "_refused", "_sandbox_id", "_stamp", "_store", "_touched")
+    __slots__ = ("_later", "_manager", "_refused", "_sandbox_id", "_stamp", "_state", "_store", "_touched")
 
     def __init__(self, store: Store, sandbox_id: str, manager: DeviceManager) -> None:
         self._store = store
         self._sandbox_id = sandbox_id
         self._manager = manager
         self._touched: dict[str, int] = {}  # device ID to when it was touched last
+        self._state: bytes | None = None  # the sandbox's own saved form, while it is to be written
         self._stamp = 0
-        self._refused: dict[str, ImageInUse] = {}
+        self._refused: dict[str, CallerError] = {}
         self._later: asyncio.Task[None] | None = None
 
     def touch(self, device_id: str) -> None:
@@ -44,49 +46,44 @@ class Ledger:
 
         :param state: the sandbox's own saved form, where it is to change.
         """
-        if not self._touched and state is None:
+        if state is not None:
+            self._state = state
+        if not self._touched and self._state is None:
             return
         taken: dict[str, int] = {}
+        pending = self._state
 
         def rows() -> list[Row]:
             taken.clear()
             taken.update(self._touched)
-            return [self._row(device_id) for device_id in taken]
+            return [row for device_id in taken if (row := self._row_by_id(device_id)) is not None]
 
-        refused = await self._store.write(self._sandbox_id, rows, deadline, state=state)
+        refused = await self._store.write(self._sandbox_id, rows, deadline, state=pending)
+        if self._state is pending:
+            self._state = None
         for device_id, stamp in taken.items():
             if self._touched.get(device_id) == stamp:  # it was not touched again while the store was writing
                 del self._touched[device_id]
         for device_id, error in refused.items():
-            device = self._manager.get(device_id)
-            self._refused[device_id] = ImageInUse(f"image {device.info.path if device else device_id!r} {error}")
+            self._refused[device_id] = _named(error, self._manager.get(device_id))
 
-    async def flush_soon(self, *, state: bytes | None = None) -> None:
-        """Writes what was touched now if that can be done without waiting, else in the background as soon as it can."""
+    async def flush_soon(self) -> None:
+        """Writes what was touched now if that can be done without waiting, else in the background as soon as it can. Raises nothing."""
         try:
-            await self.flush(asyncio.get_running_loop().time(), state=state)
-        except StoreError as error:
+            await self.flush(asyncio.get_running_loop().time())
+        except PyblockError as error:
             log.warning("sandbox %s: what was done will be written later: %s", self._sandbox_id, error)
             if self._later is None or self._later.done():
-                self._later = asyncio.create_task(self._flush_later(state))
+                self._later = asyncio.create_task(self._flush_later())
 
-    async def _flush_later(self, state: bytes | None) -> None:
+    async def _flush_later(self) -> None:
         while True:
             await asyncio.sleep(RETRY)
-            with contextlib.suppress(StoreError):
-                return await self.flush(state=state)
-
-    async def close(self, deadline: float | None) -> None:
-        """Writes what was touched, and gives the sandbox's ownership up. Raises StoreError; it is then given up when the process ends."""
-        if self._later is not None:
-            self._later.cancel()
-        try:
-            await self.flush(deadline)
-        finally:
-            await self._store.close_sandbox(self._sandbox_id, deadline)
+            with contextlib.suppress(PyblockError):
+                return await self.flush()
 
     async def claim(self, device_id: str, deadline: float | None) -> None:
-        """Flushes, and raises ImageInUse when the device's claim was refused."""
+        """Flushes, and raises ImageInUse when the device's claim was refused (InvalidValue when it cannot be written down)."""
         try:
             await self.flush(deadline)
         finally:
@@ -94,20 +91,49 @@ class Ledger:
         if refused is not None:
             raise refused
 
-    def refusals(self) -> list[ImageInUse]:
-        """The claims that were refused since it was last asked."""
-        refused, self._refused = list(self._refused.values()), {}
-        return refused
+    async def replace(self, devices: Sequence[Device], state: bytes) -> None:
+        """Writes the rows of devices that are to come in, and the sandbox's own saved form: all of it or nothing. Raises ImageInUse,
+        StoreError."""
+        rows = [_row(device) for device in devices]
+        refused = await self._store.write(self._sandbox_id, lambda: rows, state=state, all_or_none=True)
+        for device in devices:
+            if device.id in refused:
+                raise _named(refused[device.id], device)
+        self._state = None
 
-    def _row(self, device_id: str) -> Row:
+    async def close(self, deadline: float | None) -> None:
+        """Writes what was touched, and gives the sandbox's ownership up. Raises StoreError; it is then given up when the process ends."""
+        if self._later is not None:
+            self._later.cancel()
+            await asyncio.wait([self._later])
+        try:
+            await self.flush(deadline)
+        finally:
+            await self._store.close_sandbox(self._sandbox_id, deadline)
+
+    def _row_by_id(self, device_id: str) -> Row | None:
         device = self._manager.get(device_id)
-        if device is None or not _is_kept(device):
+        if device is None:
             return Row(device_id, None)
-        claim = None
-        if isinstance(device, BlockDevice) and device.identity is not None and device.phase in HOLDING:
-            claim = Claim(device.identity, device.info.read_only, device.info.share)
-        # Until the outcome is written the claim may be new; a device that was loaded with one is claimed when it is first written.
-        return Row(device_id, encode_device(device_to_state(device)), claim, claiming=getattr(device, "phase", None) is Phase.ATTACHING)
+        try:
+            return _row(device)
+        except (UnicodeError, ValueError, TypeError) as error:  # it is this device's trouble, not that of others
+            self._refused[device_id] = InvalidValue(f"device {device_id} cannot be written down: {error}")
+            return None
+
+
+def _row(device: Device) -> Row:
+    if not _is_kept(device):
+        return Row(device.id, None)
+    claim = None
+    if isinstance(device, BlockDevice) and device.identity is not None and device.phase in HOLDING:
+        claim = Claim(device.identity, device.info.read_only, device.info.share)
+    claiming = isinstance(device, BlockDevice) and device.phase is Phase.ATTACHING
+    return Row(device.id, encode_device(device_to_state(device)), claim, claiming)
+
+
+def _named(error: ImageInUse, device: Device | None) -> ImageInUse:
+    return ImageInUse(f"image {device.info.path!r} {error}") if device is not None else error
 
 
 def _is_kept(device: Device) -> bool:

@@ -31,12 +31,13 @@ def check_serial(serial: str, driver: Driver) -> str:
 class DeviceManager:
     """:param driver: the name of the driver for devices that ask for none. Raises UnknownDriver."""
 
-    __slots__ = ("_by_id", "_by_identity", "driver")
+    __slots__ = ("_by_id", "_by_identity", "_doubles", "driver")
 
     def __init__(self, driver: str = VIRTIO_SCSI.name) -> None:
         self.driver = driver_named(driver)
         self._by_id: dict[str, Device] = {}
         self._by_identity: dict[Identity, BlockDevice] = {}
+        self._doubles = False
 
     def __iter__(self) -> Iterator[Device]:
         return iter(list(self._by_id.values()))
@@ -85,6 +86,15 @@ class DeviceManager:
             del self._by_id[device.id]
             if isinstance(device, BlockDevice) and device.identity is not None and self._by_identity.get(device.identity) is device:
                 del self._by_identity[device.identity]
+                if self._doubles:
+                    self._take_next(device.identity)
+
+    def _take_next(self, identity: Identity) -> None:
+        """A loaded state may have one image twice: the next of them is then the one that is found."""
+        for device in self._by_id.values():
+            if isinstance(device, BlockDevice) and device.identity == identity:
+                self._by_identity[identity] = device
+                return
 
     def clear(self) -> None:
         """Forgets all devices."""
@@ -135,7 +145,7 @@ class DeviceManager:
         for device in devices:
             self._by_id[device.id] = device
             if isinstance(device, BlockDevice) and device.identity is not None:
-                self._by_identity.setdefault(device.identity, device)
+                self._doubles |= self._by_identity.setdefault(device.identity, device) is not device
 
     def _block(self, info: DeviceInfo) -> BlockDevice:
         driver = self._driver(info)

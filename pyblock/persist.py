@@ -5,7 +5,7 @@ What the saved form had and pyblock does not know comes out again as it went in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -16,7 +16,7 @@ from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_
 from pyblock.errors import InvalidID, InvalidIndex, InvalidState, PyblockError
 from pyblock.generic import GenericDevice
 from pyblock.host import identity_of
-from pyblock.manager import NO_OPTIONS, DeviceManager
+from pyblock.manager import NO_OPTIONS, Device, DeviceManager
 from pyblock.model import BlockDrive, DeviceInfo, check_device_id
 from pyblock.naming import scsi_address
 from pyblock.state import DeviceNotes, DeviceState, DriveNotes, DriveState, HypervisorState, SandboxNotes, SandboxState
@@ -29,7 +29,7 @@ GENERIC = "generic"
 BLOCK = "block"
 
 
-def device_to_state(device: BlockDevice | GenericDevice) -> DeviceState:
+def device_to_state(device: Device) -> DeviceState:
     """The saved form of a device."""
     saved = device.saved or DeviceState(notes=UNSET if isinstance(device, GenericDevice) else DeviceNotes())
     state = msgspec.structs.replace(saved, id=device.id, ref_count=device.ref_count, attach_count=device.attach_count)
@@ -82,7 +82,7 @@ def _drive_to_state(drive: BlockDrive, saved: DriveState | None) -> DriveState:
     return state
 
 
-def device_from_state(state: DeviceState, default: Driver, *, where: str) -> BlockDevice | GenericDevice | None:
+def device_from_state(state: DeviceState, default: Driver, *, where: str) -> Device | None:
     """The device of a saved form; None for a kind that pyblock keeps untouched. Its drive's ordinal is -1 where the saved form does not
     tell.
 
@@ -237,10 +237,10 @@ def sandbox_to_state(sandbox_id: str, manager: DeviceManager, allotment: Allotme
     return state
 
 
-def sandbox_to_row(sandbox_id: str, manager: DeviceManager, allotment: Allotment, kept: Kept | None) -> SandboxState | None:
+def sandbox_to_row(sandbox_id: str, devices: Iterable[Device], allotment: Allotment, kept: Kept | None) -> SandboxState | None:
     """What a store keeps of a sandbox beside its devices: what was loaded and has no other place; None for nothing."""
     state = kept.sandbox if kept is not None else SandboxState()
-    indexes = {device.drive.index for device in manager if isinstance(device, BlockDevice) and device.drive is not None}
+    indexes = {device.drive.index for device in devices if isinstance(device, BlockDevice) and device.drive is not None}
     taken = [index for index in allotment.own_indexes() if index not in indexes]
     if kept is None and not taken:
         return None
@@ -248,12 +248,13 @@ def sandbox_to_row(sandbox_id: str, manager: DeviceManager, allotment: Allotment
     return msgspec.structs.replace(state, notes=notes, devices=kept.devices if kept is not None else [])
 
 
-def restore_sandbox(state: SandboxState, manager: DeviceManager, allotment: Allotment, *, where: str) -> Kept | None:
-    """Puts what a saved form says into an empty manager and an unused allotment; returns what there is no place for.
+def restore_sandbox(state: SandboxState, manager: DeviceManager, allotment: Allotment, *, where: str) -> tuple[list[Device], Kept | None]:
+    """The devices of a saved form, which an empty manager can take in, and what there is no place for; an unused allotment is told what
+    they take.
 
-    Raises InvalidState when the state contradicts itself, having changed neither.
+    Raises InvalidState when the state contradicts itself, having changed nothing.
     """
-    devices: list[BlockDevice | GenericDevice] = []
+    devices: list[Device] = []
     drives: list[BlockDrive] = []
     untouched: list[DeviceState] = []
     default = manager.driver
@@ -275,11 +276,10 @@ def restore_sandbox(state: SandboxState, manager: DeviceManager, allotment: Allo
         allotment.restore(drives, others, offsets)
     except PyblockError as error:
         raise InvalidState(f"{where} contradicts itself: {error}; it is left as it is") from error
-    manager.take_in(devices)
     hypervisor = state.hypervisor_state
     if not untouched and state.extra is UNSET and (hypervisor is UNSET or (hypervisor is not None and _is_plain(hypervisor))):
-        return None
-    return Kept(untouched, SandboxState(hypervisor_state=hypervisor, extra=state.extra))
+        return devices, None
+    return devices, Kept(untouched, SandboxState(hypervisor_state=hypervisor, extra=state.extra))
 
 
 def _is_plain(hypervisor: HypervisorState) -> bool:

@@ -9,17 +9,20 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection
 from enum import StrEnum
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from pyblock.device import BlockDevice, DeviceReceiver, Phase, Unsettled
+from pyblock.device import BlockDevice, Phase, Unsettled
 from pyblock.errors import PyblockError, SandboxClosed, VmmRefused, VmmUnreachable
-from pyblock.hypervisors.base import CONNECT_TIMEOUT, Held, Hypervisor, Inventory
+from pyblock.hypervisors.base import CONNECT_TIMEOUT, Held, Inventory
 from pyblock.manager import DeviceManager
 from pyblock.model import BlockDrive
 from pyblock.operation import Operation
 from pyblock.shared import Ended, SharedWork
+
+if TYPE_CHECKING:
+    from pyblock.receiver import Receiver
 
 SETTLE_TIME = 2.0  # seconds that opening and reconcile wait for removals; those that take longer go on by themselves
 
@@ -62,7 +65,6 @@ class Finding(msgspec.Struct, frozen=True):
 
 # Shared by all: most never have any.
 NONE: tuple[Finding, ...] = ()
-IDLE: frozenset[asyncio.Task[Finding]] = frozenset()
 
 
 class Difference(NamedTuple):
@@ -92,48 +94,54 @@ def at_rest(manager: DeviceManager) -> list[Seen]:
     return [Seen(device, device.drive, device.phase) for device in devices if device.drive is not None and device.operation is None]
 
 
-def differences(before: Collection[Seen], manager: DeviceManager, inventory: Inventory) -> list[Difference]:
-    """Where `before`, as far as it still holds, and the VMM's inventory differ; nothing is changed."""
+def differences(before: Collection[Seen], ours: Collection[str], inventory: Inventory) -> list[Difference]:
+    """Where `before`, as far as it still holds, and the VMM's inventory differ; nothing is changed.
+
+    :param ours: the drive IDs that are, or were when the VMM was asked, the sandbox's own.
+    """
     found: list[Difference] = []
     for device, drive, phase in before:
         if device.drive is not drive or device.phase is not phase or device.operation is not None:
             continue
         held = inventory.held.get(drive.id)
-        if phase is not Phase.ATTACHED or held is None or not held.device:
-            found.append(Difference(_FOUND[phase], drive, drive.id, device, held))
-    known = {seen.drive.id for seen in before}
-    known |= {device.drive.id for device in manager if isinstance(device, BlockDevice) and device.drive is not None}
-    found += [Difference(Found.ORPHAN, None, name, None, held) for name, held in inventory.held.items() if name not in known]
+        if phase is Phase.ATTACHED and (held.device if held is not None else _is_elsewhere(device, drive, inventory)):
+            continue
+        found.append(Difference(_FOUND[phase], drive, drive.id, device, held))
+    found += [
+        Difference(Found.ORPHAN, None, name, None, held) for name, held in inventory.held.items() if name not in ours and not held.cold
+    ]
     return found
 
 
+def _is_elsewhere(device: BlockDevice, drive: BlockDrive, inventory: Inventory) -> bool:
+    """Whether the VMM may have it under a name that we do not know: another program plugged it in, and its file is in use."""
+    return device.saved is not None and drive.file in inventory.files
+
+
 class Recovery:
-    """:param name: what errors call the VMM.
-    :param learn: is told what the machine has, before anything is settled."""
+    """:param receiver: what belongs together with the VMM."""
 
-    __slots__ = ("_asked", "_asking", "_learn", "_manager", "_name", "_receiver", "_settling", "_vmm", "findings")
+    __slots__ = ("_asked", "_asking", "_doubts", "_ended", "_questions", "_receiver", "_settling", "findings")
 
-    def __init__(
-        self, name: str, vmm: Hypervisor, manager: DeviceManager, receiver: DeviceReceiver, learn: Callable[[Inventory], None]
-    ) -> None:
-        self._name = name
-        self._vmm = vmm
-        self._manager = manager
+    def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver
-        self._learn = learn
         self._asked = False
         self._asking: SharedWork[None] = SharedWork()
-        self._settling: frozenset[asyncio.Task[Finding]] = IDLE
+        self._doubts = 0
+        self._ended = False
+        self._questions: set[asyncio.Task[list[Difference]]] | None = None
+        self._settling: set[asyncio.Task[Finding]] | None = None
         self.findings: tuple[Finding, ...] = NONE  # of the last time that somebody waited for them
-
-    @property
-    def asked(self) -> bool:
-        """Whether the machine has said what it has, and no connection was lost since."""
-        return self._asked
 
     def doubt(self) -> None:
         """Has the machine asked again before it is next changed."""
         self._asked = False
+        self._doubts += 1
+
+    def begin(self) -> None:
+        """Takes questions on, until `end`."""
+        self._ended = False
+        self.findings = NONE
 
     async def ask(self, deadline: float | None) -> None:
         """Asks the machine, unless that was done, and begins to settle what differs. All who wait for it share one question.
@@ -146,17 +154,19 @@ class Recovery:
             async with asyncio.timeout_at(deadline):
                 await self._asking.join(self._ask)
         except TimeoutError:
-            raise VmmUnreachable(f"the VMM of sandbox {self._name} did not say before the deadline which disks it has") from None
+            raise VmmUnreachable(f"the VMM of sandbox {self._receiver.id} did not say before the deadline which disks it has") from None
         except Ended:
-            raise SandboxClosed(f"sandbox {self._name} was closed while its VMM was being asked for its disks") from None
+            raise self._closed() from None
 
     async def end(self) -> None:
-        """Ends a question that is under way, and the wait for what is being settled; removals that were begun belong to their devices."""
+        """Ends questions that are under way, and the wait for what is being settled; removals that were begun belong to their devices."""
+        self._ended = True
         await self._asking.end()
-        if settling := self._settling:
-            for task in settling:
-                task.cancel()
-            await asyncio.wait(settling)
+        tasks = [*(self._questions or ()), *(self._settling or ())]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
     async def reconcile(self, *, dry_run: bool = False, orphans: bool = False, timeout: float | None = SETTLE_TIME) -> list[Finding]:
         """Asks the machine now, settles what differs, and returns what it found.
@@ -166,44 +176,67 @@ class Recovery:
         :param timeout: seconds that removals may take; those that take longer go on by themselves.
         Raises TransportError when the machine does not answer; nothing is then changed.
         """
-        found = await self._differences()
+        doubts = self._doubts
+        found = await self._question()
         if dry_run:
             return [_finding(one, Outcome.LEFT) for one in found]
-        tasks = self._begin(found, orphans=orphans)
+        tasks = self._settle_all(found, doubts, orphans=orphans)
         if tasks:
             await asyncio.wait(tasks, timeout=timeout)
         findings = [
-            task.result() if task.done() else _finding(one, Outcome.PENDING, "the VMM has not confirmed the removal")
+            task.result()
+            if task.done() and not task.cancelled()
+            else _finding(one, Outcome.PENDING, "the VMM has not confirmed the removal")
             for one, task in zip(found, tasks, strict=True)
         ]
         self.findings = tuple(findings)
         return findings
 
     async def _ask(self) -> None:
-        self._begin(await self._differences(), orphans=False)
+        doubts = self._doubts
+        self._settle_all(await self._differences(), doubts, orphans=False)
+
+    async def _question(self) -> list[Difference]:
+        """Asks in a task of its own, which `end` can end without ending whoever waits for it."""
+        if self._ended:
+            raise self._closed()
+        task = asyncio.create_task(self._differences())
+        self._questions = self._questions or set()
+        self._questions.add(task)
+        try:
+            await asyncio.wait([task])
+        finally:
+            self._questions.discard(task)
+            task.cancel()
+        if self._ended or task.cancelled():
+            raise self._closed()
+        return task.result()
+
+    def _closed(self) -> SandboxClosed:
+        return SandboxClosed(f"sandbox {self._receiver.id} was closed while its VMM was being asked for its disks")
 
     async def _differences(self) -> list[Difference]:
-        before = at_rest(self._manager)
+        receiver = self._receiver
+        before = at_rest(receiver.manager)
+        ours = receiver.allotment.drive_ids
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                inventory = await self._vmm.inventory({seen.drive.id for seen in before})
+                inventory = await receiver.vmm.inventory({seen.drive.id for seen in before})
         except TimeoutError:
-            raise VmmUnreachable(f"the VMM of sandbox {self._name} did not answer within {CONNECT_TIMEOUT:g} s") from None
-        self._learn(inventory)
-        return differences(before, self._manager, inventory)
+            raise VmmUnreachable(f"the VMM of sandbox {receiver.id} did not answer within {CONNECT_TIMEOUT:g} s") from None
+        receiver.allotment.learn(inventory, ours)
+        return differences(before, ours | receiver.allotment.drive_ids, inventory)
 
-    def _begin(self, found: list[Difference], *, orphans: bool) -> list[asyncio.Task[Finding]]:
+    def _settle_all(self, found: list[Difference], doubts: int, *, orphans: bool) -> list[asyncio.Task[Finding]]:
         """Begins to settle all of it; what can be settled at once is."""
-        self._asked = True
+        self._asked = doubts == self._doubts  # else a connection was lost while the answer was on its way
         tasks = [asyncio.create_task(self._settle(one, self._step(one, orphans=orphans))) for one in found]
         if tasks:
-            self._settling = self._settling.union(tasks)
+            self._settling = self._settling or set()
+            self._settling.update(tasks)
             for task in tasks:
-                task.add_done_callback(self._settled)
+                task.add_done_callback(self._settling.discard)
         return tasks
-
-    def _settled(self, task: asyncio.Task[Finding]) -> None:
-        self._settling -= {task}
 
     def _step(self, one: Difference, *, orphans: bool) -> Callable[[], Awaitable[Outcome]] | None:
         """What there is to wait for, begun where it belongs to a device: nobody else may have a go at it in between."""
@@ -211,8 +244,7 @@ class Recovery:
         if device is None:
             return partial(self._remove_orphan, one) if orphans else None
         if one.held is None:
-            self._vmm.vacate(device.held)
-            device.gone(self._receiver)
+            device.free(self._receiver)
             return partial(self._freed, device)
         return partial(self._removed, one, device, device.reclaim(self._receiver))
 
@@ -235,18 +267,20 @@ class Recovery:
         except VmmRefused:
             # An attach that cannot be undone is there, so it is attached.
             if one.found is Found.ATTACH and one.held is not None and one.held.whole and device.phase is Phase.DETACH_PENDING:
-                await self._vmm.locate(device.held)
-                device.kept()
-                await self._receiver.note(device)
+                await self._receiver.vmm.locate(device.held)
+                if device.phase is Phase.DETACH_PENDING and device.operation is None:  # nobody had a go at it meanwhile
+                    device.finish()
+                    await self._receiver.note(device)
             raise
         return Outcome.REMOVED
 
     async def _remove_orphan(self, one: Difference) -> Outcome:
         assert one.held is not None  # an orphan is something that is there
         try:
-            await self._vmm.unplug(BlockDrive(one.drive_id, 0, 0, 0, one.held.kind, ""))
+            await self._receiver.vmm.unplug(BlockDrive(one.drive_id, 0, 0, 0, one.held.kind, ""))
         except Unsettled as unsettled:
             raise unsettled.error from unsettled
+        self.doubt()  # its ID and place are free, which asking again tells
         return Outcome.REMOVED
 
 

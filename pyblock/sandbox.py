@@ -1,7 +1,6 @@
-"""One virtual machine and what is plugged into it: block index, ordinals, drive IDs, the VMM adapter, and its part of the store.
+"""One virtual machine and what is plugged into it: the asyncio front door.
 
-A sandbox is the device receiver: devices ask it to reserve, claim, plug, record, unplug and release. It connects to its VMM when it first
-has to, which is at once when the store knows devices of it.
+It connects to its VMM when it first has to, which is at once when the store knows devices of it. What its devices call is the receiver's.
 """
 
 from __future__ import annotations
@@ -15,49 +14,42 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pyblock.allotment import Allotment
 from pyblock.batch import Batch, raise_first
-from pyblock.device import BlockDevice, Forgotten, Phase, Unsettled
+from pyblock.device import BlockDevice, Forgotten, Phase
 from pyblock.errors import (
-    CallerError,
     InvalidID,
     InvalidImage,
     InvalidValue,
     MachineAnswers,
     PyblockError,
-    SandboxClosed,
-    StoreError,
-    TransportError,
     UnknownDevice,
-    UnknownDriver,
 )
 from pyblock.hypervisors import open_hypervisor
-from pyblock.hypervisors.base import Hypervisor, Inventory
+from pyblock.hypervisors.base import Hypervisor
 from pyblock.index import BlockIndex
 from pyblock.manager import Device, DeviceManager
-from pyblock.model import BlockDrive, DeviceInfo
-from pyblock.operation import Operation, deadline_after, log, over
-from pyblock.recovery import SETTLE_TIME, Finding, Recovery
+from pyblock.model import DeviceInfo
+from pyblock.operation import deadline_after, log, over
+from pyblock.receiver import GRACE, Receiver
+from pyblock.recovery import SETTLE_TIME, Finding
 
 if TYPE_CHECKING:
-    from pyblock.ledger import Ledger
-    from pyblock.persist import Kept
     from pyblock.state import SandboxState
     from pyblock.stores.base import Store
 
 # What only a saved state and a store need is imported there: its typed schema is a tenth of the time to import pyblock.
 
 CAPACITY = 65536
+CAPACITY_MAX = 1 << 20
 TIMEOUT = 60.0  # seconds: the deadline of attach and detach unless the caller gives another
-GRACE = 5.0  # seconds for undoing attaches whose caller is not there any more, in close and after a failed batch
 OPEN_TIME = 10.0  # seconds that opening a sandbox waits for its VMM to say what it has
 
 SANDBOX_ID_MAX = 128
 
-NO_IDS: frozenset[str] = frozenset()
 
 Image = str | os.PathLike[str] | DeviceInfo
 
 
-class Sandbox:
+class Sandbox(Receiver):
     """:param sandbox_id: 1 to 128 of A-Z a-z 0-9 _ . - beginning with a letter or digit. Raises InvalidID.
     :param vm: the VMM's address (`qemu:/path/to/qmp.sock`, `memory:`), or an adapter. Raises UnknownScheme.
     :param driver: the driver of devices that ask for none. Raises UnknownDriver.
@@ -73,10 +65,7 @@ class Sandbox:
     Everything runs in the event loop in which it is first used; it is not safe to share between threads (pyblock.blocking is).
     """
 
-    __slots__ = (
-        "__weakref__", "_allotment", "_finished_late", "_kept", "_ledger", "_open", "_recover", "_recovery", "_saving", "_store", "_vmm",
-        "id", "manager",
-    )  # fmt: skip
+    __slots__ = ("__weakref__", "_recover", "_saving", "_store")
 
     def __init__(
         self,
@@ -93,18 +82,12 @@ class Sandbox:
             raise InvalidID(f"sandbox ID {sandbox_id!r} is not 1 to 128 of A-Z a-z 0-9 _ . - beginning with a letter or digit")
         if block_offset is not None and not 0 <= block_offset < capacity:
             raise InvalidValue(f"block offset {block_offset!r} is not in 0 … {capacity - 1}")
-        self.id = sandbox_id
-        self.manager = DeviceManager(driver)
-        self._allotment = Allotment(capacity, None if block_offset is None else {"vd": block_offset})
-        self._vmm = open_hypervisor(vm) if isinstance(vm, str) else vm
-        self._finished_late = NO_IDS  # devices whose callers were told "pending", and which are gone since
-        self._kept: Kept | None = None
+        vmm = open_hypervisor(vm) if isinstance(vm, str) else vm
+        offsets = None if block_offset is None else {"vd": block_offset}
+        super().__init__(sandbox_id, vmm, DeviceManager(driver), Allotment(capacity, offsets))
         self._saving: asyncio.Future[None] | None = None  # the last save, which may still be under way
-        self._open = False
         self._store = store
-        self._ledger: Ledger | None = None
         self._recover = recover
-        self._recovery = Recovery(self.id, self._vmm, self.manager, self, self._learn)
 
     def __repr__(self) -> str:
         return f"<Sandbox {self.id} {len(self.manager)} devices, {len(self.index)} indexes taken>"
@@ -114,12 +97,14 @@ class Sandbox:
         if store is not None:
             await self._take_up(store)
         self._open = True
+        self._recovery.begin()
         if self._recover and len(self.manager):
             try:
                 async with asyncio.timeout(OPEN_TIME):
                     await self._recovery.reconcile()
             except (PyblockError, TimeoutError) as error:
-                log.warning("sandbox %s: its VMM could not be asked what it has: %s", self.id, error)
+                why = str(error) or f"no answer within {OPEN_TIME:g} s"
+                log.warning("sandbox %s: its VMM could not be asked what it has: %s", self.id, why)
             except BaseException:
                 await self.close()
                 raise
@@ -132,26 +117,6 @@ class Sandbox:
 
         return host_store() if self._vmm.address else None
 
-    async def _take_up(self, store: Store) -> None:
-        """Becomes the sandbox's owner, and takes up what the store knows of it."""
-        from pyblock.ledger import Ledger  # noqa: PLC0415
-        from pyblock.state import decode_rows  # noqa: PLC0415
-
-        stored = await store.open_sandbox(self.id, self._vmm.address)
-        self._clear()  # of an earlier opening; the store knows what came of it
-        try:
-            where = f"{store!r}, sandbox {self.id!r}"
-            if stored.devices or stored.state:
-                self._restore(decode_rows(stored.state, stored.devices, where=where), where=where)
-                self._adopt()
-                for device in self.manager:
-                    if device.saved is None:
-                        device.ref_count = device.attach_count  # other users died with the process that they were in
-        except BaseException:
-            await store.close_sandbox(self.id)
-            raise
-        self._ledger = Ledger(store, self.id, self.manager)
-
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
 
@@ -162,9 +127,10 @@ class Sandbox:
         from pyblock.state import decode_rows  # noqa: PLC0415
 
         stored = await store.read(sandbox_id)
-        sandbox = cls(sandbox_id, "memory:", store=None)
+        sandbox = cls(sandbox_id, "memory:", store=None, capacity=CAPACITY_MAX)
         where = f"{store!r}, sandbox {sandbox_id!r}"
-        sandbox._restore(decode_rows(stored.state, stored.devices, where=where), where=where)
+        devices, sandbox._allotment, sandbox._kept = sandbox._restored(decode_rows(stored.state, stored.devices, where=where), where=where)
+        sandbox.manager.take_in(devices)
         return sandbox
 
     @classmethod
@@ -178,11 +144,6 @@ class Sandbox:
     def index(self) -> BlockIndex:
         """The block index: which indexes are taken."""
         return self._allotment.index
-
-    @property
-    def running(self) -> list[Operation]:
-        """The attaches and detaches that are under way."""
-        return [device.operation for device in self.manager if isinstance(device, BlockDevice) and device.operation is not None]
 
     @property
     def devices(self) -> list[Device]:
@@ -267,25 +228,22 @@ class Sandbox:
         Raises UnknownDevice, NotAttached; StoreError (the VMM was not touched); VmmRefused (it stays attached); DetachPending (not
         confirmed: everything stays taken, and calling again is safe, also after a late confirmation has finished the job).
         """
-        self._check_open()
+        self.check()
         deadline = deadline_after(timeout)
         device_id = device if isinstance(device, str) else device.id
         if device_id in self.manager:
             await self._recovery.ask(deadline)
-        if device_id in self._finished_late and device_id not in self.manager:
-            self._finished_late -= {device_id}
+        if self._late is not None and device_id in self._late and device_id not in self.manager:
+            del self._late[device_id]
             return  # it was told "pending", and is gone since
         found = self.manager.find(device_id)
         if not isinstance(device, str) and device is not found:
             raise UnknownDevice(f"device {device_id!r} of this sandbox is another object; the one given was detached, or belongs elsewhere")
         if isinstance(found, BlockDevice):
-            stays = await found.detach(self, deadline)
+            await found.detach(self, deadline)
         else:
             await self.manager.detach(device_id, self, deadline)
-            stays = True
-        if stays:
-            self.touch(found)
-            self.manager.drop(found)  # the last one is dropped by `release`, whenever that comes
+            self.drop(found)
 
     async def detach_many(self, devices: Iterable[Device | str], *, timeout: float | None = TIMEOUT) -> None:
         """Detaches many devices at once. All are tried; the first error is raised, the others are its notes."""
@@ -295,7 +253,7 @@ class Sandbox:
     async def save(self, path: str | os.PathLike[str]) -> None:
         """Writes devices, counts and indexes to a JSON file, atomically and synced. Raises StateError when the file there is something
         else."""
-        self._check_open()
+        self.check()
         # One after the other, and each whole: an older picture must not come after a newer one, nor a cancelled one be half awaited.
         saving = self._saving = asyncio.ensure_future(self._save(path, self._saving))
         saving.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -322,60 +280,12 @@ class Sandbox:
         """What `save` writes. An operation under way is saved as pending."""
         from pyblock.persist import sandbox_to_state  # noqa: PLC0415
 
-        self._check_open()
+        self.check()
         return sandbox_to_state(self.id, self.manager, self._allotment, self._kept)
 
     async def restore(self, state: SandboxState, *, where: str = "the state") -> None:
         """Restores a decoded state; see `load`."""
-        self._check_open()
-        if len(self.manager):
-            raise CallerError(f"sandbox {self.id} has {len(self.manager)} devices; a state is loaded into one without")
-        self._restore(state, where=where)
-        self._adopt()
-        if (ledger := self._ledger) is not None:
-            try:
-                for device in self.manager:
-                    ledger.touch(device.id)
-                await ledger.flush(state=self._row())
-                if refused := ledger.refusals():
-                    raise refused[0]
-            except BaseException:
-                self._clear()
-                await ledger.flush_soon(state=b"")
-                raise
-
-    def _row(self) -> bytes:
-        """What the store keeps of the sandbox beside its devices; nothing where nothing was loaded."""
-        from pyblock.persist import sandbox_to_row  # noqa: PLC0415
-        from pyblock.state import encode_row  # noqa: PLC0415
-
-        row = sandbox_to_row(self.id, self.manager, self._allotment, self._kept)
-        return encode_row(row) if row is not None else b""
-
-    def _clear(self) -> None:
-        """Forgets all devices, as if none had ever been there."""
-        for device in self.manager:
-            self.touch(device)
-            if isinstance(device, BlockDevice) and device.drive is not None:
-                self._vmm.vacate(device.drive)
-        self.manager.clear()
-        self._allotment = Allotment(self._allotment.capacity, self._allotment.given)
-        self._kept = None
-        self._recovery.doubt()
-
-    def _restore(self, state: SandboxState, *, where: str) -> None:
-        from pyblock.persist import restore_sandbox  # noqa: PLC0415
-
-        # One that was asked for holds the machine's own disks, and they are asked for anew.
-        allotment = Allotment(self._allotment.capacity, self._allotment.given) if self._recovery.asked else self._allotment
-        self._kept = restore_sandbox(state, self.manager, allotment, where=where)
-        self._allotment = allotment
-        self._recovery.doubt()
-
-    def _adopt(self) -> None:
-        for device in self.manager:
-            if isinstance(device, BlockDevice) and device.drive is not None and device.drive.slot is not None:
-                self._vmm.adopt(device.drive)
+        await self._load(state, where=where)
 
     async def reconcile(self, *, dry_run: bool = False, orphans: bool = False, timeout: float | None = SETTLE_TIME) -> list[Finding]:
         """Asks the VMM now what it has, settles what differs from what is known, and returns the differences.
@@ -388,7 +298,7 @@ class Sandbox:
         :param timeout: seconds that removals may take; those that take longer are pending, and go on by themselves.
         Raises TransportError when the VMM does not answer; nothing is then changed.
         """
-        self._check_open()
+        self.check()
         deadline_after(timeout)
         return await self._recovery.reconcile(dry_run=dry_run, orphans=orphans, timeout=timeout)
 
@@ -397,13 +307,11 @@ class Sandbox:
 
         Raises MachineAnswers unless its socket is absent or nobody listens there; StoreError.
         """
-        self._check_open()
-        if not await self._vmm.gone():
+        self.check()
+        if not await self._vmm.is_gone():
             raise MachineAnswers(f"sandbox {self.id}: its machine {self._vmm.address} still answers; detach its devices, or end it first")
         await self._cut_off()
-        given_up = [device.id for device in self.manager]
-        self._clear()
-        self._finished_late = NO_IDS
+        given_up = self._clear()
         if self._ledger is not None:
             await self._ledger.flush(state=b"")
         return given_up
@@ -432,112 +340,6 @@ class Sandbox:
                 finally:
                     await self._give_up()
 
-    async def _cut_off(self) -> None:
-        """Ends what is under way where it stands."""
-        await asyncio.sleep(0)  # an operation that was made just now marks its device before it can be ended
-        operations = self.running
-        for operation in operations:
-            operation.cancel()
-        for operation in operations:
-            await operation.settled(None)
-
-    async def _give_up(self) -> None:
-        """Writes what is not written yet, and has the sandbox be nobody's."""
-        ledger, self._ledger = self._ledger, None
-        if ledger is None:
-            return
-        try:
-            await ledger.close(deadline_after(GRACE))
-        except StoreError as error:
-            log.warning("sandbox %s: what was not written yet, recovery will find: %s", self.id, error)
-
-    # The device receiver: what devices call.
-
-    def reserve(self, device: BlockDevice) -> BlockDrive:
-        """Takes index, ordinal and drive ID for a device; see DeviceReceiver."""
-        if device.info.driver not in self._vmm.drivers:
-            raise UnknownDriver(f"this VMM has no driver {device.info.driver!r}; it has {', '.join(sorted(self._vmm.drivers))}")
-        self._check_open()
-        if device.id not in self.manager or self.manager.find(device.id) is not device:
-            raise Forgotten
-        drive = self._allotment.reserve(device)
-        if self._finished_late:
-            self._finished_late -= {device.id}
-        self.touch(device)
-        return drive
-
-    def release(self, device: BlockDevice, drive: BlockDrive, *, late: bool, counted: bool) -> None:
-        """Gives back what `reserve` took; see DeviceReceiver."""
-        self._allotment.release(drive)
-        self.touch(device)
-        if late:
-            # Whoever was told "pending" may call again with this device. So it ends here, and who waits to attach its image gets a new one.
-            self._finished_late |= {device.id}
-            self.manager.forget(device)
-        elif counted:
-            self.manager.drop(device)
-        else:
-            self.manager.tidy(device)
-
-    @property
-    def records(self) -> bool:
-        """See DeviceReceiver."""
-        return self._ledger is not None
-
-    def touch(self, device: Device) -> None:
-        """See DeviceReceiver."""
-        if self._ledger is not None:
-            self._ledger.touch(device.id)
-
-    async def flush(self, deadline: float | None) -> None:
-        """See DeviceReceiver."""
-        if self._ledger is not None:
-            await self._ledger.flush(deadline)
-
-    async def claim(self, device: BlockDevice, deadline: float | None) -> None:
-        """See DeviceReceiver."""
-        if self._ledger is not None:
-            await self._ledger.claim(device.id, deadline)
-
-    async def record(self, device: Device, deadline: float | None = None) -> None:
-        """See DeviceReceiver."""
-        if self._ledger is not None:
-            self._ledger.touch(device.id)
-            await self._ledger.flush(deadline)
-
-    async def note(self, device: BlockDevice) -> None:
-        """See DeviceReceiver."""
-        if self._ledger is not None:
-            self._ledger.touch(device.id)
-            await self._ledger.flush_soon()
-
-    async def plug(self, drive: BlockDrive) -> None:
-        """See DeviceReceiver."""
-        try:
-            await self._vmm.plug(drive)
-        except (TransportError, Unsettled):
-            self._recovery.doubt()
-            raise
-
-    async def unplug(self, drive: BlockDrive) -> None:
-        """See DeviceReceiver."""
-        try:
-            await self._vmm.unplug(drive)
-        except (TransportError, Unsettled):
-            self._recovery.doubt()
-            raise
-
-    def nudge(self, drive: BlockDrive) -> None:
-        """See DeviceReceiver."""
-        self._vmm.nudge(drive)
-
-    def _check_open(self) -> None:
-        if not self._open:
-            raise SandboxClosed(f"sandbox {self.id} is not open; use it inside 'with'")
-
-    def _learn(self, inventory: Inventory) -> None:
-        self._allotment.learn(inventory)
-
     def _info(
         self,
         image: Image,
@@ -558,7 +360,7 @@ class Sandbox:
 
     def _obtain(self, infos: Iterable[DeviceInfo]) -> list[BlockDevice]:
         """The devices for what the caller wants, one user counted on each; all or none."""
-        self._check_open()
+        self.check()
         devices: list[BlockDevice] = []
         try:
             for info in infos:

@@ -98,7 +98,7 @@ class SandboxNotes(msgspec.Struct, kw_only=True, rename="pascal", gc=False):
     version: int = VERSION
     sandbox: str = ""
     offsets: dict[str, int] = {}
-    # Indexes that something other than drives took; None: those of BlockIndexMap that no drive has.
+    # Indexes that something other than drives took; unset: those of BlockIndexMap that no drive has.
     taken: list[int] | UnsetType = UNSET
 
 

@@ -1,4 +1,4 @@
-"""The command line: `pyblock attach`, `detach`, `list`, `name`, `index`, `demo`. It holds no logic of its own."""
+"""The command line: what the library does, from a shell. It holds no logic of its own."""
 
 from pyblock.cli.main import main
 

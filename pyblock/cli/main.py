@@ -12,6 +12,7 @@ from pyblock.cli.demo import demo
 from pyblock.cli.session import Target
 from pyblock.device import BlockDevice
 from pyblock.errors import PyblockError
+from pyblock.hypervisors.memory import MemoryHypervisor
 from pyblock.recovery import Finding, Outcome
 from pyblock.sandbox import TIMEOUT, Sandbox
 from pyblock.stores import host_store
@@ -83,16 +84,24 @@ def attach(
 def list_(context: click.Context, as_json: bool) -> None:
     """List what is attached, to one machine or to all, as the store knows it. Does not touch the VM."""
     which = _all_or_one(context)
-    targets = [which] if isinstance(which, Target) else [Target(each, "", host_store()) for each in which]
-    found = [session.known(target) for target in targets]
+    if isinstance(which, Target):
+        store, ids = which.store, [which.sandbox_id]
+    else:
+        store, ids = host_store(), which
+    found = session.run(session.known(store, ids)) if store is not None else {}
     rows = [
         show.record(sandbox.id, device)
-        for sandbox in found
-        if sandbox is not None
+        for sandbox in found.values()
+        if isinstance(sandbox, Sandbox)
         for device in sandbox.devices
         if isinstance(device, BlockDevice) and device.drive is not None
     ]
-    show.devices(rows, as_json=as_json)
+    errors = {sandbox_id: str(error) for sandbox_id, error in found.items() if isinstance(error, PyblockError)}
+    if rows or not errors:
+        show.devices(rows, as_json=as_json)
+    show.errors(errors)
+    if errors:
+        context.exit(1)
 
 
 @cli.command()
@@ -126,7 +135,7 @@ def reconcile(context: click.Context, dry_run: bool, orphans: bool, timeout: flo
             with session.opened(target, recover=False, timeout=timeout) as sandbox:
                 findings[sandbox_id] = sandbox.reconcile(dry_run=dry_run, orphans=orphans, timeout=timeout)
         except PyblockError as error:
-            errors[sandbox_id] = " ".join(str(error).split())
+            errors[sandbox_id] = str(error)
     show.findings(findings, errors, as_json=as_json)
     if errors or any(one.outcome is Outcome.PENDING for each in findings.values() for one in each):
         context.exit(1)
@@ -136,7 +145,12 @@ def reconcile(context: click.Context, dry_run: bool, orphans: bool, timeout: flo
 @click.argument("sandbox_id", metavar="SANDBOX")
 def forget(sandbox_id: str) -> None:
     """Give up what belongs to a machine that no longer exists: its devices, indexes and claims. Refused while the VM answers."""
-    with session.opened(session.by_sandbox(sandbox_id), recover=False) as sandbox:
+    in_memory = session.machine_of_the_dead(sandbox_id)
+    dead = MemoryHypervisor(sandbox_id)
+    dead.dead = True  # whoever could take its sandbox over has outlived it
+    with session.opened(
+        in_memory or session.by_sandbox(sandbox_id), recover=False, timeout=0, vm=dead if in_memory is not None else None
+    ) as sandbox:
         given_up = sandbox.forget()
     click.echo(f"forgotten: {len(given_up)} devices of sandbox {sandbox_id}", err=True)
 

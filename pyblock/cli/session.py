@@ -9,13 +9,14 @@ import asyncio
 import hashlib
 import re
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 from pyblock import blocking
-from pyblock.errors import InvalidState, SandboxBusy, SandboxConflict
+from pyblock.errors import InvalidState, PyblockError, SandboxBusy, SandboxConflict, UnknownSandbox
 from pyblock.hypervisors import open_hypervisor
+from pyblock.hypervisors.base import Hypervisor
 from pyblock.sandbox import Sandbox
 from pyblock.stores import host_store
 from pyblock.stores.base import Store
@@ -65,19 +66,33 @@ def derived_id(vm: str) -> str:
     return f"{words}-{digest}"
 
 
-def known(target: Target) -> Sandbox | None:
-    """What the store has of the sandbox, whoever has it open; None if it has nothing."""
-    if target.store is None or target.sandbox_id not in run(target.store.sandboxes()):
-        return None
-    return run(Sandbox.stored(target.store, target.sandbox_id))
+def machine_of_the_dead(sandbox_id: str) -> Target | None:
+    """A sandbox with a machine in memory, which ended with its process; None for others. Raises UnknownSandbox, StateError, StoreError."""
+    store = host_store()
+    stored = run(store.read(sandbox_id))
+    return None if stored.vm else Target(sandbox_id, "memory:", store)
+
+
+async def known(store: Store, sandbox_ids: Iterable[str]) -> dict[str, Sandbox | PyblockError]:
+    """What the store has of each sandbox, whoever has it open, or why that cannot be told; nothing of one that it does not have."""
+    found: dict[str, Sandbox | PyblockError] = {}
+    for sandbox_id in sandbox_ids:
+        try:
+            found[sandbox_id] = await Sandbox.stored(store, sandbox_id)
+        except UnknownSandbox:
+            pass
+        except PyblockError as error:
+            found[sandbox_id] = error
+    return found
 
 
 @contextmanager
-def opened(target: Target, *, recover: bool = True, timeout: float = BUSY_WAIT) -> Iterator[blocking.Sandbox]:
-    """The sandbox, open. One that another command has open is waited for, that many seconds and 10 at most."""
+def opened(target: Target, *, recover: bool = True, timeout: float = BUSY_WAIT, vm: Hypervisor | None = None) -> Iterator[blocking.Sandbox]:
+    """The sandbox, open. One that another command has open is waited for, that many seconds and 10 at most. `vm` stands in for its
+    address."""
     deadline = time.monotonic() + min(timeout, BUSY_WAIT)
     while True:
-        sandbox = blocking.Sandbox(target.sandbox_id, target.vm, store=target.store, recover=recover)
+        sandbox = blocking.Sandbox(target.sandbox_id, vm or target.vm, store=target.store, recover=recover)
         try:
             sandbox.__enter__()
             break

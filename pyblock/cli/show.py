@@ -56,7 +56,7 @@ def devices(records: Iterable[dict[str, Any]], *, as_json: bool) -> None:
     table(columns, [["" if row[column] is None else str(row[column]) for column in columns] for row in records])
 
 
-def findings(found: Mapping[str, list[Finding]], errors: Mapping[str, str], *, as_json: bool) -> None:
+def findings(found: Mapping[str, list[Finding]], failed: Mapping[str, str], *, as_json: bool) -> None:
     """Prints what differed in each sandbox, and why others could not be asked."""
     rows = [
         {
@@ -72,15 +72,20 @@ def findings(found: Mapping[str, list[Finding]], errors: Mapping[str, str], *, a
         for one in each
     ]
     if as_json:
-        asked = [{"sandbox": each, "error": errors.get(each)} for each in sorted([*found, *errors])]
+        asked = [{"sandbox": each, "error": failed.get(each)} for each in sorted([*found, *failed])]
         click.echo(json.dumps({"sandboxes": asked, "findings": rows}, indent=2))
         return
     if rows:
         table([*rows[0]], [["" if value is None else value for value in row.values()] for row in rows])
-    for sandbox_id, error in errors.items():
-        click.echo(f"pyblock: sandbox {sandbox_id}: {error}", err=True)
+    errors(failed)
     if not rows:
         click.echo(f"{len(found)} sandboxes asked, nothing differs", err=True)
+
+
+def errors(failed: Mapping[str, str]) -> None:
+    """Says of each sandbox why it could not be read or asked, in a line of its own."""
+    for sandbox_id, error in failed.items():
+        click.echo(f"pyblock: sandbox {sandbox_id}: {' '.join(error.split())}", err=True)
 
 
 def table(columns: list[str], rows: list[list[str]], *, title: str | None = None) -> None:

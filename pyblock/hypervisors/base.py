@@ -39,11 +39,13 @@ class Held(msgspec.Struct, frozen=True):
     :ivar device: the guest has, or may have, the device.
     :ivar backend: what the device reads and writes is there.
     :ivar kind: a driver whose steps remove it.
+    :ivar cold: it was there when the machine started, so it is nobody's to remove.
     """
 
     device: bool
     backend: bool
     kind: Driver
+    cold: bool = False
 
     @property
     def whole(self) -> bool:
@@ -55,10 +57,12 @@ class Inventory(msgspec.Struct, frozen=True):
 
     :ivar disks: its disks, whoever plugged them in.
     :ivar held: drive ID to what is there, for all that is named as drives are, and for no other.
+    :ivar files: the host's paths that its disks use.
     """
 
     disks: list[FoundDisk] = []
     held: dict[str, Held] = {}
+    files: frozenset[str] = frozenset()
 
 
 class Hypervisor(Protocol):
@@ -78,7 +82,7 @@ class Hypervisor(Protocol):
         :param known: IDs of drives whose place need not be looked at.
         """
 
-    async def gone(self) -> bool:
+    async def is_gone(self) -> bool:
         """Whether nothing answers at its address any more: its socket is absent, or nobody listens there. Changes nothing, and is not
         answered by waiting."""
 
@@ -88,8 +92,11 @@ class Hypervisor(Protocol):
     def vacate(self, drive: BlockDrive) -> None:
         """Takes note that a drive's place is free: the machine has nothing of it."""
 
+    async def place(self, drive: BlockDrive) -> None:
+        """Chooses and takes the drive's place, or raises SlotsExhausted; sends nothing that changes the machine."""
+
     async def plug(self, drive: BlockDrive) -> None:
-        """Plugs a drive in and fills in where it went. On an error nothing is left behind, except on Unsettled."""
+        """Plugs in a drive that has its place, and fills in where it went. On an error nothing is left behind, except on Unsettled."""
 
     async def locate(self, drive: BlockDrive) -> None:
         """Fills in the addresses that only the VMM knows, of a drive that is plugged in. Changes nothing in the machine."""
@@ -110,10 +117,6 @@ class SteppedHypervisor(Hypervisor, Protocol):
     STEPS: tuple[str, ...] = ("backend-add", "device-add", "device-del", "device-gone", "backend-del")
 
     @abstractmethod
-    async def place(self, drive: BlockDrive) -> None:
-        """Chooses and takes the drive's place, or raises SlotsExhausted; sends nothing that changes the machine."""
-
-    @abstractmethod
     async def backend_add(self, drive: BlockDrive) -> None: ...
 
     @abstractmethod
@@ -132,7 +135,6 @@ class SteppedHypervisor(Hypervisor, Protocol):
         """Removes the backend; content when there is none."""
 
     async def plug(self, drive: BlockDrive) -> None:
-        await self.place(drive)
         sent = False
         try:
             await self.backend_add(drive)
@@ -141,19 +143,16 @@ class SteppedHypervisor(Hypervisor, Protocol):
         except (VmmUnreachable, VmmProtocolError) as error:
             if sent:
                 raise Unsettled(error) from error
-            self.vacate(drive)
             raise
         except TransportError as error:
             raise Unsettled(error) from error
         except PyblockError as error:
             if sent:
                 await self._undo(drive, error)
-            self.vacate(drive)
             raise
         except Exception as error:  # a fault of ours, not of the VMM
             if sent:
                 raise Unsettled(VmmProtocolError(f"drive {drive.id}: {error!r}")) from error
-            self.vacate(drive)
             raise
         try:
             await self.locate(drive)
@@ -183,4 +182,3 @@ class SteppedHypervisor(Hypervisor, Protocol):
             await self.backend_del(drive)
         except PyblockError as error:  # the device is gone, its backend is not: not attached any more, but not free either
             raise Unsettled(error) from error
-        self.vacate(drive)

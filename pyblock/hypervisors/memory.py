@@ -91,9 +91,9 @@ class MemoryHypervisor(SteppedHypervisor):
         found = [FoundDisk(drive_id, kind.family) for drive_id, kind in kinds.items()]
         ids = dict.fromkeys([*self.backends, *self.devices])
         held = {one: Held(one in self.devices, one in self.backends, kinds.get(one, VIRTIO_SCSI)) for one in ids}
-        return Inventory([*self._existing, *found], held)
+        return Inventory([*self._existing, *found], held, frozenset(self.backends.values()))
 
-    async def gone(self) -> bool:
+    async def is_gone(self) -> bool:
         return self.dead
 
     def adopt(self, drive: BlockDrive) -> None:

@@ -29,7 +29,7 @@ class FileMachine(MemoryHypervisor):
     def address(self) -> str:
         return f"memory:{self._path}"
 
-    async def gone(self) -> bool:
+    async def is_gone(self) -> bool:
         return not self._path.exists()
 
     async def inventory(self, known: Collection[str] = ()) -> Inventory:

@@ -17,7 +17,7 @@ from pyblock.drivers import NVDIMM, VIRTIO_BLK, VIRTIO_SCSI
 from pyblock.errors import PyblockError, SlotsExhausted, UnknownDriver, VmmRefused
 from pyblock.host import image_size, is_block_special
 from pyblock.hypervisors.base import Inventory, SteppedHypervisor
-from pyblock.hypervisors.qemu_inventory import LUNS, take_inventory
+from pyblock.hypervisors.qemu_inventory import KATA_MEMORY, KATA_NVDIMM, LUNS, peripheral, take_inventory
 from pyblock.hypervisors.qemu_tree import Slot, Tree, bus_numbers, read_tree
 from pyblock.hypervisors.qmp import QmpSession
 from pyblock.model import BlockDrive
@@ -34,11 +34,6 @@ class Recipe(msgspec.Struct, frozen=True):
 
     add: tuple[str, dict[str, Any]]
     device: dict[str, Any]
-
-
-def _removal(drive: BlockDrive) -> tuple[str, dict[str, Any]]:
-    """The command that removes the backend; it must work when the image is long gone."""
-    return ("object-del", {"id": drive.id}) if drive.kind is NVDIMM else ("blockdev-del", {"node-name": drive.id})
 
 
 def _recipe(drive: BlockDrive) -> Recipe:
@@ -94,8 +89,8 @@ class QemuHypervisor(SteppedHypervisor):
     async def inventory(self, known: Collection[str] = ()) -> Inventory:
         return await take_inventory(self._qmp, await self._look(), known)
 
-    async def gone(self) -> bool:
-        return self._qmp.gone()
+    async def is_gone(self) -> bool:
+        return self._qmp.is_gone()
 
     def adopt(self, drive: BlockDrive) -> None:
         if drive.kind is VIRTIO_BLK and drive.slot is not None:
@@ -131,7 +126,7 @@ class QemuHypervisor(SteppedHypervisor):
             if self._tree is not None and all(slot.name != drive.slot for slot in self._tree.free):
                 self._tree = None  # it was read while the drive was there, so it does not list the slot as free
         elif drive.kind is VIRTIO_BLK:
-            self._tree = None  # its slot was never told
+            self._tree = None  # another program plugged it in, and did not say where
 
     async def plug(self, drive: BlockDrive) -> None:
         if self._lanes is None:
@@ -188,12 +183,10 @@ class QemuHypervisor(SteppedHypervisor):
     async def _user_of(self, drive: BlockDrive) -> str | None:
         """The ID of the device that uses the drive's node, if there is one."""
         if drive.kind is NVDIMM:
-            return None
-        for block in await self._qmp.execute("query-block"):
-            if block.get("inserted", {}).get("node-name") == drive.id and block.get("qdev"):
-                name: str = block["qdev"].removeprefix("/machine/peripheral/").partition("/")[0]
-                return name or None
-        return None
+            modules = await self._qmp.execute("query-memory-devices")
+            return next((entry["data"].get("id") for entry in modules if entry["data"].get("id") == KATA_NVDIMM + drive.id), None)
+        blocks = await self._qmp.execute("query-block")
+        return next((peripheral(block.get("qdev")) for block in blocks if block.get("inserted", {}).get("node-name") == drive.id), None)
 
     async def device_gone(self, drive: BlockDrive) -> None:
         leaving = self._leaving.pop(drive.id)
@@ -214,23 +207,27 @@ class QemuHypervisor(SteppedHypervisor):
                     self._qmp.left(drive.id)
 
     async def backend_del(self, drive: BlockDrive) -> None:
-        command, arguments = _removal(drive)
         pause = _BUSY_PAUSE
         for last in [False] * (_BUSY_TRIES - 1) + [True]:
             try:
-                await self._qmp.execute(command, arguments, step="backend-del")
+                # Nothing but its name: it must work when the image is long gone.
+                if drive.kind is NVDIMM:
+                    await self._qmp.execute("object-del", {"id": drive.id}, step="backend-del")
+                else:
+                    await self._qmp.execute("blockdev-del", {"node-name": drive.id}, step="backend-del")
                 return
-            except VmmRefused:
+            except VmmRefused as error:
                 if not await self._has_backend(drive):
                     return
                 if last:
-                    raise
+                    raise error
             await asyncio.sleep(pause)
             pause *= 2
 
     async def _has_backend(self, drive: BlockDrive) -> bool:
         if drive.kind is NVDIMM:
-            return any(entry["name"] == drive.id for entry in await self._qmp.execute("qom-list", {"path": "/objects"}))
+            objects = {entry["name"] for entry in await self._qmp.execute("qom-list", {"path": "/objects"})}
+            return drive.id in objects or KATA_MEMORY + drive.id in objects
         return any(node["node-name"] == drive.id for node in await self._qmp.execute("query-named-block-nodes", {"flat": True}))
 
     async def close(self) -> None:

@@ -7,19 +7,24 @@ one by one.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Collection
 from typing import Any
 
-from pyblock.drivers import NVDIMM, PMEM, SD, VIRTIO_BLK, VIRTIO_SCSI, Driver, Family
+from pyblock.drivers import NVDIMM, PMEM, SD, VIRTIO_SCSI, Family
 from pyblock.hypervisors.base import FoundDisk, Held, Inventory
 from pyblock.hypervisors.qemu_tree import Tree, get_property, properties
 from pyblock.hypervisors.qmp import QmpSession
 
-OURS = "drive-"  # what every drive ID begins with; the original's nodes as well
 LUNS = 256  # a SCSI ID has as many LUNs in Kata's numbering
 
+_OURS = "drive-"  # what every drive ID begins with; Kata's as well
+# Kata names an nvdimm and its memory after the drive, with these before it; its other devices ("virtio-drive-…") are found by their node.
+KATA_NVDIMM, KATA_MEMORY = "nvdimm", "nvdimmbackmem"
 _PERIPHERAL = "/machine/peripheral"
 _CDROM = Family("sr", letters=False)  # no disk name, but an address
+_DISKS = re.compile(r"child<(scsi-(hd|block|generic)|(virtio|vhost-user)-blk-.*|nvdimm|virtio-pmem-.*)>")
+_MEMORY = re.compile(r"child<memory-backend-.*>")
 
 
 async def take_inventory(qmp: QmpSession, tree: Tree, known: Collection[str]) -> Inventory:
@@ -31,42 +36,51 @@ async def take_inventory(qmp: QmpSession, tree: Tree, known: Collection[str]) ->
         properties(qmp, _PERIPHERAL),
         qmp.execute("query-memory-devices"),
     )
-    backends = {node["node-name"] for node in nodes} | objects.keys()
     modules = [entry["data"] for entry in memory if entry["type"] in ("nvdimm", "virtio-pmem")]
-    # The original names a device otherwise than its node; whoever uses the node is the device.
-    used = {
-        block["inserted"]["node-name"]
-        for block in blocks
-        if "node-name" in block.get("inserted", {}) and _is_there(block.get("qdev"), peripherals)
-    }
-    used |= {module["memdev"].rpartition("/")[2] for module in modules if "memdev" in module}
+    backends = {_drive_id(node["node-name"]): VIRTIO_SCSI for node in nodes}
+    backends |= {_drive_id(name, KATA_MEMORY): NVDIMM for name, kind in objects.items() if _MEMORY.fullmatch(kind)}
+    devices = {_drive_id(name, KATA_NVDIMM): name for name, kind in peripherals.items() if _DISKS.fullmatch(kind)}
+    # Kata names a disk otherwise than its node; whoever uses the node is the device.
+    for block in blocks:
+        node, name = block.get("inserted", {}).get("node-name", ""), peripheral(block.get("qdev"))
+        if name in peripherals or (name is None and block.get("qdev")):
+            devices.setdefault(_drive_id(node), name or "")
+    names = sorted((backends.keys() | devices.keys()) - {""})
+    cold = await asyncio.gather(*(_is_cold(qmp, devices.get(name, "")) if name not in known else _no() for name in names))
     held = {
-        name: Held(name in peripherals or name in used, name in backends, _kind(peripherals.get(name, ""), name in objects))
-        for name in (*backends, *(name for name in peripherals if name not in backends))
-        if name.startswith(OURS)
+        name: Held(name in devices, name in backends, backends.get(name, VIRTIO_SCSI), each) for name, each in zip(names, cold, strict=True)
     }
-    others = [block["qdev"] for block in blocks if block.get("qdev") and block["qdev"] not in known]
+    others = [block["qdev"] for block in blocks if block.get("qdev") and peripheral(block["qdev"]) not in known]
     scsi = await asyncio.gather(*(_scsi_disk(qmp, tree, qdev) for qdev in others))
     disks = [
         *(FoundDisk(disk.id, disk.family) for disk in tree.disks),
         *(FoundDisk(module.get("id", ""), PMEM) for module in modules),
         *(disk for disk in scsi if disk is not None),
     ]
-    return Inventory(disks, held)
+    return Inventory(disks, held, frozenset(node["file"] for node in nodes if "file" in node))
 
 
-def _is_there(qdev: str | None, peripherals: Collection[str]) -> bool:
-    """Whether the user of a node is still in the machine: one that left is listed until QEMU has freed it."""
+def peripheral(qdev: str | None) -> str | None:
+    """The ID of the device that `query-block` names by ID or path; None where it has none."""
     if not qdev:
-        return False
-    name = qdev.removeprefix(f"{_PERIPHERAL}/")
-    return name.startswith("/") or name.partition("/")[0] in peripherals
+        return None
+    name = qdev.removeprefix(f"{_PERIPHERAL}/").partition("/")[0]
+    return name or None
 
 
-def _kind(device_type: str, is_object: bool) -> Driver:
-    if is_object:
-        return NVDIMM
-    return VIRTIO_BLK if "virtio-blk" in device_type else VIRTIO_SCSI
+def _drive_id(name: str, prefix: str = "") -> str:
+    """The drive ID behind a name of ours or of Kata's; "" for others."""
+    name = name.removeprefix(prefix)
+    return name if name.startswith(_OURS) else ""
+
+
+async def _is_cold(qmp: QmpSession, device: str) -> bool:
+    """Whether a device was there when the machine started."""
+    return bool(device) and await get_property(qmp, f"{_PERIPHERAL}/{device}", "hotplugged") is False
+
+
+async def _no() -> bool:
+    return False
 
 
 async def _scsi_disk(qmp: QmpSession, tree: Tree, qdev: str) -> FoundDisk | None:

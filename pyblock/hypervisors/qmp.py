@@ -86,7 +86,7 @@ class QmpSession:
         if (future := self._leaving.pop(device_id, None)) is not None:
             future.cancel()
 
-    def gone(self) -> bool:
+    def is_gone(self) -> bool:
         """Whether the socket is absent or nobody listens there. A peer that is there and says nothing is not gone."""
         with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)) as probe:
             try:

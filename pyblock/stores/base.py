@@ -76,7 +76,13 @@ class Store(Protocol):
         """Gives the ownership up. A sandbox of which nothing is kept is forgotten."""
 
     async def write(
-        self, sandbox_id: str, rows: Callable[[], Sequence[Row]], deadline: float | None = None, *, state: bytes | None = None
+        self,
+        sandbox_id: str,
+        rows: Callable[[], Sequence[Row]],
+        deadline: float | None = None,
+        *,
+        state: bytes | None = None,
+        all_or_none: bool = False,
     ) -> dict[str, ImageInUse]:
         """Writes rows of a sandbox that this process owns, all in one transaction; `rows` is asked when that has begun.
 
@@ -84,6 +90,7 @@ class Store(Protocol):
         so without a subject, since a store knows no path.
 
         :param state: the sandbox's own saved form, where it is to change.
+        :param all_or_none: with a row that would be left out, nothing is written.
         """
 
     async def read(self, sandbox_id: str, deadline: float | None = None) -> Stored:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 # struct flock of 64-bit Linux: l_type, l_whence, l_start, l_len, l_pid (0 for OFD locks)
+_EVERYBODY = 0  # owners' numbers begin at 1
 _FLOCK = struct.Struct("hhqqi4x")
 
 
@@ -35,6 +36,14 @@ class OwnerLock:
         """Whether another owner holds that number; one's own is not seen. Takes no lock, so that two who ask do not see each other."""
         answer = fcntl.fcntl(self._file, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0))
         return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+    def accompany(self) -> None:
+        """Shows, at a byte that many may hold at once, that the database is in use."""
+        fcntl.fcntl(self._file, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, _EVERYBODY, 1, 0))
+
+    def accompanied(self) -> bool:
+        """Whether somebody else does."""
+        return self.lives(_EVERYBODY)
 
     def close(self, _close: Callable[[int], None] = os.close) -> None:  # bound early: `os` may be gone when the last ones are deleted
         """Drops the locks."""

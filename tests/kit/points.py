@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pyblock.hypervisors.qmp import QmpSession
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.stores.owner import OwnerLock
+from pyblock.stores.sqlite_file import SqliteFile
 
 LOOKING = ("query-", "qom-list", "qom-get")  # commands that change nothing: to die at one is to die at the point before
 
@@ -50,11 +51,11 @@ class Points:
         QmpSession.execute = watched  # type: ignore[method-assign, assignment]
 
     def _watch_sql(self) -> None:
-        connected = SqliteStore._connected
+        connected = SqliteFile._connected
 
-        def watched(store: SqliteStore, wait: float) -> sqlite3.Connection:
-            db = connected(store, wait)
+        def watched(file: SqliteFile, wait: float) -> tuple[sqlite3.Connection, OwnerLock]:
+            db, lock = connected(file, wait)
             db.set_trace_callback(lambda sql: self.reach(f"before {sql[:40]}"))
-            return db
+            return db, lock
 
-        SqliteStore._connected = watched  # type: ignore[method-assign, assignment]
+        SqliteFile._connected = watched  # type: ignore[method-assign, assignment]

@@ -1,0 +1,253 @@
+"""One virtual machine as its devices see it: what it has given out, its VMM's adapter, its part of the store, and what recovery knows.
+
+Devices ask it to reserve, claim, plug, record, unplug and release. What it takes up from a store, it gives up again when it is closed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from pyblock.allotment import Allotment
+from pyblock.device import BlockDevice, DeviceReceiver, Forgotten, Unsettled
+from pyblock.errors import CallerError, PyblockError, SandboxClosed, TransportError, UnknownDriver, VmmUnreachable
+from pyblock.hypervisors.base import Hypervisor
+from pyblock.manager import Device, DeviceManager
+from pyblock.model import BlockDrive
+from pyblock.operation import Operation, deadline_after, log
+from pyblock.recovery import Recovery
+
+if TYPE_CHECKING:
+    from pyblock.ledger import Ledger
+    from pyblock.persist import Kept
+    from pyblock.state import SandboxState
+    from pyblock.stores.base import Store
+
+# What only a saved state and a store need is imported there: its typed schema is a tenth of the time to import pyblock.
+
+GRACE = 5.0  # seconds for what is undone or written when nobody waits for it any more
+LATE_MAX = 1024  # devices that are remembered for callers who were told "pending" and may call again
+
+
+class Receiver(DeviceReceiver):
+    """:param sandbox_id: what the store and errors call it.
+    :param vmm: the adapter of its machine.
+    :param manager: the devices.
+    :param allotment: what it gives out.
+    """
+
+    __slots__ = ("_allotment", "_kept", "_late", "_ledger", "_loading", "_open", "_recovery", "_vmm", "id", "manager")
+
+    def __init__(self, sandbox_id: str, vmm: Hypervisor, manager: DeviceManager, allotment: Allotment) -> None:
+        self.id = sandbox_id
+        self.manager = manager
+        self._allotment = allotment
+        self._vmm = vmm
+        self._late: dict[str, None] | None = None  # devices whose callers were told "pending", and which are gone since
+        self._kept: Kept | None = None
+        self._ledger: Ledger | None = None
+        self._loading = False
+        self._open = False
+        self._recovery = Recovery(self)
+
+    @property
+    def vmm(self) -> Hypervisor:
+        """The adapter of its machine."""
+        return self._vmm
+
+    @property
+    def allotment(self) -> Allotment:
+        """What it has given out."""
+        return self._allotment
+
+    @property
+    def running(self) -> list[Operation]:
+        """The attaches and detaches that are under way."""
+        return [device.operation for device in self.manager if isinstance(device, BlockDevice) and device.operation is not None]
+
+    def check(self) -> None:
+        """See DeviceReceiver."""
+        if not self._open:
+            raise SandboxClosed(f"sandbox {self.id} is not open; use it inside 'with'")
+
+    def reserve(self, device: BlockDevice) -> BlockDrive:
+        """Takes index, ordinal and drive ID for a device; see DeviceReceiver."""
+        if device.info.driver not in self._vmm.drivers:
+            raise UnknownDriver(f"this VMM has no driver {device.info.driver!r}; it has {', '.join(sorted(self._vmm.drivers))}")
+        self.check()
+        if self._loading:
+            raise CallerError(f"a saved state is being loaded into sandbox {self.id}; attach when that is done")
+        if self.manager.get(device.id) is not device:
+            raise Forgotten
+        drive = self._allotment.reserve(device)
+        if self._late is not None:
+            self._late.pop(device.id, None)
+        if self._ledger is not None:
+            self._ledger.touch(device.id)
+        return drive
+
+    def release(self, device: BlockDevice, drive: BlockDrive, *, late: bool, counted: bool) -> None:
+        """Gives back what `reserve` and `claim` took; see DeviceReceiver."""
+        self._vmm.vacate(drive)
+        self._allotment.release(drive)
+        if self._ledger is not None:
+            self._ledger.touch(device.id)
+        if late:
+            # Whoever was told "pending" may call again with this device. So it ends here, and who waits to attach its image gets a new one.
+            self._late = self._late or {}
+            self._late[device.id] = None
+            if len(self._late) > LATE_MAX:
+                del self._late[next(iter(self._late))]
+            self.manager.forget(device)
+        elif counted:
+            self.manager.drop(device)
+        else:
+            self.manager.tidy(device)
+
+    def drop(self, device: Device) -> None:
+        """Takes note that a device has one user less."""
+        if self._ledger is not None:
+            self._ledger.touch(device.id)
+        self.manager.drop(device)
+
+    @property
+    def records(self) -> bool:
+        """See DeviceReceiver."""
+        return self._ledger is not None
+
+    async def claim(self, device: BlockDevice, deadline: float | None) -> None:
+        """See DeviceReceiver."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._vmm.place(device.held)
+        except TimeoutError:
+            raise VmmUnreachable(f"the VMM of sandbox {self.id} did not say before the deadline which places are free") from None
+        if self._ledger is not None:
+            await self._ledger.claim(device.id, deadline)
+
+    async def record(self, device: Device, deadline: float | None = None) -> None:
+        """See DeviceReceiver."""
+        if self._ledger is not None:
+            self._ledger.touch(device.id)
+            await self._ledger.flush(deadline)
+
+    async def note(self, device: BlockDevice) -> None:
+        """See DeviceReceiver."""
+        if self._ledger is not None:
+            self._ledger.touch(device.id)
+            await self._ledger.flush_soon()
+
+    async def plug(self, drive: BlockDrive) -> None:
+        """See DeviceReceiver."""
+        try:
+            await self._vmm.plug(drive)
+        except (TransportError, Unsettled):
+            self._recovery.doubt()
+            raise
+
+    async def unplug(self, drive: BlockDrive) -> None:
+        """See DeviceReceiver."""
+        try:
+            await self._vmm.unplug(drive)
+        except (TransportError, Unsettled):
+            self._recovery.doubt()
+            raise
+
+    def nudge(self, drive: BlockDrive) -> None:
+        """See DeviceReceiver."""
+        self._vmm.nudge(drive)
+
+    # The past and the end of a sandbox.
+
+    async def _take_up(self, store: Store) -> None:
+        """Becomes the sandbox's owner, and takes up what the store knows of it."""
+        from pyblock.ledger import Ledger  # noqa: PLC0415
+        from pyblock.state import decode_rows  # noqa: PLC0415
+
+        stored = await store.open_sandbox(self.id, self._vmm.address)
+        try:
+            self._clear()  # of an earlier opening; the store knows what came of it
+            if stored.devices or stored.state:
+                where = f"{store!r}, sandbox {self.id!r}"
+                self._take_in(*self._restored(decode_rows(stored.state, stored.devices, where=where), where=where))
+                for device in self.manager:
+                    if device.saved is None:
+                        device.ref_count = device.attach_count  # other users died with the process that they were in
+        except BaseException:
+            await store.close_sandbox(self.id)
+            raise
+        self._ledger = Ledger(store, self.id, self.manager)
+
+    async def _load(self, state: SandboxState, *, where: str) -> None:
+        """Takes in a saved state, and has the store keep it; all of it or nothing. See Sandbox.restore."""
+        self.check()
+        if len(self.manager) or self._loading:
+            raise CallerError(f"sandbox {self.id} has {len(self.manager)} devices; a state is loaded into one without")
+        devices, allotment, kept = self._restored(state, where=where)
+        if self._ledger is not None:
+            self._loading = True  # nothing is attached until it is known whether these come in
+            try:
+                await self._ledger.replace(devices, self._row(devices, allotment, kept))
+            except BaseException:
+                self._allotment = Allotment(allotment.capacity, allotment.given)
+                raise
+            finally:
+                self._loading = False
+        self._take_in(devices, allotment, kept)
+
+    def _restored(self, state: SandboxState, *, where: str) -> tuple[list[Device], Allotment, Kept | None]:
+        """What a saved state says. Raises StateError; nothing is changed by it but the allotment, if that was unused."""
+        from pyblock.persist import restore_sandbox  # noqa: PLC0415
+
+        allotment = self._allotment if self._allotment.unused else Allotment(self._allotment.capacity, self._allotment.given)
+        devices, kept = restore_sandbox(state, self.manager, allotment, where=where)
+        return devices, allotment, kept
+
+    def _take_in(self, devices: list[Device], allotment: Allotment, kept: Kept | None) -> None:
+        self.manager.take_in(devices)
+        self._allotment, self._kept = allotment, kept
+        self._recovery.doubt()  # the machine's own disks are asked for anew
+        for device in devices:
+            if isinstance(device, BlockDevice) and device.drive is not None and device.drive.slot is not None:
+                self._vmm.adopt(device.drive)
+
+    def _row(self, devices: list[Device], allotment: Allotment, kept: Kept | None) -> bytes:
+        """What the store keeps of the sandbox beside its devices; b"" for nothing."""
+        from pyblock.persist import sandbox_to_row  # noqa: PLC0415
+        from pyblock.state import encode_row  # noqa: PLC0415
+
+        row = sandbox_to_row(self.id, devices, allotment, kept)
+        return encode_row(row) if row is not None else b""
+
+    def _clear(self) -> list[str]:
+        """Forgets all devices, as if none had ever been there; returns their IDs."""
+        devices = list(self.manager)
+        for device in devices:
+            if self._ledger is not None:
+                self._ledger.touch(device.id)
+            if isinstance(device, BlockDevice) and device.drive is not None:
+                self._vmm.vacate(device.drive)
+        self.manager.clear()
+        self._allotment = Allotment(self._allotment.capacity, self._allotment.given)
+        self._kept = self._late = None
+        self._recovery.doubt()
+        return [device.id for device in devices]
+
+    async def _cut_off(self) -> None:
+        """Ends what is under way where it stands."""
+        await asyncio.sleep(0)  # an operation that was made just now marks its device before it can be ended
+        operations = self.running
+        for operation in operations:
+            operation.cancel()
+        for operation in operations:
+            await operation.settled(None)
+
+    async def _give_up(self) -> None:
+        """Writes what is not written yet, and has the sandbox be nobody's."""
+        ledger, self._ledger = self._ledger, None
+        if ledger is None:
+            return
+        try:
+            await ledger.close(deadline_after(GRACE))
+        except PyblockError as error:
+            log.warning("sandbox %s: what was not written yet, recovery will find: %s", self.id, error)
