@@ -29,7 +29,7 @@ def deadline_after(timeout: float | None) -> float | None:
     return asyncio.get_running_loop().time() + timeout
 
 
-async def over(future: asyncio.Future[None]) -> None:
+async def over(future: asyncio.Future[Any]) -> None:
     """Returns when it is over, however it ended. A cancellation ends the waiting only."""
     await asyncio.wait([future])
 

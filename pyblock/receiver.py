@@ -189,7 +189,8 @@ class Receiver(DeviceReceiver):
             try:
                 await self._ledger.replace(devices, self._row(devices, allotment, kept))
             except BaseException:
-                self._allotment = Allotment(allotment.capacity, allotment.given)
+                if allotment is self._allotment:
+                    self._allotment = Allotment(allotment.capacity, allotment.given)
                 raise
             finally:
                 self._loading = False

@@ -264,9 +264,10 @@ class Recovery:
     async def _removed(self, one: Difference, device: BlockDevice, operation: Operation) -> Outcome:
         try:
             await operation.watch(None)
-        except VmmRefused:
-            # An attach that cannot be undone is there, so it is attached.
-            if one.found is Found.ATTACH and one.held is not None and one.held.whole and device.phase is Phase.DETACH_PENDING:
+        except VmmRefused as error:
+            # An attach that cannot be undone is there, so it is attached. A refusal of a later step says that the device is gone.
+            kept = one.held is not None and one.held.whole and error.step in ("device-del", "device-gone")
+            if one.found is Found.ATTACH and kept and device.phase is Phase.DETACH_PENDING:
                 await self._receiver.vmm.locate(device.held)
                 if device.phase is Phase.DETACH_PENDING and device.operation is None:  # nobody had a go at it meanwhile
                     device.finish()

@@ -21,6 +21,7 @@ from pyblock.errors import (
     InvalidValue,
     MachineAnswers,
     PyblockError,
+    SandboxClosed,
     UnknownDevice,
 )
 from pyblock.hypervisors import open_hypervisor
@@ -65,7 +66,7 @@ class Sandbox(Receiver):
     Everything runs in the event loop in which it is first used; it is not safe to share between threads (pyblock.blocking is).
     """
 
-    __slots__ = ("__weakref__", "_recover", "_saving", "_store")
+    __slots__ = ("__weakref__", "_batches", "_recover", "_saving", "_store")
 
     def __init__(
         self,
@@ -85,6 +86,7 @@ class Sandbox(Receiver):
         vmm = open_hypervisor(vm) if isinstance(vm, str) else vm
         offsets = None if block_offset is None else {"vd": block_offset}
         super().__init__(sandbox_id, vmm, DeviceManager(driver), Allotment(capacity, offsets))
+        self._batches: set[asyncio.Task[list[BlockDevice]]] | None = None  # that are under way
         self._saving: asyncio.Future[None] | None = None  # the last save, which may still be under way
         self._store = store
         self._recover = recover
@@ -218,7 +220,22 @@ class Sandbox(Receiver):
             begun=lambda: self._allotment.unplan(fresh),  # all have reserved by now but those that wait for their turn
             progress=progress,
         )
-        return await batch.run(len(devices))
+        task = asyncio.ensure_future(batch.run(len(devices)))
+        self._batches = self._batches or set()
+        self._batches.add(task)
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            task.cancel()
+            await over(task)
+            raise
+        finally:
+            self._batches.discard(task)
+        if task.cancelled():
+            raise SandboxClosed(
+                f"sandbox {self.id} was closed while {len(devices)} devices were being attached; those that were are detached"
+            )
+        return task.result()
 
     async def detach(self, device: Device | str, *, timeout: float | None = TIMEOUT) -> None:
         """Takes one attach of a device back; the last one unplugs it. Returns when the VMM says that it is gone.
@@ -325,9 +342,13 @@ class Sandbox(Receiver):
             await asyncio.wait([asyncio.ensure_future(one) for one in undoing], timeout=timeout)
 
     async def close(self) -> None:
-        """Ends the connection to the VMM; the machine keeps what it has. Attaches that nobody waits for any more are first undone,
-        within 5 s; what is then still under way is left pending."""
+        """Ends the connection to the VMM; the machine keeps what it has. Attaches that nobody waits for any more, and batches that are
+        under way, are first undone, within 5 s; what is then still under way is left pending."""
         try:
+            if batches := self._batches:
+                for task in batches:
+                    task.cancel()
+                await asyncio.wait(batches, timeout=GRACE)
             await self.settle()
         finally:
             self._open = False
