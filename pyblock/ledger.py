@@ -56,6 +56,8 @@ class Ledger:
         def rows() -> list[Row]:
             taken.clear()
             taken.update(self._touched)
+            for device_id in taken:
+                self._refused.pop(device_id, None)  # of an earlier try
             return [row for device_id in taken if (row := self._row_by_id(device_id)) is not None]
 
         refused = await self._store.write(self._sandbox_id, rows, deadline, state=pending)
@@ -78,12 +80,18 @@ class Ledger:
 
     async def _flush_later(self) -> None:
         while True:
-            await asyncio.sleep(RETRY)
             with contextlib.suppress(PyblockError):
                 return await self.flush()
+            await asyncio.sleep(RETRY)
+
+    async def record(self, device_id: str, deadline: float | None) -> None:
+        """Touches the device and flushes. Raises also ImageInUse when its claim was refused, InvalidValue when it cannot be written
+        down."""
+        self.touch(device_id)
+        await self.claim(device_id, deadline)
 
     async def claim(self, device_id: str, deadline: float | None) -> None:
-        """Flushes, and raises ImageInUse when the device's claim was refused (InvalidValue when it cannot be written down)."""
+        """The same for a device that was touched when it was reserved, so that a crowd shares the writing."""
         try:
             await self.flush(deadline)
         finally:

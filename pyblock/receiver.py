@@ -128,8 +128,7 @@ class Receiver(DeviceReceiver):
     async def record(self, device: Device, deadline: float | None = None) -> None:
         """See DeviceReceiver."""
         if self._ledger is not None:
-            self._ledger.touch(device.id)
-            await self._ledger.flush(deadline)
+            await self._ledger.record(device.id, deadline)
 
     async def note(self, device: BlockDevice) -> None:
         """See DeviceReceiver."""

@@ -72,7 +72,7 @@ class QemuHypervisor(SteppedHypervisor):
         self._tree: Tree | None = None
         self._slots: dict[str, tuple[str, Slot | None]] = {}  # slot name to the ID of our drive in it, and the slot if we chose it
         self._buses: dict[Any, int] = {}
-        self._leaving: dict[str, asyncio.Future[None]] = {}
+        self._leaving: dict[str, tuple[str, asyncio.Future[None]]] = {}  # drive ID to the device that was asked to leave
         self._nudges: set[asyncio.Task[None]] = set()
         self._lanes: asyncio.Semaphore | None = None  # of the event loop that it is used in
 
@@ -177,7 +177,7 @@ class QemuHypervisor(SteppedHypervisor):
                 if isinstance(error, VmmRefused) and _not_found(error):
                     return False
                 raise
-        self._leaving[drive.id] = leaving
+        self._leaving[drive.id] = (device_id, leaving)
         return True
 
     async def _user_of(self, drive: BlockDrive) -> str | None:
@@ -189,8 +189,11 @@ class QemuHypervisor(SteppedHypervisor):
         return next((peripheral(block.get("qdev")) for block in blocks if block.get("inserted", {}).get("node-name") == drive.id), None)
 
     async def device_gone(self, drive: BlockDrive) -> None:
-        leaving = self._leaving.pop(drive.id)
-        await asyncio.wait([leaving])  # a cancellation ends the waiting, not what others may wait for
+        _, leaving = self._leaving[drive.id]
+        try:
+            await asyncio.wait([leaving])  # a cancellation ends the waiting, not what others may wait for
+        finally:
+            del self._leaving[drive.id]
         leaving.result()
 
     def nudge(self, drive: BlockDrive) -> None:
@@ -199,12 +202,13 @@ class QemuHypervisor(SteppedHypervisor):
         task.add_done_callback(self._nudges.discard)
 
     async def _nudge(self, drive: BlockDrive) -> None:
+        device_id, _ = self._leaving.get(drive.id, (drive.id, None))
         with contextlib.suppress(PyblockError):  # the operation that waits for the confirmation hears of a lost connection itself
             try:
-                await self._qmp.execute("device_del", {"id": drive.id}, step="device-del")
+                await self._qmp.execute("device_del", {"id": device_id}, step="device-del")
             except VmmRefused as error:
                 if _not_found(error):
-                    self._qmp.left(drive.id)
+                    self._qmp.left(device_id)
 
     async def backend_del(self, drive: BlockDrive) -> None:
         pause = _BUSY_PAUSE

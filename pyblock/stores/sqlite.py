@@ -37,7 +37,7 @@ class SqliteStore(Store):
         return self._file.path
 
     async def open_sandbox(self, sandbox_id: str, vm: str, deadline: float | None = None) -> Stored:
-        stored = await self._file.transact(lambda db: self._take(db, sandbox_id, vm), deadline)
+        stored, self._owner = await self._file.transact(lambda db: self._take(db, sandbox_id, vm), deadline)
         self._mine.add(sandbox_id)
         self._given_up.discard(sandbox_id)
         return stored
@@ -83,7 +83,7 @@ class SqliteStore(Store):
 
     # The transactions.
 
-    def _take(self, db: sqlite3.Connection, sandbox_id: str, vm: str) -> Stored:
+    def _take(self, db: sqlite3.Connection, sandbox_id: str, vm: str) -> tuple[Stored, tuple[OwnerLock, int]]:
         lock, number = self._register(db)
         self._give_up(db)
         if vm:
@@ -102,7 +102,7 @@ class SqliteStore(Store):
                 )
         text = f"process {os.getpid()} ({Path(sys.argv[0]).name or 'python'})"
         db.execute("UPDATE sandbox SET owner = ?, owner_text = ?, vm = ? WHERE id = ?", (number, text, vm or None, sandbox_id))
-        return self._read(db, sandbox_id)
+        return self._read(db, sandbox_id), (lock, number)
 
     def _take_machine(self, db: sqlite3.Connection, sandbox_id: str, vm: str) -> None:
         """Raises SandboxConflict when the machine belongs to another sandbox. One whose process died with nothing in it does not count."""
@@ -116,23 +116,22 @@ class SqliteStore(Store):
         db.execute("DELETE FROM sandbox WHERE id = ?", (other,))
 
     def _register(self, db: sqlite3.Connection) -> tuple[OwnerLock, int]:
-        """The lock that shows that this process lives, and its number."""
+        """The lock that shows that this process lives, and its number; a new one is this process's when the transaction is committed."""
         lock = self._file.lock
         if lock is None:
             raise StoreError(f"{self._file.name} was closed at this moment")
-        if self._owner is None or self._owner[0] is not lock:
-            self._mine.clear()  # of a parent, or of the time before `close`
-            self._given_up.clear()
-            while True:
-                db.execute("UPDATE host SET owners = owners + 1")
-                [number] = db.execute("SELECT owners FROM host").fetchone()
-                try:
-                    lock.take(number)
-                    break
-                except BlockingIOError:
-                    continue  # of a process that uses a database which was here before this one
-            self._owner = (lock, number)
-        return self._owner
+        if self._owner is not None and self._owner[0] is lock:
+            return self._owner
+        self._mine.clear()  # of a parent, or of the time before `close`
+        self._given_up.clear()
+        while True:
+            db.execute("UPDATE host SET owners = owners + 1")
+            [number] = db.execute("SELECT owners FROM host").fetchone()
+            try:
+                lock.take(number)
+            except BlockingIOError:
+                continue  # of a process whose transaction came to nothing, or that uses a database which was here before this one
+            return lock, number
 
     def _give_up(self, db: sqlite3.Connection) -> None:
         """Has the sandboxes that were closed be nobody's; one of which nothing is kept goes."""

@@ -19,6 +19,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -95,12 +96,23 @@ class SqliteFile:
             if lock is not None:
                 lock.close()
 
-    def left_behind(self) -> None:
-        """Begins anew in a forked child, whose SQLite connection must be neither used nor closed."""
-        if self._db is not None:
-            _inherited.append(self._db)
-        self._db = self.lock = None
-        self._mutex = threading.Lock()
+    # A child that had the parent's connection would believe in the parent's locks, and could delete the journal under others or have it
+    # deleted. So a fork finds it closed, and parent and child open it anew when they next need it.
+
+    def before_fork(self) -> None:
+        """Closes the connection, and keeps threads from opening it until the fork is over. The owner's lock stays."""
+        self._mutex.acquire()
+        db, self._db = self._db, None
+        if db is not None:
+            db.close()
+
+    def after_fork(self, *, child: bool) -> None:
+        """Lets the parent go on; the child begins anew, and its lock, which is the parent's, has closed itself."""
+        if child:
+            self.lock = None
+            self._mutex = threading.Lock()
+        else:
+            self._mutex.release()
 
     def _run(self, work: Callable[[sqlite3.Connection], Result], *, writes: bool) -> Result:
         if not self._mutex.acquire(blocking=False):
@@ -138,34 +150,32 @@ class SqliteFile:
             raise StoreBusy(f"{self.name}: another thread has been opening it for {wait:g} s")
         try:
             if self._db is None:
-                self._db, self.lock = self._connected(wait)
+                self._db, self.lock = self._connected(wait, self.lock)
                 self._inode = self._on_disk()
         finally:
             self._mutex.release()
 
-    def _connected(self, wait: float) -> tuple[sqlite3.Connection, OwnerLock]:
-        db = lock = None
+    def _connected(self, wait: float, lock: OwnerLock | None) -> tuple[sqlite3.Connection, OwnerLock]:
+        db, had = None, lock
         try:
             # One that exists is not opened here: closing it would drop the locks that SQLite has on it in this process.
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             db = sqlite3.connect(self.path, timeout=wait, isolation_level=None, check_same_thread=False)
             self._check(db)
+            lock = lock or OwnerLock(self.path.with_name(self.path.name + "-owners"))
+            if not lock.accompanied():  # else whoever has it open has looked, and it may be large
+                self._check_whole(db)
+            lock.accompany()
+            self._migrate(db)
+            self._clear_after_boot(db)
             [mode] = _patiently(lambda: db.execute("PRAGMA journal_mode = WAL").fetchone(), wait)
             if mode != "wal":
                 raise StoreError(f"{self.name}: SQLite has no WAL there (journal mode {mode}); put it on a local file system")
             db.execute("PRAGMA synchronous = NORMAL")
-            lock = OwnerLock(self.path.with_name(self.path.name + "-owners"))
-            if not lock.accompanied():  # else whoever has it open has looked, and it may be large
-                [[damage], *_] = db.execute("PRAGMA quick_check(1)").fetchall()
-                if damage != "ok":
-                    raise InvalidState(f"{self.name} is damaged ({damage}); it is left as it is")
-            lock.accompany()
-            self._migrate(db)
-            self._clear_after_boot(db)
             db.execute("PRAGMA busy_timeout = 0")
         except BaseException as error:
-            if lock is not None:
+            if lock is not None and had is None:
                 lock.close()
             if db is not None:
                 db.close()
@@ -192,6 +202,16 @@ class SqliteFile:
                 "it is left as it is"
             )
         return int(version)
+
+    def _check_whole(self, db: sqlite3.Connection) -> None:
+        """Raises InvalidState when something is missing, indexes included. Nobody else has the database open, so its file holds whole
+        pages."""
+        [size] = db.execute("PRAGMA page_size").fetchone()
+        if rest := self.path.stat().st_size % size:
+            raise InvalidState(f"{self.name} is cut off: {rest} bytes are no page of {size}; it is left as it is")
+        [[damage], *_] = db.execute("PRAGMA integrity_check(1)").fetchall()
+        if damage != "ok":
+            raise InvalidState(f"{self.name} is damaged ({' '.join(damage.split())}); it is left as it is")
 
     def _migrate(self, db: sqlite3.Connection) -> None:
         if self._check(db) == len(MIGRATIONS):
@@ -230,15 +250,25 @@ class SqliteFile:
 
 
 _files: weakref.WeakSet[SqliteFile] = weakref.WeakSet()
-_inherited: list[sqlite3.Connection] = []
+_forking: list[SqliteFile] = []
+_one_fork = threading.RLock()  # at a time; the child has it of the thread that it is
 
 
-def _after_fork() -> None:
-    for file in list(_files):
-        file.left_behind()
+def _before_fork() -> None:
+    _one_fork.acquire()
+    _forking[:] = list(_files)
+    for file in _forking:
+        file.before_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+def _after_fork(*, child: bool) -> None:
+    for file in _forking:
+        file.after_fork(child=child)
+    _forking.clear()
+    _one_fork.release()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=partial(_after_fork, child=False), after_in_child=partial(_after_fork, child=True))
 
 
 def _patiently(work: Callable[[], Result], wait: float) -> Result:
