@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -301,3 +302,27 @@ async def test_rows_that_contradict_each_other_are_refused(make_store: MakeStore
     for _ in range(2):
         with pytest.raises(InvalidState, match="'one'"):
             await Sandbox("one", vm, store=store).__aenter__()
+
+
+def test_threads_of_the_blocking_door(make_store: MakeStore, make_image: MakeImage) -> None:
+    """Many threads attach and detach one image, and each its own: as many detaches as attaches end it, in the store as well."""
+    image, vm, store = make_image("shared"), MemoryHypervisor(), make_store()
+    own = [make_image(f"own{number}") for number in range(8)]
+
+    def work(number: int) -> None:
+        for _ in range(25):
+            shared = sandbox.attach(image)
+            mine = sandbox.attach(own[number])
+            sandbox.detach(mine)
+            sandbox.detach(shared.id)
+
+    with blocking.Sandbox("one", vm, store=store) as sandbox:
+        kept = sandbox.attach(image)
+        with ThreadPoolExecutor(len(own)) as pool:
+            list(pool.map(work, range(len(own))))
+        assert kept.attach_count == 1 and list(sandbox.index) == [0] and len(vm.backends) == 1
+    with blocking.Sandbox("one", vm, store=make_store()) as sandbox:
+        [device] = sandbox.devices
+        assert device.attach_count == 1
+        sandbox.detach(device)
+    assert asyncio.run(make_store().sandboxes()) == []
