@@ -1,0 +1,98 @@
+"""A sandbox with a past in a store, the operations that a fault can befall, and what must agree when they are over."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Awaitable, Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from snapshot import MakeImage
+
+from pyblock import (
+    BlockDevice,
+    Phase,
+    Sandbox,
+)
+from pyblock.hypervisors.memory import MemoryHypervisor
+from pyblock.stores.sqlite import SqliteStore
+
+SOON = 0.05  # seconds: a deadline meant to pass
+LATE = 30.0  # seconds: one that is not
+
+
+async def settle(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LATE):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+def rows(path: Path) -> dict[str, list[tuple[Any, ...]]]:
+    """All that a database holds. Through SQLite: to open and close the file otherwise would drop the locks that this process has on it."""
+    with closing(sqlite3.connect(path)) as db:
+        tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+        return {table: db.execute(f"SELECT rowid, * FROM {table}").fetchall() for table in tables}
+
+
+async def agreed(store: SqliteStore, sandbox: Sandbox, vm: MemoryHypervisor) -> None:
+    """The store, the sandbox and the machine hold the same devices, and each of them is claimed."""
+    other = SqliteStore(store.path)
+    try:
+        kept = await Sandbox.stored(other, sandbox.id)
+    finally:
+        other.close()
+    assert facts(kept) == facts(sandbox)
+    drives = {device.held.id for device in sandbox.devices if isinstance(device, BlockDevice)}
+    assert vm.backends.keys() == vm.devices.keys() == drives
+    assert len(sandbox.index) == len(drives)
+    claimed = [row for row in rows(store.path)["device"] if row[1] == sandbox.id and row[4] is not None]
+    assert len(claimed) == len(drives)
+
+
+def facts(sandbox: Sandbox) -> list[tuple[str, Phase, int, int]]:
+    return [(one.id, one.phase, one.attach_count, one.held.index) for one in sandbox.devices if isinstance(one, BlockDevice)]
+
+
+class Scene(NamedTuple):
+    """A sandbox with a device that is attached once and one that is attached twice, and two images that are not attached."""
+
+    store: SqliteStore
+    sandbox: Sandbox
+    vm: MemoryHypervisor
+    once: BlockDevice
+    twice: BlockDevice
+    free: list[Path]
+
+    def images(self) -> dict[str, int]:
+        """How often each image is attached."""
+        return {Path(one.info.path).name: one.attach_count for one in self.sandbox.devices if isinstance(one, BlockDevice)}
+
+
+BEFORE = {"once": 1, "twice": 2}
+
+
+async def make_scene(store: SqliteStore, make_image: MakeImage) -> Scene:
+    vm = MemoryHypervisor()
+    sandbox = await Sandbox("victim", vm, store=store).__aenter__()
+    once, twice = await sandbox.attach_many([make_image("once"), make_image("twice")])
+    await sandbox.attach(twice.info.path)
+    return Scene(store, sandbox, vm, once, twice, [make_image("free"), make_image("more")])
+
+
+class Doing(NamedTuple):
+    """An operation and how often each image is attached after it; whether it first writes to the VMM when it has written an intent."""
+
+    run: Callable[[Scene, float], Awaitable[object]]
+    after: dict[str, int]
+
+
+OPERATIONS = {
+    "attach": Doing(lambda at, timeout: at.sandbox.attach(at.free[0], timeout=timeout), BEFORE | {"free": 1}),
+    "attach many": Doing(lambda at, timeout: at.sandbox.attach_many(at.free, timeout=timeout), BEFORE | {"free": 1, "more": 1}),
+    "attach again": Doing(lambda at, timeout: at.sandbox.attach(at.once.info.path, timeout=timeout), {"once": 2, "twice": 2}),
+    "detach": Doing(lambda at, timeout: at.sandbox.detach(at.once, timeout=timeout), {"twice": 2}),
+    "detach one of two": Doing(lambda at, timeout: at.sandbox.detach(at.twice, timeout=timeout), {"once": 1, "twice": 1}),
+    "detach many": Doing(lambda at, timeout: at.sandbox.detach_many([at.once, at.twice], timeout=timeout), {"twice": 1}),
+}
