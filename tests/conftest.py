@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from held_store import HeldStore
 from snapshot import Busy, MakeImage, MakeStore
 
 from pyblock import Sandbox, stores
@@ -64,3 +65,11 @@ async def busy(make_image: MakeImage) -> AsyncIterator[Busy]:
         scsi = await sandbox.attach(make_image("scsi.img"), device_id="scsi", serial="SCSI-1")
         blk = await sandbox.attach(make_image("blk.img"), device_id="blk", driver="virtio-blk")
         yield Busy(sandbox, vm, scsi, blk)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[HeldStore]:
+    """A store whose writes can be held back."""
+    store = HeldStore(tmp_path / "state.db")
+    yield store
+    store.close()

@@ -6,42 +6,48 @@ A write is held back where it would wait for another process, so that what happe
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
-import sqlite3
-import subprocess
 import sys
 import threading
-from collections import deque
-from collections.abc import Awaitable, Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import samples
 from children import in_child
-from snapshot import MakeImage, MakeStore, drive_ids
+from held_store import (
+    LATE,
+    SOON,
+    Gate,
+    HeldStore,
+    SlowMachine,
+    ended,
+    facts,
+    kept_only,
+    locked,
+    nothing_left,
+    query,
+    reached,
+    rows,
+    saved_with,
+    until,
+)
+from snapshot import MakeImage, MakeStore
 
 from pyblock import (
     AttachPending,
     BlockDevice,
     CallerError,
     DetachPending,
-    DeviceConflict,
     ImageInUse,
     InvalidImage,
-    InvalidState,
     InvalidValue,
-    Phase,
     Sandbox,
-    SandboxBusy,
     SandboxClosed,
     StoreBusy,
     StoreError,
-    UnknownDevice,
     blocking,
     ledger,
     receiver,
@@ -50,149 +56,12 @@ from pyblock.drivers import SD
 from pyblock.hypervisors.base import FoundDisk, Inventory
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
 from pyblock.hypervisors.memory_file import FileMachine
-from pyblock.model import BlockDrive, DeviceInfo
+from pyblock.model import DeviceInfo
 from pyblock.recovery import Found, Outcome
-from pyblock.state import SandboxState, decode
-from pyblock.stores.base import Row
+from pyblock.state import decode
 from pyblock.stores.sqlite import SqliteStore
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
-
-SOON, LATE = 0.05, 30.0  # seconds: a deadline meant to pass, and one that is not
-
-
-class Gate:
-    """Where something waits until it is let go.
-
-    :ivar reached: it has come here.
-    """
-
-    def __init__(self, *, fails: bool = False) -> None:
-        self.reached = False
-        self._fails = fails
-        self._event = asyncio.Event()
-
-    def let_go(self) -> None:
-        self._event.set()
-
-    async def wait(self) -> None:
-        self.reached = True
-        await self._event.wait()
-        if self._fails:
-            raise StoreBusy("another process has been holding the lock")
-
-
-class HeldStore(SqliteStore):
-    """A store that can hold back its next writes, and have them fail then."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._gates: deque[Gate] = deque()
-
-    def hold(self, *, fails: bool = False) -> Gate:
-        """Where the next write that is not held back yet will wait."""
-        self._gates.append(Gate(fails=fails))
-        return self._gates[-1]
-
-    async def write(self, *arguments: Any, **more: Any) -> dict[str, ImageInUse]:
-        if self._gates:
-            await self._gates.popleft().wait()
-        return await super().write(*arguments, **more)
-
-
-class SlowMachine(MemoryHypervisor):
-    """Says what it has, and where a drive went, when the gate lets it; what it says is what it had when it was asked.
-
-    :ivar asked: how often.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.answer: Gate | None = None
-        self.place_told: Gate | None = None
-        self.asked = 0
-
-    async def inventory(self, known: Collection[str] = ()) -> Inventory:
-        self.asked += 1
-        found = await super().inventory(known)
-        # As QEMU tells it of SCSI disks: with the index that belongs to the address.
-        disks = [FoundDisk(disk.id, disk.family, int(self.devices[disk.id].split()[1])) for disk in found.disks if disk.id in self.devices]
-        if self.answer is not None:
-            await self.answer.wait()
-        return Inventory([*self._existing, *disks], found.held, found.files)
-
-    async def locate(self, drive: BlockDrive) -> None:
-        if self.place_told is not None:
-            await self.place_told.wait()
-        await super().locate(drive)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[HeldStore]:
-    store = HeldStore(tmp_path / "state.db")
-    yield store
-    store.close()
-
-
-@contextmanager
-def locked(store: SqliteStore) -> Iterator[None]:
-    """Another process stands in the middle of its transaction."""
-    with closing(sqlite3.connect(store.path, isolation_level=None, timeout=LATE)) as db:
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        finally:
-            db.execute("ROLLBACK")
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(LATE):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
-async def ended(*tasks: asyncio.Task[Any]) -> None:
-    """Returns when they are over; fails when they never are."""
-    _, going = await asyncio.wait(tasks, timeout=LATE)
-    for task in going:
-        task.cancel()
-    assert not going
-
-
-async def reached(vm: MemoryHypervisor, step: str, times: int = 1) -> None:
-    await until(lambda: [name for name, _ in vm.journal].count(step) >= times)
-
-
-def query(store: SqliteStore, sql: str) -> list[tuple[Any, ...]]:
-    with closing(sqlite3.connect(store.path)) as db:
-        return db.execute(sql).fetchall()
-
-
-def rows(store: SqliteStore) -> dict[str, tuple[str, int]]:
-    """Phase and count of each device, as the store has them."""
-    found = {device_id: json.loads(state) for device_id, state in query(store, "SELECT id, state FROM device")}
-    return {device_id: (state["Pyblock"]["Phase"], state["AttachCount"]) for device_id, state in found.items()}
-
-
-def facts(sandbox: Sandbox) -> dict[str, tuple[str, int]]:
-    """The same as the sandbox has them."""
-    return {one.id: (str(one.phase), one.attach_count) for one in sandbox.devices if isinstance(one, BlockDevice)}
-
-
-def nothing_left(sandbox: Sandbox) -> None:
-    assert not sandbox.devices and not list(sandbox.index) and not drive_ids(sandbox)
-
-
-async def saved_with(image: Path) -> SandboxState:
-    """What another machine's sandbox saved that had this image as device "loaded"."""
-    async with Sandbox("elsewhere", MemoryHypervisor(), store=None) as sandbox:
-        await sandbox.attach(image, device_id="loaded")
-        return sandbox.state()
-
-
-def kept_only() -> SandboxState:
-    """A state of the original without disks: a device of a kind that is not plugged here, and an index that something took."""
-    return decode(samples.text(samples.sandbox([samples.VFIO], [7])), where="a sample")
 
 
 # Writes that take others' rows along.
@@ -674,306 +543,6 @@ def test_interrupted_while_a_blocking_sandbox_is_being_opened(tmp_path: Path, ma
         assert [device.id for device in sandbox.devices] == ["a"]
 
 
-# While the machine is being asked.
-
-
-async def test_a_detach_that_ends_while_the_machine_is_being_asked(make_image: MakeImage) -> None:
-    vm = SlowMachine()
-    async with Sandbox("one", vm, store=None) as sandbox:
-        image = make_image("a")
-        device = await sandbox.attach(image, device_id="a")
-        gate = vm.answer = Gate()
-        reconciling = asyncio.create_task(sandbox.reconcile())
-        await until(lambda: gate.reached)
-        await sandbox.detach(device)
-        gate.let_go()
-        assert await reconciling == []
-        nothing_left(sandbox)
-        again = await sandbox.attach(image, device_id="a")
-        assert (again.held.index, again.held.predicted_name) == (0, "/dev/sda")
-
-
-async def test_the_machines_own_disks_come_and_go(make_image: MakeImage) -> None:
-    vm = SlowMachine()
-    vm._existing = (FoundDisk("drive-x", SD, 0), FoundDisk("own", SD, 2))
-    async with Sandbox("one", vm, store=None) as sandbox:
-        first = await sandbox.attach(make_image("a"), device_id="a")
-        assert first.held.index == 1 and list(sandbox.index) == [0, 1, 2]
-        image = make_image("x")
-        with pytest.raises(DeviceConflict, match="drive-x"):
-            await sandbox.attach(image, device_id="x")
-        vm._existing = (FoundDisk("other", SD, 3),)
-        await sandbox.reconcile()
-        assert list(sandbox.index) == [1, 3]
-        assert (await sandbox.attach(image, device_id="x")).held.index == 0
-        assert (await sandbox.attach(make_image("b"))).held.index == 2
-
-
-async def test_the_id_of_an_orphan_that_was_removed_is_free(make_image: MakeImage) -> None:
-    vm = MemoryHypervisor()
-    vm.backends["drive-q"], vm.devices["drive-q"] = "/somewhere", "virtio-scsi 0"
-    vm._places.add("virtio-scsi 0")
-    async with Sandbox("one", vm, store=None) as sandbox:
-        image = make_image("q")
-        with pytest.raises(DeviceConflict, match="drive-q"):
-            await sandbox.attach(image, device_id="q")
-        assert [one.outcome for one in await sandbox.reconcile(orphans=True)] == [Outcome.REMOVED]
-        await sandbox.attach(image, device_id="q")
-        assert vm.backends == {"drive-q": str(image)}
-
-
-@pytest.mark.parametrize("count", [1, 2, 3])
-async def test_a_lost_device_ends_however_often_it_was_attached(count: int, store: HeldStore, make_image: MakeImage) -> None:
-    vm, image = MemoryHypervisor(), make_image("a")
-    async with Sandbox("one", vm, store=store) as sandbox:
-        for _ in range(count):
-            device = await sandbox.attach(image, device_id="a")
-        vm.devices.clear()
-        vm.backends.clear()
-        vm._places.clear()
-        assert [(one.found, one.outcome) for one in await sandbox.reconcile()] == [(Found.LOST, Outcome.FREED)]
-        nothing_left(sandbox)
-        assert rows(store) == {}
-        await sandbox.detach(device)  # quiet once, as after any end that its user has not been told of
-        with pytest.raises(UnknownDevice):
-            await sandbox.detach(device)
-        await sandbox.attach(image, read_only=True)
-
-
-async def test_a_detach_that_begins_while_an_attach_is_being_finished(store: HeldStore, make_image: MakeImage) -> None:
-    vm = SlowMachine()
-    async with Sandbox("one", vm, store=store) as sandbox:
-        vm.fail("device-add", Fault("lose"))
-        with pytest.raises(AttachPending):
-            await sandbox.attach(make_image("a"), device_id="a")
-        gate = vm.place_told = Gate()
-        vm.fail("device-del", Fault("refuse"))
-        vm.fail("device-gone", Fault("hold"))
-        reconciling = asyncio.create_task(sandbox.reconcile(timeout=None))
-        await until(lambda: gate.reached)
-        detach = asyncio.create_task(sandbox.detach("a"))
-        await reached(vm, "device-gone")
-        gate.let_go()
-        assert [(one.found, one.outcome) for one in await reconciling] == [(Found.ATTACH, Outcome.PENDING)]
-        assert facts(sandbox)["a"][0] == Phase.DETACHING
-        vm.let_go("device-gone")
-        await detach
-        nothing_left(sandbox)
-        assert not vm.devices and not vm.backends and rows(store) == {}
-
-
-async def test_a_doubt_that_arises_while_the_machine_is_being_asked(make_image: MakeImage) -> None:
-    vm = SlowMachine()
-    async with Sandbox("one", vm, store=None) as sandbox:
-        await sandbox.attach(make_image("z"), device_id="z")
-        gate = vm.answer = Gate()
-        reconciling = asyncio.create_task(sandbox.reconcile())
-        await until(lambda: gate.reached)
-        vm.fail("device-add", Fault("lose"))
-        with pytest.raises(AttachPending):
-            await sandbox.attach(make_image("a"), device_id="a")
-        gate.let_go()
-        assert await reconciling == []
-        vm.answer, asked = None, vm.asked
-        await sandbox.attach(make_image("b"), device_id="b")
-        assert vm.asked == asked + 1
-        await until(lambda: facts(sandbox).keys() == {"z", "b"})
-        assert vm.devices.keys() == {"drive-z", "drive-b"}
-
-
-def test_the_slot_of_an_attach_is_known_after_its_process_died(make_image: MakeImage, tmp_path: Path) -> None:
-    machine, path = tmp_path / "vm", tmp_path / "state.db"
-    machine.touch()
-    images = {name: make_image(name) for name in ("first", "a", "b", "c")}
-
-    class Last(FileMachine):
-        async def device_add(self, drive: BlockDrive) -> None:
-            await super().device_add(drive)
-            if drive.id == "drive-a":
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    def victim() -> str:
-        async def run() -> None:
-            async with Sandbox("one", Last(machine), driver="virtio-blk", store=SqliteStore(path)) as sandbox:
-                for name in ("first", "a"):
-                    await sandbox.attach(images[name], device_id=name)
-
-        asyncio.run(run())
-        return "it was not killed"
-
-    async def take_over(store: SqliteStore) -> None:
-        vm = FileMachine(machine)
-        vm.fail("device-del", Fault("refuse"))
-        async with Sandbox("one", vm, driver="virtio-blk", store=store) as sandbox:
-            assert [(one.device_id, one.outcome) for one in sandbox.recovered] == [("a", Outcome.FINISHED)]
-            drives = {one.id: one.held for one in sandbox.devices if isinstance(one, BlockDevice)}
-            assert {name: (drive.slot, drive.pci_path) for name, drive in drives.items()} == {"first": ("0", "02/00"), "a": ("1", "02/01")}
-            assert drives["a"].guest_match
-            assert (await sandbox.attach(images["b"])).held.slot == "2"
-            await sandbox.detach("a")
-            assert (await sandbox.attach(images["c"])).held.slot == "1"
-        store.close()
-
-    status, text = in_child(victim)
-    assert status == -signal.SIGKILL, text
-    asyncio.run(take_over(SqliteStore(path)))
-
-
-async def test_what_is_remembered_for_late_callers_is_bounded(make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> None:
-    bound = 4
-    monkeypatch.setattr(receiver, "LATE_MAX", bound)
-    vm, image = MemoryHypervisor(), make_image("a")
-    async with Sandbox("one", vm, store=None) as sandbox:
-        for number in range(2 * bound):
-            await sandbox.attach(image, device_id=f"{number}")
-            vm.fail("device-gone", Fault("hold"))
-            with pytest.raises(DetachPending):
-                await sandbox.detach(f"{number}", timeout=0)
-            vm.let_go("device-gone")
-            await until(lambda: not sandbox.devices)
-        for number in range(bound):
-            with pytest.raises(UnknownDevice):
-                await sandbox.detach(f"{number}")
-        for number in range(bound, 2 * bound):
-            await sandbox.detach(f"{number}")
-
-
-# The store's file.
-
-
-def test_many_processes_make_one_store(tmp_path: Path) -> None:
-    program = """
-import asyncio, sys
-from pyblock.stores.sqlite import SqliteStore
-for line in sys.stdin:
-    store = SqliteStore(line.strip())
-    try:
-        print(asyncio.run(store.sandboxes()), flush=True)
-    except Exception as error:
-        print(repr(error), flush=True)
-    store.close()
-"""
-    command = [sys.executable, "-c", program]
-    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
-    said: set[str] = set()
-    try:
-        for number in range(60):
-            for process in processes:
-                assert process.stdin is not None
-                process.stdin.write(f"{tmp_path / str(number)}\n")
-            for process in processes:  # all at once
-                assert process.stdin is not None
-                process.stdin.flush()
-            for process in processes:
-                assert process.stdout is not None
-                said.add(process.stdout.readline())
-    finally:
-        for process in processes:
-            process.communicate()
-    assert said == {"[]\n"}
-
-
-def test_forked_while_another_thread_is_in_a_transaction(make_store: MakeStore) -> None:
-    """The fork waits for its end: a child that began in the middle would have half of it, and the locks."""
-    store, inside, leave, over = make_store(), threading.Event(), threading.Event(), threading.Event()
-
-    def stay() -> list[Row]:
-        inside.set()
-        leave.wait(LATE)
-        return []
-
-    async def work() -> None:
-        async with Sandbox("one", MemoryHypervisor(), store=store):
-            await store.write("one", stay)
-            await asyncio.to_thread(over.wait, LATE)
-
-    def child() -> str:
-        async def look() -> list[str]:
-            return await store.sandboxes(asyncio.get_running_loop().time() + 10)
-
-        return str(asyncio.run(look()))
-
-    thread = threading.Thread(target=lambda: asyncio.run(work()))
-    thread.start()
-    try:
-        assert inside.wait(LATE)
-        with ThreadPoolExecutor(1) as pool:
-            forked = pool.submit(in_child, child)
-            leave.set()
-            assert forked.result() == (0, "['one']")
-    finally:
-        leave.set()
-        over.set()
-        thread.join()
-
-
-@pytest.mark.parametrize("name", ["removed", "replaced"])
-async def test_the_database_is_not_the_one_that_was_opened(name: str, make_store: MakeStore, make_image: MakeImage, tmp_path: Path) -> None:
-    store, vm = make_store(), MemoryHypervisor()
-    free, more = make_image("free"), make_image("more")
-    async with Sandbox("one", vm, store=store) as sandbox:
-        device = await sandbox.attach(make_image("a"), device_id="a")
-        await sandbox.attach(more, device_id="more")
-        await sandbox.attach(more)
-        if name == "replaced":
-            other = make_store(tmp_path / "other.db")
-            await other.sandboxes()
-            other.close()
-            (tmp_path / "other.db").replace(store.path)
-        else:
-            for suffix in ("", "-wal", "-shm"):
-                store.path.with_name(store.path.name + suffix).unlink()
-        vm.journal.clear()
-        before = facts(sandbox)
-        doings: list[Callable[[], Awaitable[object]]] = [
-            lambda: sandbox.attach(free),
-            lambda: sandbox.detach(device),
-            lambda: sandbox.attach(more),
-            lambda: sandbox.detach("more"),
-            store.sandboxes,
-        ]
-        for doing in doings:
-            with pytest.raises(StoreError, match="removed or replaced"):
-                await doing()
-        assert vm.journal == [] and facts(sandbox) == before
-
-
-def test_a_damaged_row_hides_its_own_sandbox_only(
-    make_store: MakeStore, make_image: MakeImage, state_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "500")
-    store = make_store(state_dir / "state.db")
-
-    async def prepare() -> None:
-        for name in ("one", "two", "three", "wide"):
-            (tmp_path / name).touch()
-            capacity = 1 << 17 if name == "wide" else 1 << 16
-            async with Sandbox(name, f"memory:{tmp_path / name}", store=store, capacity=capacity, driver="virtio-blk") as sandbox:
-                if name == "wide":
-                    sandbox.index.reserve_many(range(1 << 16))
-                await sandbox.attach(make_image(f"{name}.img"), device_id=f"device-{name}")
-
-    asyncio.run(prepare())
-
-    def run(command: str) -> tuple[int, str, str]:
-        program = [sys.executable, "-c", "from pyblock.cli import main; main()", command]
-        done = subprocess.run(program, capture_output=True, text=True, timeout=2 * LATE, check=False)
-        return done.returncode, done.stdout, done.stderr
-
-    status, out, complaints = run("list")
-    assert (status, complaints) == (0, "") and all(f"device-{name}" in out for name in ("one", "two", "three", "wide"))
-    with closing(sqlite3.connect(store.path)) as db:
-        db.execute("UPDATE device SET state = x'7b' WHERE sandbox = 'two'")
-        db.commit()
-    (tmp_path / "three").write_bytes(b"")  # a machine that was started anew
-    status, out, complaints = run("list")
-    assert status == 1 and "pyblock: sandbox two:" in complaints and complaints.count("\n") == 1
-    assert all(f"device-{name}" in out for name in ("one", "three", "wide")) and "device-two" not in out
-    status, out, complaints = run("reconcile")
-    assert status == 1 and "pyblock: sandbox two:" in complaints
-    assert "device-three" in out and "device-one" not in out
-
-
 async def test_a_count_that_cannot_be_written_is_not_counted(store: HeldStore, make_image: MakeImage) -> None:
     async with Sandbox("one", MemoryHypervisor(), store=store) as sandbox:
         fuse = sandbox.manager.obtain(DeviceInfo(dev_type="c", major=10, minor=229, id="fuse", options={"x": "caf\udce9"}))
@@ -982,83 +551,3 @@ async def test_a_count_that_cannot_be_written_is_not_counted(store: HeldStore, m
         assert fuse.attach_count == 0
         sandbox.manager.drop(fuse)
         await sandbox.attach(make_image("disk"), device_id="fuse")  # the refusal was the other's
-
-
-async def test_a_number_that_came_to_nothing(make_store: MakeStore) -> None:
-    """An owner's number is given to another when the transaction that took it failed; whoever dies with it seems not to live."""
-    busy, dies, lives, last = (make_store() for _ in range(4))
-    await busy.open_sandbox("s0", "")
-    with pytest.raises(SandboxBusy):
-        await dies.open_sandbox("s0", "")
-    await dies.open_sandbox("s2", "")
-    dies.close()
-    await lives.open_sandbox("s3", "")
-    await last.open_sandbox("s2", "")
-
-
-def test_a_store_cut_off_in_its_last_page(tmp_path: Path, make_store: MakeStore, make_image: MakeImage) -> None:
-    """The last page may be of the index that claims are found by."""
-    path = tmp_path / "whole.db"
-
-    async def fill() -> None:
-        async with Sandbox("one", MemoryHypervisor(), store=make_store(path)) as sandbox:
-            await sandbox.attach_many([make_image(f"image{number}") for number in range(4)])
-
-    asyncio.run(fill())
-    make_store(path).close()
-    with closing(sqlite3.connect(path)) as db:
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    whole = path.read_bytes()
-    for missing in (1, 10, 26, 100, 4095, len(whole) - 1):
-        cut = tmp_path / f"cut-{missing}.db"
-        cut.write_bytes(whole[:-missing])
-        with pytest.raises(InvalidState) as caught:
-            asyncio.run(make_store(cut).sandboxes())
-        assert "\n" not in str(caught.value)
-        assert cut.read_bytes() == whole[:-missing]
-
-
-def test_a_child_that_opens_the_store_of_its_parent(tmp_path: Path, make_store: MakeStore, make_image: MakeImage) -> None:
-    """The parent closes it; what the child writes then is seen by others."""
-    store = make_store()
-    image = make_image("image")
-    asyncio.run(store.sandboxes())
-    to_child, from_parent = os.pipe()
-    from_child, to_parent = os.pipe()
-    from_third, to_third = os.pipe()
-
-    def child() -> str:
-        async def use() -> None:
-            sandbox = await Sandbox("child", MemoryHypervisor(), store=store).__aenter__()
-            os.write(to_parent, b".")
-            await asyncio.to_thread(os.read, to_child, 1)  # the parent has closed
-            await sandbox.attach(image)
-            os.write(to_third, b".")
-            await asyncio.to_thread(os.read, to_child, 1)
-
-        asyncio.run(use())
-        return ""
-
-    def others() -> str:
-        async def look() -> str:
-            async with Sandbox("other", MemoryHypervisor(), store=SqliteStore(store.path)) as sandbox:
-                try:
-                    await sandbox.attach(image)
-                except ImageInUse as error:
-                    return str(error)
-            return "nobody has it"
-
-        os.read(from_third, 1)
-        return asyncio.run(look())
-
-    with ThreadPoolExecutor(2) as pool:
-        running = pool.submit(in_child, child)
-        os.read(from_child, 1)
-        store.close()
-        os.write(from_parent, b".")
-        status, text = in_child(others)
-        os.write(from_parent, b".")
-        assert running.result()[0] == 0
-    for end in (to_child, from_parent, from_child, to_parent, from_third, to_third):
-        os.close(end)
-    assert status == 0 and "'child'" in text
