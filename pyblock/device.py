@@ -191,6 +191,7 @@ class BlockDevice:
             if operation.succeeded and not operation.abandoned and self.attached:  # in the very moment of the cancellation
                 if self.attach_count > 1:
                     self.attach_count -= 1
+                    await receiver.note(self)
                 else:
                     undo = self._remove(receiver, None)
                     undo.abandoned = undo.undoing = True

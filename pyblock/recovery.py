@@ -42,6 +42,7 @@ class Outcome(StrEnum):
     FREED = "freed"  # nothing of it was there; what it took is free
     REMOVED = "removed"  # the VMM had something of it, and has no more
     FINISHED = "finished"  # the VMM has it whole and does not let it go: it is attached
+    KEPT = "kept"  # the guest or the VMM declined the removal: it is attached as before
     PENDING = "pending"  # the VMM has not confirmed the removal; everything stays taken
     LEFT = "left"  # nobody asked for more
 
@@ -253,8 +254,8 @@ class Recovery:
             return _finding(one, await step() if step is not None else Outcome.LEFT)
         except PyblockError as error:
             device = one.device
-            if device is not None and one.found is Found.ATTACH and device.phase is Phase.ATTACHED:
-                return _finding(one, Outcome.FINISHED, str(error))
+            if device is not None and device.phase is Phase.ATTACHED:
+                return _finding(one, Outcome.FINISHED if one.found is Found.ATTACH else Outcome.KEPT, str(error))
             return _finding(one, Outcome.PENDING, str(error))
 
     async def _freed(self, device: BlockDevice) -> Outcome:

@@ -172,6 +172,24 @@ async def test_an_attach_that_cannot_be_undone_is_finished(make_image: MakeImage
         assert not vm.backends
 
 
+async def test_a_detach_that_is_declined_after_a_restart(make_image: MakeImage, make_store: MakeStore) -> None:
+    vm = MemoryHypervisor()
+    async with Sandbox("one", vm, store=make_store()) as sandbox:
+        device = await sandbox.attach(make_image("image"))
+        vm.fail("device-gone", Fault("lose", done=False))
+        with pytest.raises(DetachPending):
+            await sandbox.detach(device)
+    vm.fail("device-gone", Fault("refuse"))
+    for outcomes in ([Outcome.KEPT], []):
+        async with Sandbox("one", vm, store=make_store()) as sandbox:
+            assert [one.outcome for one in sandbox.recovered] == outcomes
+            [again] = sandbox.devices
+            assert isinstance(again, BlockDevice) and again.attached and again.attach_count == 1
+    async with Sandbox("one", vm, store=make_store()) as sandbox:
+        await sandbox.detach(device.id)
+    assert not vm.backends
+
+
 async def test_a_count_of_a_generic_device(make_store: MakeStore, make_image: MakeImage) -> None:
     vm = MemoryHypervisor()
     async with Sandbox("one", vm, store=make_store()) as sandbox:
