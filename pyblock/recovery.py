@@ -207,7 +207,7 @@ class Recovery:
         try:
             await asyncio.wait([task])
         finally:
-            self._questions.discard(task)
+            self._questions = self._questions - {task} or None  # most sandboxes never have any
             task.cancel()
         if self._ended or task.cancelled():
             raise self._closed()
