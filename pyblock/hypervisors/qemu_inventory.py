@@ -45,11 +45,11 @@ async def take_inventory(qmp: QmpSession, tree: Tree, known: Collection[str]) ->
         node, name = block.get("inserted", {}).get("node-name", ""), peripheral(block.get("qdev"))
         if name in peripherals or (name is None and block.get("qdev")):
             devices.setdefault(_drive_id(node), name or "")
-    names = sorted((backends.keys() | devices.keys()) - {""})
-    cold = await asyncio.gather(*(_is_cold(qmp, devices.get(name, "")) if name not in known else _no() for name in names))
-    held = {
-        name: Held(name in devices, name in backends, backends.get(name, VIRTIO_SCSI), each) for name, each in zip(names, cold, strict=True)
-    }
+    names = (backends.keys() | devices.keys()) - {""}
+    strange = [name for name in names if name not in known and devices.get(name)]
+    is_cold = await asyncio.gather(*(_is_cold(qmp, devices[name]) for name in strange))
+    cold = {name for name, each in zip(strange, is_cold, strict=True) if each}
+    held = {name: Held(name in devices, name in backends, backends.get(name, VIRTIO_SCSI), name in cold) for name in sorted(names)}
     others = [block["qdev"] for block in blocks if block.get("qdev") and peripheral(block["qdev"]) not in known]
     scsi = await asyncio.gather(*(_scsi_disk(qmp, tree, qdev) for qdev in others))
     disks = [
@@ -76,11 +76,7 @@ def _drive_id(name: str, prefix: str = "") -> str:
 
 async def _is_cold(qmp: QmpSession, device: str) -> bool:
     """Whether a device was there when the machine started."""
-    return bool(device) and await get_property(qmp, f"{_PERIPHERAL}/{device}", "hotplugged") is False
-
-
-async def _no() -> bool:
-    return False
+    return await get_property(qmp, f"{_PERIPHERAL}/{device}", "hotplugged") is False
 
 
 async def _scsi_disk(qmp: QmpSession, tree: Tree, qdev: str) -> FoundDisk | None:
