@@ -126,8 +126,12 @@ class DeviceReceiver(Protocol):
     async def note(self, device: BlockDevice) -> None:
         """The same for what need not be waited for: tries once, and else has it written in the background. Raises nothing."""
 
-    async def plug(self, drive: BlockDrive) -> None:
-        """Plugs a claimed drive in and fills in the addresses really used. On an error nothing is left in the VMM, except on Unsettled."""
+    async def plug(self, device: BlockDevice) -> None:
+        """Opens what was claimed for the device, plugs its drive in and fills in the addresses really used. On an error nothing is left in
+        the VMM, except on Unsettled.
+
+        Raises InvalidImage, DescriptorsExhausted; ImageReplaced when the path leads to something else by now.
+        """
 
     async def unplug(self, drive: BlockDrive) -> None:
         """Removes whatever the VMM has of a drive; returns when the VMM says that it is gone. Unsettled: not known; other errors: it is
@@ -317,7 +321,7 @@ class BlockDevice:
             try:
                 await receiver.claim(self, deadline)
                 self._begin(receiver, operation, deadline)
-                await receiver.plug(self.held)
+                await receiver.plug(self)
             except Unsettled as unsettled:
                 self._move(Event.UNKNOWN)
                 raise self._unknown(unsettled.error) from unsettled.error

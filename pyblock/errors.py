@@ -10,6 +10,7 @@ PyblockError
 │   │   ├── InvalidSerial        a serial that the driver cannot carry whole
 │   │   └── InvalidTimeout       a deadline that is not a number of seconds >= 0
 │   ├── InvalidImage           what should be plugged in cannot be (missing, empty, a directory…)
+│   │   └── ImageReplaced        its path leads to something else than what was claimed
 │   ├── UnknownDriver          a block driver that pyblock, or this VMM, does not have
 │   ├── UnknownScheme          a VMM address that no adapter answers to
 │   ├── UnknownDevice          no such device in this sandbox (also a KeyError)
@@ -29,6 +30,7 @@ PyblockError
 ├── CapacityError              something is used up
 │   ├── IndexesExhausted         all block indexes are taken
 │   ├── SlotsExhausted           no free hot-pluggable slot in the machine
+│   ├── DescriptorsExhausted     this process can open no more files
 │   └── AttachCountExhausted     more attaches than the count can hold
 ├── VmmRefused                 the VMM said no; `request` and `reply` are kept
 ├── TransportError             the VMM could not be asked
@@ -84,6 +86,10 @@ class InvalidTimeout(InvalidValue):
 
 class InvalidImage(CallerError):
     """What should be plugged in cannot be: missing, unreadable, empty, a directory, a FIFO…"""
+
+
+class ImageReplaced(InvalidImage):
+    """What is at the image's path now is not what was claimed there. Attaching it anew claims what is there now."""
 
 
 class UnknownDriver(CallerError):
@@ -166,6 +172,10 @@ class IndexesExhausted(CapacityError):
 
 class SlotsExhausted(CapacityError):
     """The machine has no free slot that takes a hot-plugged device."""
+
+
+class DescriptorsExhausted(CapacityError):
+    """This process, or the host, can open no more files."""
 
 
 class AttachCountExhausted(CapacityError):

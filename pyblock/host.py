@@ -1,15 +1,24 @@
-"""The host's side of a device: what a path really is, and when two paths are the same thing.
+"""The host's side of a device: what a path really is, when two paths are the same thing, and the thing itself, opened.
 
-A block special is its major:minor, a file its (st_dev, st_ino): never its spelling.
+A block special is its major:minor, a file its (st_dev, st_ino): never its spelling. Whatever is said of an image comes from one descriptor
+on it, so that a path which means something else a moment later changes nothing about what was said.
+
+The path that is kept is the caller's, put behind the working directory where it was relative, and otherwise as it is: it is what the
+caller looks for in a listing (`/dev/disk/by-id/…`, what another program wrote down), and the kernel resolves it as it did the first time,
+from any working directory. `..` stays in it, for behind a link it leads elsewhere than the text says. The real path would be another text
+after a reboot (`/dev/sdb`), a wrong one after a rename, and none at all for a deleted file or a memfd.
+Since what a path leads to may change, it is opened anew for each attach, and compared with what was claimed.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self
 
-from pyblock.errors import InvalidImage
+from pyblock.errors import DescriptorsExhausted, ImageReplaced, InvalidImage
 
 _SYSFS_BLOCK = "/sys/dev/block"
 _SECTOR = 512  # bytes: the unit of a block device's `size` in sysfs, whatever the disk's own sector size
@@ -20,6 +29,7 @@ _WHAT = {
     stat.S_IFCHR: "a character device",
     stat.S_IFSOCK: "a socket",
 }
+_USED_UP = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 
 # What makes two devices the same one: ("block", major, minor) or ("file", st_dev, st_ino).
@@ -27,25 +37,66 @@ Identity = tuple[str, int, int]
 
 
 class HostImage(NamedTuple):
-    """What a path was found to be: absolute path and identity."""
+    """What a path was found to be.
+
+    :ivar path: absolute.
+    :ivar identity: what makes it the same image.
+    :ivar size: bytes.
+    """
 
     path: str
     identity: Identity
+    size: int
 
     @property
     def is_block(self) -> bool:
         return self.identity[0] == "block"
 
 
+class OpenedImage:
+    """An image that is open; a context manager. Its descriptor belongs to one attach: locks and flags are shared by all its copies.
+
+    :ivar fd: the descriptor, read-only or for reading and writing as the drive is; -1 when it is closed.
+    :ivar path: absolute.
+    :ivar identity: what makes it the same image.
+    :ivar size: bytes, when it was opened.
+    """
+
+    __slots__ = ("fd", "identity", "path", "size")
+
+    def __init__(self, fd: int, path: str, identity: Identity, size: int) -> None:
+        self.fd = fd
+        self.path = path
+        self.identity = identity
+        self.size = size
+
+    def __repr__(self) -> str:
+        return f"<OpenedImage {self.path!r} {self.identity} fd={self.fd}>"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def is_block(self) -> bool:
+        """True for a block special, False for a file."""
+        return self.identity[0] == "block"
+
+    def close(self) -> None:
+        """Closes the descriptor; once is enough, twice does no harm."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
 def identity_of(path: str) -> Identity | None:
     """The identity of a file or block special; None when there is none, or it cannot be looked at."""
     try:
-        status = os.stat(path)  # noqa: PTH116
+        return _identity(os.stat(path))  # noqa: PTH116
     except (OSError, ValueError):
         return None
-    if stat.S_ISBLK(status.st_mode):
-        return ("block", os.major(status.st_rdev), os.minor(status.st_rdev))
-    return ("file", status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
 
 
 def block_special_path(major: int, minor: int, *, sysfs: str = _SYSFS_BLOCK) -> str:
@@ -62,56 +113,138 @@ def block_special_path(major: int, minor: int, *, sysfs: str = _SYSFS_BLOCK) -> 
 
 
 def inspect_image(path: str, *, read_only: bool) -> HostImage:
-    """Looks at a disk image or host block special. Opens nothing.
+    """Looks at a disk image or host block special. Does not open it for reading or writing: on a block device, closing that again would
+    be news to udev.
 
-    Raises InvalidImage when it is missing, may not be read (or written, unless `read_only`), is empty, or is something else.
+    Raises InvalidImage when it is missing, may not be read (or written, unless `read_only`), is empty, or is something else;
+    DescriptorsExhausted.
     """
+    path = _absolute(path)
+    with _looked_at(path) as image:
+        wanted = os.R_OK if read_only else os.R_OK | os.W_OK
+        if not os.access(_itself(image), wanted, effective_ids=os.access in os.supports_effective_ids):
+            raise InvalidImage(f"image {path!r} may not be {_need(read_only=read_only)} by user {os.geteuid()}{_without_proc()}")
+        size = image.size if not image.is_block else _block_size(*image.identity[1:])
+        return HostImage(path, image.identity, _not_empty(path, size))
+
+
+def open_image(path: str, *, read_only: bool) -> OpenedImage:
+    """Opens a disk image or host block special, for reading only or for reading and writing. Never opens anything else: to open a FIFO or
+    a terminal can wait, and does something to whoever has its other end.
+
+    Raises InvalidImage when it is missing, cannot be opened so, is empty, or is something else; DescriptorsExhausted.
+    """
+    path = _absolute(path)
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
+    with _looked_at(path) as image:
+        try:
+            fd = os.open(_itself(image), flags)
+        except OSError as error:
+            if error.errno in _USED_UP:
+                raise _used_up(path, error) from error
+            why = f"{error.strerror}{_without_proc()}"
+            raise InvalidImage(f"image {path!r} cannot be {_need(read_only=read_only)} by user {os.geteuid()}: {why}") from error
+        opened = OpenedImage(fd, path, image.identity, image.size)
+    try:
+        if opened.is_block:
+            opened.size = os.lseek(fd, 0, os.SEEK_END)
+        _not_empty(path, opened.size)
+    except BaseException as error:
+        opened.close()
+        if isinstance(error, OSError):
+            raise InvalidImage(f"image {path!r} has no size: {error.strerror}") from error
+        raise
+    return opened
+
+
+def open_claimed(path: str, identity: Identity | None, *, read_only: bool) -> OpenedImage:
+    """Opens what was claimed under this identity.
+
+    Raises as `open_image`; ImageReplaced when the path leads to something else by now, or to what was not there when it could have been
+    claimed (None).
+    """
+    image = open_image(path, read_only=read_only)
+    if image.identity == identity:
+        return image
+    image.close()
+    if identity is None:
+        raise ImageReplaced(f"image {path!r} was not there when its device was loaded, so nobody claimed it; attach it anew, by its path")
+    was, now = _words(identity), _words(image.identity)
+    raise ImageReplaced(f"what is at {path!r} now ({now}) is not what was claimed ({was}): it was replaced meanwhile; attach it again")
+
+
+def _words(identity: Identity) -> str:
+    kind, major, minor = identity
+    return f"block device {major}:{minor}" if kind == "block" else f"inode {minor} of device {os.major(major)}:{os.minor(major)}"
+
+
+def _absolute(path: str) -> str:
+    """The path as it is kept. Raises InvalidImage for what cannot be one."""
     if not path or "\0" in path:
         raise InvalidImage(f"image path {path!r} is empty or holds a NUL; give the path of a disk image or block device")
+    if not path.startswith("/"):
+        try:
+            path = f"{os.getcwd()}/{path}"  # noqa: PTH109
+        except OSError as error:
+            why = f"the working directory is gone ({error.strerror})"
+            raise InvalidImage(f"image path {path!r} is relative, and {why}; give an absolute path") from error
+    if "//" in path or "/./" in path:  # these two mean nothing, wherever they stand; a last "/" or "/." does
+        first, *inner, last = path.split("/")
+        path = "/".join([first, *(part for part in inner if part not in ("", ".")), last])
     try:
         path.encode()
     except UnicodeEncodeError:
         raise InvalidImage(f"image path {path!r} is not UTF-8; neither a VMM's JSON nor a saved state can hold it") from None
-    path = os.path.abspath(path)  # noqa: PTH100 - pathlib would follow or keep "..", abspath does neither I/O nor surprise
+    return path
+
+
+def _looked_at(path: str) -> OpenedImage:
+    """What is there, with a descriptor that only stands for it. Raises InvalidImage for what is no disk."""
     try:
-        status = os.stat(path)  # noqa: PTH116 - a str goes in, no Path object is needed on the hot path
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
+        if error.errno in _USED_UP:
+            raise _used_up(path, error) from error
         raise InvalidImage(f"image {path!r}: {error.strerror}") from error
-    kind = stat.S_IFMT(status.st_mode)
-    if kind == stat.S_IFREG:
-        identity: Identity = ("file", status.st_dev, status.st_ino)
-        size = status.st_size
-    elif kind == stat.S_IFBLK:
-        major, minor = os.major(status.st_rdev), os.minor(status.st_rdev)
-        identity, size = ("block", major, minor), _block_size(major, minor)
-    else:
-        raise InvalidImage(f"image {path!r} is {_WHAT.get(kind, 'not a file')}; a regular file or a block device is needed")
-    wanted = os.R_OK if read_only else os.R_OK | os.W_OK
-    if not os.access(path, wanted, effective_ids=os.access in os.supports_effective_ids):
-        need = "read" if read_only else "read and written (attach it read-only if that is meant)"
-        raise InvalidImage(f"image {path!r} may not be {need} by user {os.geteuid()}")
+    try:
+        status = os.fstat(fd)
+        identity = _identity(status)
+        if identity is None:
+            kind = _WHAT.get(stat.S_IFMT(status.st_mode), "not a file")
+            raise InvalidImage(f"image {path!r} is {kind}; a regular file or a block device is needed")
+    except BaseException:
+        os.close(fd)
+        raise
+    return OpenedImage(fd, path, identity, status.st_size)
+
+
+def _identity(status: os.stat_result) -> Identity | None:
+    if stat.S_ISBLK(status.st_mode):
+        return ("block", os.major(status.st_rdev), os.minor(status.st_rdev))
+    return ("file", status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
+
+
+def _itself(image: OpenedImage) -> str:
+    """A path that leads to what was opened, whatever its own path leads to by now."""
+    return f"/proc/self/fd/{image.fd}"
+
+
+def _need(*, read_only: bool) -> str:
+    return "read" if read_only else "read and written (attach it read-only if that is meant)"
+
+
+def _without_proc() -> str:
+    return "" if os.path.exists("/proc/self/fd") else "; /proc is not mounted, and without it no image can be opened"  # noqa: PTH110
+
+
+def _used_up(path: str, error: OSError) -> DescriptorsExhausted:
+    return DescriptorsExhausted(f"image {path!r} cannot be opened now: {error.strerror}; raise the limit of open files (ulimit -n)")
+
+
+def _not_empty(path: str, size: int) -> int:
     if size == 0:
         raise InvalidImage(f"image {path!r} is empty; give it a size first, for example with truncate")
-    return HostImage(path, identity)
-
-
-def is_block_special(path: str) -> bool:
-    """False also for what is not there: whoever opens it will say so."""
-    try:
-        return stat.S_ISBLK(os.stat(path).st_mode)  # noqa: PTH116
-    except OSError:
-        return False
-
-
-def image_size(path: str) -> int:
-    """Bytes of a disk image or block special. Raises InvalidImage when it is gone."""
-    try:
-        status = os.stat(path)  # noqa: PTH116
-    except OSError as error:
-        raise InvalidImage(f"image {path!r}: {error.strerror}") from error
-    if stat.S_ISBLK(status.st_mode):
-        return _block_size(os.major(status.st_rdev), os.minor(status.st_rdev))
-    return status.st_size
+    return size
 
 
 def _read(path: str) -> str:

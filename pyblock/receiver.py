@@ -6,11 +6,13 @@ Devices ask it to reserve, claim, plug, record, unplug and release. What it take
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import TYPE_CHECKING
 
 from pyblock.allotment import Allotment
 from pyblock.device import BlockDevice, DeviceReceiver, Forgotten, Unsettled
 from pyblock.errors import CallerError, PyblockError, SandboxClosed, TransportError, UnknownDriver, VmmUnreachable
+from pyblock.host import open_claimed
 from pyblock.hypervisors.base import Hypervisor
 from pyblock.manager import Device, DeviceManager
 from pyblock.model import BlockDrive
@@ -36,7 +38,7 @@ class Receiver(DeviceReceiver):
     :param allotment: what it gives out.
     """
 
-    __slots__ = ("_allotment", "_kept", "_late", "_ledger", "_loading", "_open", "_recovery", "_vmm", "id", "manager")
+    __slots__ = ("_allotment", "_kept", "_lanes", "_late", "_ledger", "_loading", "_open", "_recovery", "_vmm", "id", "manager")
 
     def __init__(self, sandbox_id: str, vmm: Hypervisor, manager: DeviceManager, allotment: Allotment) -> None:
         self.id = sandbox_id
@@ -45,6 +47,7 @@ class Receiver(DeviceReceiver):
         self._vmm = vmm
         self._late: dict[str, None] | None = None  # devices whose callers were told "pending", and which are gone since
         self._kept: Kept | None = None
+        self._lanes: asyncio.Semaphore | None = None  # of the event loop that it is open in
         self._ledger: Ledger | None = None
         self._loading = False
         self._open = False
@@ -136,13 +139,18 @@ class Receiver(DeviceReceiver):
             self._ledger.touch(device.id)
             await self._ledger.flush_soon()
 
-    async def plug(self, drive: BlockDrive) -> None:
+    async def plug(self, device: BlockDevice) -> None:
         """See DeviceReceiver."""
-        try:
-            await self._vmm.plug(drive)
-        except (TransportError, Unsettled):
-            self._recovery.doubt()
-            raise
+        if self._lanes is None and self._vmm.lanes is not None:
+            self._lanes = asyncio.Semaphore(self._vmm.lanes)
+        async with self._lanes or contextlib.nullcontext():  # an image that waits for its turn is not open yet
+            drive = device.held
+            with open_claimed(drive.file, device.identity, read_only=drive.read_only) as image:
+                try:
+                    await self._vmm.plug(drive, image)
+                except (TransportError, Unsettled):
+                    self._recovery.doubt()
+                    raise
 
     async def unplug(self, drive: BlockDrive) -> None:
         """See DeviceReceiver."""
@@ -245,6 +253,7 @@ class Receiver(DeviceReceiver):
     async def _give_up(self) -> None:
         """Writes what is not written yet, and has the sandbox be nobody's."""
         ledger, self._ledger = self._ledger, None
+        self._lanes = None
         if ledger is None:
             return
         try:

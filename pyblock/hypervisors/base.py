@@ -15,6 +15,7 @@ import msgspec
 from pyblock.device import Unsettled
 from pyblock.drivers import Driver, Family
 from pyblock.errors import PyblockError, TransportError, VmmProtocolError, VmmUnreachable
+from pyblock.host import OpenedImage
 from pyblock.model import BlockDrive
 
 CONNECT_TIMEOUT = 30.0  # seconds that making a connection may take when the caller's own deadline is later
@@ -76,6 +77,10 @@ class Hypervisor(Protocol):
     def address(self) -> str:
         """What finds this machine again from another process, as `open_hypervisor` takes it; "" when nothing does."""
 
+    @property
+    def lanes(self) -> int | None:
+        """How many drives it is to be given at once to plug in; None for any number. Each has its image open until then."""
+
     async def inventory(self, known: Collection[str] = ()) -> Inventory:
         """Connects where that is needed, and lists what the machine has now. Changes nothing.
 
@@ -95,8 +100,12 @@ class Hypervisor(Protocol):
     async def place(self, drive: BlockDrive) -> None:
         """Chooses and takes the drive's place, or raises SlotsExhausted; sends nothing that changes the machine."""
 
-    async def plug(self, drive: BlockDrive) -> None:
-        """Plugs in a drive that has its place, and fills in where it went. On an error nothing is left behind, except on Unsettled."""
+    async def plug(self, drive: BlockDrive, image: OpenedImage) -> None:
+        """Plugs in a drive that has its place, and fills in where it went. On an error nothing is left behind, except on Unsettled.
+
+        :param image: what was claimed for it, open as the drive is (read-only or not). It is closed when this returns; an adapter that
+            needs it no longer may close it before.
+        """
 
     async def locate(self, drive: BlockDrive) -> None:
         """Fills in the addresses that only the VMM knows, of a drive that is plugged in. Changes nothing in the machine."""
@@ -117,7 +126,7 @@ class SteppedHypervisor(Hypervisor, Protocol):
     STEPS: tuple[str, ...] = ("backend-add", "device-add", "device-del", "device-gone", "backend-del")
 
     @abstractmethod
-    async def backend_add(self, drive: BlockDrive) -> None: ...
+    async def backend_add(self, drive: BlockDrive, image: OpenedImage) -> None: ...
 
     @abstractmethod
     async def device_add(self, drive: BlockDrive) -> None: ...
@@ -134,10 +143,10 @@ class SteppedHypervisor(Hypervisor, Protocol):
     async def backend_del(self, drive: BlockDrive) -> None:
         """Removes the backend; content when there is none."""
 
-    async def plug(self, drive: BlockDrive) -> None:
+    async def plug(self, drive: BlockDrive, image: OpenedImage) -> None:
         sent = False
         try:
-            await self.backend_add(drive)
+            await self.backend_add(drive, image)
             sent = True
             await self.device_add(drive)
         except (VmmUnreachable, VmmProtocolError) as error:

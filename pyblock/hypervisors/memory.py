@@ -14,6 +14,7 @@ import msgspec
 
 from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_MMIO, VIRTIO_SCSI
 from pyblock.errors import ConnectionLost, InvalidValue, SlotsExhausted, VmmRefused, VmmUnreachable
+from pyblock.host import OpenedImage
 from pyblock.hypervisors.base import FoundDisk, Held, Inventory, SteppedHypervisor
 from pyblock.model import BlockDrive
 
@@ -71,6 +72,10 @@ class MemoryHypervisor(SteppedHypervisor):
     def drivers(self) -> frozenset[str]:
         return frozenset(DRIVERS)
 
+    @property
+    def lanes(self) -> int | None:
+        return None
+
     def fail(self, step: str, fault: Fault, *, times: int = 1) -> None:
         """Has the next `times` runs of a step meet with a fault. Raises InvalidValue for a step that is not in STEPS."""
         if step not in self.STEPS:
@@ -114,11 +119,13 @@ class MemoryHypervisor(SteppedHypervisor):
             self._slots &= ~(1 << int(drive.slot))
             drive.slot = None
 
-    async def backend_add(self, drive: BlockDrive) -> None:
+    async def backend_add(self, drive: BlockDrive, image: OpenedImage) -> None:
+        image.close()  # it notes the path only, and any number may be held back here
+
         def do() -> None:
             if drive.id in self.backends:
                 raise VmmRefused(f"backend {drive.id} exists already", step="backend-add", request=drive.id, reply="duplicate")
-            self.backends[drive.id] = drive.file
+            self.backends[drive.id] = image.path
 
         await self._step("backend-add", drive, do)
 

@@ -11,11 +11,9 @@ import os
 from collections.abc import Collection
 from typing import Any
 
-import msgspec
-
 from pyblock.drivers import NVDIMM, VIRTIO_BLK, VIRTIO_SCSI
 from pyblock.errors import PyblockError, SlotsExhausted, UnknownDriver, VmmRefused
-from pyblock.host import image_size, is_block_special
+from pyblock.host import OpenedImage
 from pyblock.hypervisors.base import Inventory, SteppedHypervisor
 from pyblock.hypervisors.qemu_inventory import KATA_MEMORY, KATA_NVDIMM, LUNS, peripheral, take_inventory
 from pyblock.hypervisors.qemu_tree import Slot, Tree, bus_numbers, read_tree
@@ -29,27 +27,26 @@ _BUSY_TRIES = 6  # the node may stay in use for a moment after DEVICE_DELETED, w
 _BUSY_PAUSE = 0.02  # seconds before the first new try; doubled each time
 
 
-class Recipe(msgspec.Struct, frozen=True):
-    """The commands for one drive, as (command, arguments)."""
-
-    add: tuple[str, dict[str, Any]]
-    device: dict[str, Any]
-
-
-def _recipe(drive: BlockDrive) -> Recipe:
+def _backend(drive: BlockDrive, image: OpenedImage) -> tuple[str, dict[str, Any]]:
+    """The command that adds what the device reads and writes, and its arguments."""
     if drive.kind is NVDIMM:
-        memory = {
-            "qom-type": "memory-backend-file", "id": drive.id, "mem-path": drive.file, "size": image_size(drive.file), "share": True,
+        return "object-add", {
+            "qom-type": "memory-backend-file", "id": drive.id, "mem-path": drive.file, "size": image.size, "share": True,
             "readonly": drive.read_only,
         }  # fmt: skip
-        device: dict[str, Any] = {"driver": "nvdimm", "id": drive.id, "memdev": drive.id, "unarmed": drive.read_only}
-        return Recipe(("object-add", memory), device)
-    node = {
+    return "blockdev-add", {
         "driver": "raw",
         "node-name": drive.id,
         "read-only": drive.read_only,
-        "file": {"driver": "host_device" if is_block_special(drive.file) else "file", "filename": drive.file, "read-only": drive.read_only},
+        "file": {"driver": "host_device" if image.is_block else "file", "filename": drive.file, "read-only": drive.read_only},
     }
+
+
+def _device(drive: BlockDrive) -> dict[str, Any]:
+    """The arguments of device_add."""
+    if drive.kind is NVDIMM:
+        return {"driver": "nvdimm", "id": drive.id, "memdev": drive.id, "unarmed": drive.read_only}
+    device: dict[str, Any]
     if drive.kind is VIRTIO_SCSI:
         target, lun = divmod(drive.index, LUNS)
         device = {"driver": "scsi-hd", "bus": drive.slot, "channel": 0, "scsi-id": target, "lun": lun}
@@ -61,7 +58,7 @@ def _recipe(drive: BlockDrive) -> Recipe:
         device["serial"] = drive.serial
     if drive.share:
         device["share-rw"] = True
-    return Recipe(("blockdev-add", node), device)
+    return device
 
 
 class QemuHypervisor(SteppedHypervisor):
@@ -74,7 +71,6 @@ class QemuHypervisor(SteppedHypervisor):
         self._buses: dict[Any, int] = {}
         self._leaving: dict[str, tuple[str, asyncio.Future[None]]] = {}  # drive ID to the device that was asked to leave
         self._nudges: set[asyncio.Task[None]] = set()
-        self._lanes: asyncio.Semaphore | None = None  # of the event loop that it is used in
 
     @property
     def drivers(self) -> frozenset[str]:
@@ -85,6 +81,10 @@ class QemuHypervisor(SteppedHypervisor):
         with contextlib.suppress(ValueError):  # of a NUL in it; connecting will say so
             return f"qemu:{os.path.realpath(self._qmp.path)}"
         return f"qemu:{self._qmp.path}"
+
+    @property
+    def lanes(self) -> int | None:
+        return _LANES
 
     async def inventory(self, known: Collection[str] = ()) -> Inventory:
         return await take_inventory(self._qmp, await self._look(), known)
@@ -128,19 +128,13 @@ class QemuHypervisor(SteppedHypervisor):
         elif drive.kind is VIRTIO_BLK:
             self._tree = None  # another program plugged it in, and did not say where
 
-    async def plug(self, drive: BlockDrive) -> None:
-        if self._lanes is None:
-            self._lanes = asyncio.Semaphore(_LANES)
-        async with self._lanes:
-            await super().plug(drive)
-
-    async def backend_add(self, drive: BlockDrive) -> None:
-        command, arguments = _recipe(drive).add
+    async def backend_add(self, drive: BlockDrive, image: OpenedImage) -> None:
+        command, arguments = _backend(drive, image)
         await self._qmp.execute(command, arguments, step="backend-add")
 
     async def device_add(self, drive: BlockDrive) -> None:
         try:
-            await self._qmp.execute("device_add", _recipe(drive).device, step="device-add")
+            await self._qmp.execute("device_add", _device(drive), step="device-add")
         except VmmRefused:
             self._tree = None  # whatever made QEMU refuse, our picture of the machine may be old
             raise
@@ -237,7 +231,6 @@ class QemuHypervisor(SteppedHypervisor):
     async def close(self) -> None:
         for task in list(self._nudges):
             task.cancel()
-        self._lanes = None
         await self._qmp.close()
 
 
