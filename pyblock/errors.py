@@ -193,19 +193,29 @@ class VmmRefused(PyblockError):
 
 
 class TransportError(PyblockError):
-    """The VMM could not be asked."""
+    """The VMM could not be asked.
+
+    :ivar sent: the request, or part of it, may have reached the VMM, so nobody knows whether it was carried out.
+    """
+
+    def __init__(self, message: str, *, sent: bool = False) -> None:
+        super().__init__(message)
+        self.sent = sent
 
 
 class VmmUnreachable(TransportError):
-    """No connection to the VMM could be made."""
+    """No connection to the VMM could be made; nothing was sent."""
 
 
 class VmmProtocolError(TransportError):
-    """What answered does not speak the VMM's protocol."""
+    """What answered does not speak the VMM's protocol, or answered what makes no sense there."""
 
 
 class ConnectionLost(TransportError):
     """The connection broke while an answer was awaited."""
+
+    def __init__(self, message: str, *, sent: bool = True) -> None:
+        super().__init__(message, sent=sent)
 
 
 class StoreError(PyblockError):

@@ -84,6 +84,12 @@ class OpenedImage:
         """True for a block special, False for a file."""
         return self.identity[0] == "block"
 
+    def check_path(self) -> None:
+        """For whoever can only be told the path. Raises ImageReplaced when it leads to something else by now."""
+        if (now := identity_of(self.path)) != self.identity:
+            text = _words(now) if now is not None else "nothing that is a disk"
+            raise ImageReplaced(f"what is at {self.path!r} now ({text}) is not what was claimed ({_words(self.identity)}); attach it again")
+
     def close(self) -> None:
         """Closes the descriptor; once is enough, twice does no harm."""
         fd, self.fd = self.fd, -1

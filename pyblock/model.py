@@ -80,6 +80,7 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     :ivar guest_match: what the target of the guest's `/sys/block/<name>` link contains for this disk and for no other.
     :ivar slot: the adapter's own word for the place that the drive takes in the machine.
     :ivar share: others may write the image as well.
+    :ivar verified: False where the VMM was given a path, and what it opened there could not be compared with what was claimed.
     :ivar known_name: a guest path that came from elsewhere (an imported state) and stands in for the computed one.
     """
 
@@ -99,6 +100,7 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     slot: str | None = None
     known_name: str | None = None
     share: bool = False
+    verified: bool = True
 
     @property
     def driver(self) -> str:

@@ -14,8 +14,8 @@ import msgspec
 
 from pyblock.device import Unsettled
 from pyblock.drivers import Driver, Family
-from pyblock.errors import PyblockError, TransportError, VmmProtocolError, VmmUnreachable
-from pyblock.host import OpenedImage
+from pyblock.errors import PyblockError, TransportError, VmmProtocolError
+from pyblock.host import Identity, OpenedImage
 from pyblock.model import BlockDrive
 
 CONNECT_TIMEOUT = 30.0  # seconds that making a connection may take when the caller's own deadline is later
@@ -41,12 +41,14 @@ class Held(msgspec.Struct, frozen=True):
     :ivar backend: what the device reads and writes is there.
     :ivar kind: a driver whose steps remove it.
     :ivar cold: it was there when the machine started, so it is nobody's to remove.
+    :ivar image: what the backend has open, where the VMM can tell.
     """
 
     device: bool
     backend: bool
     kind: Driver
     cold: bool = False
+    image: Identity | None = None
 
     @property
     def whole(self) -> bool:
@@ -59,11 +61,13 @@ class Inventory(msgspec.Struct, frozen=True):
     :ivar disks: its disks, whoever plugged them in.
     :ivar held: drive ID to what is there, for all that is named as drives are, and for no other.
     :ivar files: the host's paths that its disks use.
+    :ivar images: what its disks have open, as far as the VMM can tell.
     """
 
     disks: list[FoundDisk] = []
     held: dict[str, Held] = {}
     files: frozenset[str] = frozenset()
+    images: frozenset[Identity] = frozenset()
 
 
 class Hypervisor(Protocol):
@@ -149,12 +153,10 @@ class SteppedHypervisor(Hypervisor, Protocol):
             await self.backend_add(drive, image)
             sent = True
             await self.device_add(drive)
-        except (VmmUnreachable, VmmProtocolError) as error:
-            if sent:
+        except TransportError as error:
+            if sent or error.sent:
                 raise Unsettled(error) from error
             raise
-        except TransportError as error:
-            raise Unsettled(error) from error
         except PyblockError as error:
             if sent:
                 await self._undo(drive, error)
@@ -178,10 +180,10 @@ class SteppedHypervisor(Hypervisor, Protocol):
     async def unplug(self, drive: BlockDrive) -> None:
         try:
             there = await self.device_del(drive)
-        except (VmmUnreachable, VmmProtocolError):
-            raise  # nothing was sent
         except TransportError as error:
-            raise Unsettled(error) from error
+            if error.sent:
+                raise Unsettled(error) from error
+            raise
         try:
             if there:
                 await self.device_gone(drive)

@@ -12,13 +12,15 @@ from collections.abc import Collection
 from typing import Any
 
 from pyblock.drivers import NVDIMM, VIRTIO_BLK, VIRTIO_SCSI
-from pyblock.errors import PyblockError, SlotsExhausted, UnknownDriver, VmmRefused
+from pyblock.errors import ImageReplaced, PyblockError, SlotsExhausted, UnknownDriver, VmmRefused
 from pyblock.host import OpenedImage
 from pyblock.hypervisors.base import Inventory, SteppedHypervisor
-from pyblock.hypervisors.qemu_inventory import KATA_MEMORY, KATA_NVDIMM, LUNS, peripheral, take_inventory
-from pyblock.hypervisors.qemu_tree import Slot, Tree, bus_numbers, read_tree
+from pyblock.hypervisors.qemu_descriptors import DescriptorSets, Passed, has_open, set_behind
+from pyblock.hypervisors.qemu_inventory import KATA_MEMORY, KATA_NVDIMM, LUNS, memory_modules, nodes, take_listing, user_of
+from pyblock.hypervisors.qemu_tree import Slot, Tree, bus_numbers, properties, read_tree
 from pyblock.hypervisors.qmp import QmpSession
 from pyblock.model import BlockDrive
+from pyblock.operation import log
 
 # QEMU works off its commands one by one, and each takes longer the more block nodes there are: with a hundred drives begun at once, every
 # device would be added among a hundred nodes. A few in flight keep QEMU busy.
@@ -27,19 +29,17 @@ _BUSY_TRIES = 6  # the node may stay in use for a moment after DEVICE_DELETED, w
 _BUSY_PAUSE = 0.02  # seconds before the first new try; doubled each time
 
 
-def _backend(drive: BlockDrive, image: OpenedImage) -> tuple[str, dict[str, Any]]:
-    """The command that adds what the device reads and writes, and its arguments."""
-    if drive.kind is NVDIMM:
-        return "object-add", {
-            "qom-type": "memory-backend-file", "id": drive.id, "mem-path": drive.file, "size": image.size, "share": True,
-            "readonly": drive.read_only,
-        }  # fmt: skip
-    return "blockdev-add", {
-        "driver": "raw",
-        "node-name": drive.id,
-        "read-only": drive.read_only,
-        "file": {"driver": "host_device" if image.is_block else "file", "filename": drive.file, "read-only": drive.read_only},
-    }
+def _node(drive: BlockDrive, image: OpenedImage, file: str) -> dict[str, Any]:
+    """The arguments of blockdev-add. What QEMU assumes anyway is left out: it takes 4 µs to read a byte."""
+    access = {"read-only": True} if drive.read_only else {}
+    below = {"driver": "host_device" if image.is_block else "file", "filename": file, **access}
+    return {"driver": "raw", "node-name": drive.id, **access, "file": below}
+
+
+def _memory(drive: BlockDrive, image: OpenedImage, file: str) -> dict[str, Any]:
+    """The arguments of object-add."""
+    access = {"readonly": True} if drive.read_only else {}
+    return {"qom-type": "memory-backend-file", "id": drive.id, "mem-path": file, "size": image.size, "share": True, **access}
 
 
 def _device(drive: BlockDrive) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def _device(drive: BlockDrive) -> dict[str, Any]:
     device: dict[str, Any]
     if drive.kind is VIRTIO_SCSI:
         target, lun = divmod(drive.index, LUNS)
-        device = {"driver": "scsi-hd", "bus": drive.slot, "channel": 0, "scsi-id": target, "lun": lun}
+        device = {"driver": "scsi-hd", "bus": drive.slot, "scsi-id": target, "lun": lun}
     else:
         bus, _, number = (drive.slot or "").rpartition("/")
         device = {"driver": "virtio-blk-pci", "bus": bus, "addr": f"0x{number}"}
@@ -66,6 +66,7 @@ class QemuHypervisor(SteppedHypervisor):
 
     def __init__(self, address: str) -> None:
         self._qmp = QmpSession(address)
+        self._descriptors = DescriptorSets(self._qmp)
         self._tree: Tree | None = None
         self._slots: dict[str, tuple[str, Slot | None]] = {}  # slot name to the ID of our drive in it, and the slot if we chose it
         self._buses: dict[Any, int] = {}
@@ -87,7 +88,10 @@ class QemuHypervisor(SteppedHypervisor):
         return _LANES
 
     async def inventory(self, known: Collection[str] = ()) -> Inventory:
-        return await take_inventory(self._qmp, await self._look(), known)
+        before = self._descriptors.drive_ids
+        listing = await take_listing(self._qmp, await self._look(), known)
+        self._descriptors.learn(listing.sets, listing.unused, before)
+        return listing.inventory
 
     async def is_gone(self) -> bool:
         return self._qmp.is_gone()
@@ -100,7 +104,10 @@ class QemuHypervisor(SteppedHypervisor):
         if drive.kind is VIRTIO_SCSI:
             buses = (self._tree or await self._look()).scsi_buses or (await self._look()).scsi_buses
             if not buses:
-                raise UnknownDriver("this machine has no virtio-scsi controller; start QEMU with -device virtio-scsi-pci,id=scsi0")
+                raise UnknownDriver(
+                    "this machine has no virtio-scsi controller; start QEMU with -device virtio-scsi-pci,id=scsi0 "
+                    "(microvm: virtio-scsi-device)"
+                )
             drive.slot = buses[0]
         elif drive.kind is VIRTIO_BLK:
             slot = self._free(self._tree or await self._look()) or self._free(await self._look())
@@ -129,8 +136,50 @@ class QemuHypervisor(SteppedHypervisor):
             self._tree = None  # another program plugged it in, and did not say where
 
     async def backend_add(self, drive: BlockDrive, image: OpenedImage) -> None:
-        command, arguments = _backend(drive, image)
-        await self._qmp.execute(command, arguments, step="backend-add")
+        passed = await self._descriptors.pass_image(drive.id, image)
+        if passed is None:
+            await self._add_by_path(drive, image)
+        elif drive.kind is NVDIMM:
+            await self._add_memory(drive, image, passed)
+        else:
+            await self._add_node(drive, _node(drive, image, f"/dev/fdset/{passed.set}"))
+
+    async def _add_node(self, drive: BlockDrive, node: dict[str, Any]) -> None:
+        try:
+            await self._qmp.execute("blockdev-add", node, step="backend-add")
+        except VmmRefused:
+            self._descriptors.remove(drive.id)
+            raise
+
+    async def _add_memory(self, drive: BlockDrive, image: OpenedImage, passed: Passed) -> None:
+        """Memory opens no set, but a path of QEMU's own to the descriptor in it. It has the file mapped from then on."""
+        try:
+            memory = _memory(drive, image, f"/proc/self/fd/{passed.descriptor}")
+            await self._qmp.execute("object-add", memory, step="backend-add")
+        except VmmRefused as refusal:
+            self._descriptors.remove(drive.id)
+            if "No such file" not in refusal.reply["desc"]:  # which is to say: it has no /proc
+                raise
+            await self._add_by_path(drive, image)
+        else:
+            self._descriptors.remove(drive.id)
+
+    async def _add_by_path(self, drive: BlockDrive, image: OpenedImage) -> None:
+        """For a QEMU that no descriptor reaches: what it opened is looked at afterwards, where it can be seen."""
+        image.check_path()
+        self._descriptors.note(drive.id, None)
+        if drive.kind is NVDIMM:
+            await self._qmp.execute("object-add", _memory(drive, image, drive.file), step="backend-add")
+        else:
+            await self._qmp.execute("blockdev-add", _node(drive, image, drive.file), step="backend-add")
+        has = has_open(self._qmp.peer, image)
+        drive.verified = bool(has)
+        if has is None:
+            log.warning("drive %s: QEMU takes no descriptor, and what it opened as %r cannot be seen", drive.id, drive.file)
+        elif not has:
+            error = ImageReplaced(f"what QEMU opened as {drive.file!r} is not what was claimed: its path leads elsewhere there")
+            await self._undo(drive, error)
+            raise error
 
     async def device_add(self, drive: BlockDrive) -> None:
         try:
@@ -177,10 +226,8 @@ class QemuHypervisor(SteppedHypervisor):
     async def _user_of(self, drive: BlockDrive) -> str | None:
         """The ID of the device that uses the drive's node, if there is one."""
         if drive.kind is NVDIMM:
-            modules = await self._qmp.execute("query-memory-devices")
-            return next((entry["data"].get("id") for entry in modules if entry["data"].get("id") == KATA_NVDIMM + drive.id), None)
-        blocks = await self._qmp.execute("query-block")
-        return next((peripheral(block.get("qdev")) for block in blocks if block.get("inserted", {}).get("node-name") == drive.id), None)
+            return next((name for name in await memory_modules(self._qmp) if name == KATA_NVDIMM + drive.id), None)
+        return await user_of(self._qmp, drive.id)
 
     async def device_gone(self, drive: BlockDrive) -> None:
         _, leaving = self._leaving[drive.id]
@@ -205,6 +252,9 @@ class QemuHypervisor(SteppedHypervisor):
                     self._qmp.left(device_id)
 
     async def backend_del(self, drive: BlockDrive) -> None:
+        if drive.kind is not NVDIMM and drive.id not in self._descriptors.drive_ids:
+            file = (await nodes(self._qmp)).get(drive.id)
+            self._descriptors.note(drive.id, set_behind(file or ""))
         pause = _BUSY_PAUSE
         for last in [False] * (_BUSY_TRIES - 1) + [True]:
             try:
@@ -213,25 +263,27 @@ class QemuHypervisor(SteppedHypervisor):
                     await self._qmp.execute("object-del", {"id": drive.id}, step="backend-del")
                 else:
                     await self._qmp.execute("blockdev-del", {"node-name": drive.id}, step="backend-del")
-                return
             except VmmRefused as error:
                 if not await self._has_backend(drive):
-                    return
+                    break
                 if last:
                     raise error
-            await asyncio.sleep(pause)
-            pause *= 2
+                await asyncio.sleep(pause)
+                pause *= 2
+            else:
+                break
+        self._descriptors.remove(drive.id)
 
     async def _has_backend(self, drive: BlockDrive) -> bool:
         if drive.kind is NVDIMM:
-            objects = {entry["name"] for entry in await self._qmp.execute("qom-list", {"path": "/objects"})}
-            return drive.id in objects or KATA_MEMORY + drive.id in objects
-        return any(node["node-name"] == drive.id for node in await self._qmp.execute("query-named-block-nodes", {"flat": True}))
+            return not {drive.id, KATA_MEMORY + drive.id}.isdisjoint(await properties(self._qmp, "/objects"))
+        return drive.id in await nodes(self._qmp)
 
     async def close(self) -> None:
         for task in list(self._nudges):
             task.cancel()
         await self._qmp.close()
+        self._descriptors.closed()
 
 
 def _not_found(error: VmmRefused) -> bool:

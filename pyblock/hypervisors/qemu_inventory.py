@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Collection
-from typing import Any
+
+import msgspec
 
 from pyblock.drivers import NVDIMM, PMEM, SD, VIRTIO_SCSI, Family
 from pyblock.hypervisors.base import FoundDisk, Held, Inventory
+from pyblock.hypervisors.qemu_descriptors import MarkedSet, set_behind
 from pyblock.hypervisors.qemu_tree import Tree, get_property, properties
 from pyblock.hypervisors.qmp import QmpSession
 
@@ -27,37 +29,106 @@ _DISKS = re.compile(r"child<(scsi-(hd|block|generic)|(virtio|vhost-user)-blk-.*|
 _MEMORY = re.compile(r"child<memory-backend-.*>")
 
 
-async def take_inventory(qmp: QmpSession, tree: Tree, known: Collection[str]) -> Inventory:
+class _Node(msgspec.Struct, frozen=True):
+    name: str | None = msgspec.field(name="node-name", default=None)
+    file: str = ""
+
+
+class _Inserted(msgspec.Struct, frozen=True):
+    node: str | None = msgspec.field(name="node-name", default=None)
+
+
+class _Block(msgspec.Struct, frozen=True):
+    qdev: str | None = None
+    inserted: _Inserted | None = None
+
+    @property
+    def node(self) -> str:
+        return (self.inserted and self.inserted.node) or ""
+
+
+class _ModuleData(msgspec.Struct, frozen=True):
+    id: str | None = None
+
+
+class _Module(msgspec.Struct, frozen=True):
+    type: str
+    data: _ModuleData
+
+
+class Listing(msgspec.Struct, frozen=True):
+    """What QEMU has, as the adapter needs it.
+
+    :ivar inventory: see Hypervisor.inventory.
+    :ivar sets: drive ID to the set of descriptors that its node has open, None where it opened a path.
+    :ivar unused: sets of ours that no node uses: of an attach that was cut off, or left by a paused machine.
+    """
+
+    inventory: Inventory
+    sets: dict[str, int | None]
+    unused: list[int]
+
+
+async def nodes(qmp: QmpSession) -> dict[str, str]:
+    """The block nodes: name to the path of their file, "" where they have none."""
+    listed = await qmp.ask(list[_Node], "query-named-block-nodes", {"flat": True})
+    return {node.name: node.file for node in listed if node.name}
+
+
+async def memory_modules(qmp: QmpSession) -> list[str]:
+    """The IDs of the nvdimm and virtio-pmem modules, "" for one without."""
+    listed = await qmp.ask(list[_Module], "query-memory-devices")
+    return [module.data.id or "" for module in listed if module.type in ("nvdimm", "virtio-pmem")]
+
+
+async def user_of(qmp: QmpSession, node: str) -> str | None:
+    """The ID of the device that uses a block node, if there is one."""
+    blocks = await qmp.ask(list[_Block], "query-block")
+    return next((peripheral(block.qdev) for block in blocks if block.node == node), None)
+
+
+async def take_listing(qmp: QmpSession, tree: Tree, known: Collection[str]) -> Listing:
     """Lists what the machine has; see Hypervisor.inventory. `tree` was read just before. Changes nothing in the machine."""
-    nodes, blocks, objects, peripherals, memory = await asyncio.gather(
-        qmp.execute("query-named-block-nodes", {"flat": True}),
-        qmp.execute("query-block"),
+    files, sets, blocks, objects, peripherals, modules = await asyncio.gather(
+        nodes(qmp),
+        qmp.ask(list[MarkedSet], "query-fdsets"),
+        qmp.ask(list[_Block], "query-block"),
         properties(qmp, "/objects"),
         properties(qmp, _PERIPHERAL),
-        qmp.execute("query-memory-devices"),
+        memory_modules(qmp),
     )
-    modules = [entry["data"] for entry in memory if entry["type"] in ("nvdimm", "virtio-pmem")]
-    backends = {_drive_id(node["node-name"]): VIRTIO_SCSI for node in nodes}
+    backends = {_drive_id(name): VIRTIO_SCSI for name in files}
     backends |= {_drive_id(name, KATA_MEMORY): NVDIMM for name, kind in objects.items() if _MEMORY.fullmatch(kind)}
     devices = {_drive_id(name, KATA_NVDIMM): name for name, kind in peripherals.items() if _DISKS.fullmatch(kind)}
     # Kata names a disk otherwise than its node; whoever uses the node is the device.
     for block in blocks:
-        node, name = block.get("inserted", {}).get("node-name", ""), peripheral(block.get("qdev"))
-        if name in peripherals or (name is None and block.get("qdev")):
-            devices.setdefault(_drive_id(node), name or "")
+        name = peripheral(block.qdev)
+        if name in peripherals or (name is None and block.qdev):
+            devices.setdefault(_drive_id(block.node), name or "")
     names = (backends.keys() | devices.keys()) - {""}
     strange = [name for name in names if name not in known and devices.get(name)]
     is_cold = await asyncio.gather(*(_is_cold(qmp, devices[name]) for name in strange))
     cold = {name for name, each in zip(strange, is_cold, strict=True) if each}
-    held = {name: Held(name in devices, name in backends, backends.get(name, VIRTIO_SCSI), name in cold) for name in sorted(names)}
-    others = [block["qdev"] for block in blocks if block.get("qdev") and peripheral(block["qdev"]) not in known]
+    images = {each.number: image for each in sets if (image := each.image) is not None}
+    behind = {name: set_behind(file) for name, file in files.items()}
+    opened = {name: image for name, number in behind.items() if number is not None and (image := images.get(number)) is not None}
+    held = {
+        name: Held(name in devices, name in backends, backends.get(name, VIRTIO_SCSI), name in cold, opened.get(name))
+        for name in sorted(names)
+    }
+    others = [block.qdev for block in blocks if block.qdev and peripheral(block.qdev) not in known]
     scsi = await asyncio.gather(*(_scsi_disk(qmp, tree, qdev) for qdev in others))
     disks = [
         *(FoundDisk(disk.id, disk.family) for disk in tree.disks),
-        *(FoundDisk(module.get("id", ""), PMEM) for module in modules),
+        *(FoundDisk(module, PMEM) for module in modules),
         *(disk for disk in scsi if disk is not None),
     ]
-    return Inventory(disks, held, frozenset(node["file"] for node in nodes if "file" in node))
+    used = set(behind.values())
+    return Listing(
+        Inventory(disks, held, frozenset(filter(None, files.values())), frozenset(opened.values())),
+        {name: number for name, number in behind.items() if name in held},
+        [number for number in images if number not in used],
+    )
 
 
 def peripheral(qdev: str | None) -> str | None:
@@ -76,19 +147,22 @@ def _drive_id(name: str, prefix: str = "") -> str:
 
 async def _is_cold(qmp: QmpSession, device: str) -> bool:
     """Whether a device was there when the machine started."""
-    return await get_property(qmp, f"{_PERIPHERAL}/{device}", "hotplugged") is False
+    return await get_property(qmp, f"{_PERIPHERAL}/{device}", "hotplugged", bool) is False
 
 
 async def _scsi_disk(qmp: QmpSession, tree: Tree, qdev: str) -> FoundDisk | None:
     """The SCSI or IDE disk of that ID or path; None for others, which the walk over the PCI buses has found."""
     path = qdev if qdev.startswith("/") else f"{_PERIPHERAL}/{qdev}"
-    kind: Any = await get_property(qmp, path, "type")
+    kind = await get_property(qmp, path, "type", str)
     name = "" if path == qdev else qdev
     if kind == "ide-hd":
         return FoundDisk(name, SD)
-    if not isinstance(kind, str) or not kind.startswith("scsi-"):
+    if kind is None or not kind.startswith("scsi-"):
         return None
-    bus, target, lun = await asyncio.gather(*(get_property(qmp, path, key) for key in ("parent_bus", "scsi-id", "lun")))
-    ours = tree.scsi_buses and isinstance(bus, str) and bus.rpartition("/")[2] == tree.scsi_buses[0]
-    index = target * LUNS + lun if ours and isinstance(target, int) and isinstance(lun, int) and 0 <= lun < LUNS else None
+    bus, target, lun = await asyncio.gather(
+        get_property(qmp, path, "parent_bus", str), get_property(qmp, path, "scsi-id", int), get_property(qmp, path, "lun", int)
+    )
+    index = None
+    if tree.scsi_buses and bus is not None and bus.rpartition("/")[2] == tree.scsi_buses[0] and target is not None and lun is not None:
+        index = target * LUNS + lun if target >= 0 and 0 <= lun < LUNS else None
     return FoundDisk(name, SD if kind in ("scsi-hd", "scsi-block") else _CDROM, index)

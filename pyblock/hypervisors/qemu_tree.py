@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Any
+from typing import Annotated, TypeVar
 
 import msgspec
 
 from pyblock.drivers import VD, Family
-from pyblock.errors import VmmRefused
+from pyblock.errors import VmmProtocolError, VmmRefused
 from pyblock.hypervisors.qmp import QmpSession
 
 BRIDGE_SLOTS = range(1, 32)  # of a conventional PCI bus: 5 bits of device number; slot 0 of a bridge may be its hot-plug controller's
@@ -26,7 +26,42 @@ _ACPI_NUMBER = "acpi-pcihp-bsel"
 _PORTS = frozenset({"pcie-root-port", "ioh3420", "xio3130-downstream"})
 _BRIDGES = _PORTS | {"pci-bridge", "pci-bridge-seat", "pcie-pci-bridge", "i82801b11-bridge", "x3130-upstream"}
 _FAMILIES: tuple[tuple[re.Pattern[str], Family], ...] = ((re.compile(r"(virtio-blk|vhost-user-blk)-.*"), VD),)
-_SCSI_CONTROLLER = re.compile(r"virtio-scsi-.*")
+_MMIO_FAMILIES: tuple[tuple[re.Pattern[str], Family], ...] = ((re.compile(r"child<(virtio-blk-device|vhost-user-blk)>"), VD),)
+_SCSI_CONTROLLER = re.compile(r"child<(virtio-scsi-[a-z-]+)>")
+_NAMED, _UNNAMED = "/machine/peripheral", "/machine/peripheral-anon"  # where QEMU keeps what it was told to add
+_DEPTH_MAX = 256  # bridges in a row: PCI has as many buses
+
+Value = TypeVar("Value")
+_Devfn = Annotated[int, msgspec.Meta(ge=-1, le=255)]  # PCI's device number and function in one byte; -1: not given out yet
+
+
+class Property(msgspec.Struct, frozen=True):
+    """One of `qom-list`."""
+
+    name: str
+    type: str
+
+
+class _Numbers(msgspec.Struct, frozen=True):
+    secondary: Annotated[int, msgspec.Meta(ge=0, le=255)]
+
+
+class _Bridge(msgspec.Struct, frozen=True):
+    bus: _Numbers
+    devices: list[_Device] = []
+
+
+class _Device(msgspec.Struct, frozen=True):
+    """Of `query-pci`, what tells a bus number."""
+
+    slot: Annotated[int, msgspec.Meta(ge=0, le=31)]
+    function: Annotated[int, msgspec.Meta(ge=0, le=7)]
+    pci_bridge: _Bridge | None = None
+
+
+class _Bus(msgspec.Struct, frozen=True):
+    bus: int
+    devices: list[_Device]
 
 
 class Hop(msgspec.Struct, frozen=True):
@@ -90,13 +125,19 @@ class Tree(msgspec.Struct):
 
 
 async def read_tree(qmp: QmpSession) -> Tree:
-    """Reads the tree. Changes nothing in the machine."""
+    """Reads the tree. Changes nothing in the machine. Raises VmmProtocolError when it makes no sense."""
     tree = Tree()
-    machine = await properties(qmp, "/machine")
+    machine, named, unnamed = await asyncio.gather(*(properties(qmp, path) for path in ("/machine", _NAMED, _UNNAMED)))
     hosts = [f"/machine/{name}" for name, kind in machine.items() if "host" in kind and kind.startswith("child<")]
     for host in sorted(hosts):
         for bus in await _buses(qmp, host, _PCI_BUS):
             await _pci_bus(qmp, tree, bus, (), port=False)
+    for container, devices in ((_NAMED, named), (_UNNAMED, unnamed)):
+        for name, kind in devices.items():
+            if controller := _SCSI_CONTROLLER.fullmatch(kind):
+                tree.scsi_buses += await _scsi_buses(qmp, f"{container}/{name}", controller[1])
+            elif family := _family(kind, _MMIO_FAMILIES):  # behind PCI the walk over the buses finds them
+                tree.disks.append(Disk(name if container == _NAMED else "", family))
     tree.scsi_buses.sort()
     tree.free.sort(key=lambda slot: ([(hop.slot, hop.function) for hop in slot.route], slot.number))
     return tree
@@ -106,31 +147,32 @@ async def bus_numbers(qmp: QmpSession) -> dict[tuple[Hop, ...], int]:
     """The number of the bus behind each bridge, by its route, as the guest's firmware gave them out; those without one are absent."""
     numbers: dict[tuple[Hop, ...], int] = {}
 
-    def walk(devices: list[dict[str, Any]], route: tuple[Hop, ...]) -> None:
+    def walk(devices: list[_Device], route: tuple[Hop, ...]) -> None:
         for device in devices:
-            bridge = device.get("pci_bridge")
-            if bridge and bridge["bus"]["secondary"]:
-                here = (*route, Hop(device["slot"], device["function"]))
-                numbers[here] = bridge["bus"]["secondary"]
-                walk(bridge.get("devices", []), here)
+            bridge = device.pci_bridge
+            if bridge is not None and bridge.bus.secondary:
+                here = _further(qmp, route, Hop(device.slot, device.function))
+                numbers[here] = bridge.bus.secondary
+                walk(bridge.devices, here)
 
-    for bus in await qmp.execute("query-pci"):
-        if bus["bus"] == 0:
-            walk(bus["devices"], ())
+    for bus in await qmp.ask(list[_Bus], "query-pci"):
+        if bus.bus == 0:
+            walk(bus.devices, ())
     return numbers
 
 
 async def properties(qmp: QmpSession, path: str) -> dict[str, str]:
     """Name to type; empty for an object that left while it was being looked at."""
     try:
-        return {entry["name"]: entry["type"] for entry in await qmp.execute("qom-list", {"path": path})}
+        return {entry.name: entry.type for entry in await qmp.ask(list[Property], "qom-list", {"path": path})}
     except VmmRefused:
         return {}
 
 
-async def get_property(qmp: QmpSession, path: str, name: str) -> Any:
+async def get_property(qmp: QmpSession, path: str, name: str, kind: type[Value]) -> Value | None:
+    """The value of a property; None for an object that left, or has none of that name."""
     try:
-        return await qmp.execute("qom-get", {"path": path, "property": name})
+        return await qmp.ask(kind, "qom-get", {"path": path, "property": name})
     except VmmRefused:
         return None
 
@@ -139,11 +181,18 @@ async def _buses(qmp: QmpSession, path: str, kinds: tuple[str, ...]) -> list[str
     return [f"{path}/{name}" for name, kind in (await properties(qmp, path)).items() if kind in kinds]
 
 
+async def _scsi_buses(qmp: QmpSession, path: str, controller: str) -> list[str]:
+    """The names of a controller's buses. Behind PCI or CCW its backend has them, on a virtio-mmio bus it has them itself."""
+    where = path if controller == "virtio-scsi-device" else f"{path}/virtio-backend"
+    return [bus.rpartition("/")[2] for bus in await _buses(qmp, where, ("child<SCSI>",))]
+
+
 async def _children(qmp: QmpSession, bus: str) -> tuple[list[tuple[str, str]], bool]:
     """The devices on a bus as (path, type), and whether it takes hot-plug."""
     have = await properties(qmp, bus)
     links = [(name, match[1]) for name, kind in have.items() if _BUS_CHILD.fullmatch(name) and (match := _LINK.fullmatch(kind))]
-    handler, *paths = await asyncio.gather(get_property(qmp, bus, "hotplug-handler"), *(get_property(qmp, bus, name) for name, _ in links))
+    names = ("hotplug-handler", *(name for name, _ in links))
+    handler, *paths = await asyncio.gather(*(get_property(qmp, bus, name, str) for name in names))
     # A bridge that is its bus's own handler takes what is plugged in. Where the handler is the chipset (ACPI), it does so only on the buses
     # that it has numbered: since QEMU 8 it is named on q35's root bus as well, and refuses there.
     hotplug = bool(handler) and (handler == bus.rpartition("/")[0] or _ACPI_NUMBER in have)
@@ -152,33 +201,39 @@ async def _children(qmp: QmpSession, bus: str) -> tuple[list[tuple[str, str]], b
 
 async def _pci_bus(qmp: QmpSession, tree: Tree, bus: str, route: tuple[Hop, ...], *, port: bool) -> None:
     children, hotplug = await _children(qmp, bus)
-    places = await asyncio.gather(*(get_property(qmp, path, "addr") for path, _ in children))
+    places = await asyncio.gather(*(get_property(qmp, path, "addr", _Devfn) for path, _ in children))
     # PCI devfn: the slot in the upper five bits. A device that left meanwhile has none.
     devices = [
-        (path, kind, Hop(place >> 3, place & 7)) for (path, kind), place in zip(children, places, strict=True) if isinstance(place, int)
+        (path, kind, Hop(place >> 3, place & 7))
+        for (path, kind), place in zip(children, places, strict=True)
+        if place is not None and place >= 0
     ]
     if hotplug:
         taken = {hop.slot for _, _, hop in devices}
         name = bus.rpartition("/")[2]
         numbers = [] if port and taken else [number for number in (PORT_SLOTS if port else BRIDGE_SLOTS) if number not in taken]
         tree.free.extend(Slot(name, number, route, port) for number in numbers)
-    await asyncio.gather(*(_pci_device(qmp, tree, path, kind, (*route, hop)) for path, kind, hop in devices))
+    await asyncio.gather(*(_pci_device(qmp, tree, path, kind, _further(qmp, route, hop)) for path, kind, hop in devices))
 
 
 async def _pci_device(qmp: QmpSession, tree: Tree, path: str, kind: str, route: tuple[Hop, ...]) -> None:
     if kind in _BRIDGES:
         for bus in await _buses(qmp, path, _PCI_BUS):
             await _pci_bus(qmp, tree, bus, route, port=kind in _PORTS)
-    elif _SCSI_CONTROLLER.fullmatch(kind):
-        tree.scsi_buses += [bus.rpartition("/")[2] for bus in await _buses(qmp, f"{path}/virtio-backend", ("child<SCSI>",))]
-    elif family := _family(kind):
+    elif family := _family(kind, _FAMILIES):
         tree.disks.append(Disk(_id(path), family))
 
 
-def _family(kind: str) -> Family | None:
-    return next((family for pattern, family in _FAMILIES if pattern.fullmatch(kind)), None)
+def _further(qmp: QmpSession, route: tuple[Hop, ...], hop: Hop) -> tuple[Hop, ...]:
+    if len(route) >= _DEPTH_MAX:
+        raise VmmProtocolError(f"QMP socket {qmp.path!r}: its PCI tree has over {_DEPTH_MAX} bridges in a row", sent=True)
+    return (*route, hop)
+
+
+def _family(kind: str, families: tuple[tuple[re.Pattern[str], Family], ...]) -> Family | None:
+    return next((family for pattern, family in families if pattern.fullmatch(kind)), None)
 
 
 def _id(path: str) -> str:
     container, _, name = path.rpartition("/")
-    return name if container == "/machine/peripheral" else ""
+    return name if container == _NAMED else ""

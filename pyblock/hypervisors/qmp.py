@@ -1,70 +1,106 @@
-"""One QMP session, over QEMU's own client: opened on first use, reopened after a loss, its failures told apart by what may have been sent.
+"""One QMP session: opened on first use, reopened after a loss, its failures told apart by what may have been sent.
 
-VmmUnreachable and VmmProtocolError: nothing was sent. VmmRefused: QEMU read the command and said no. ConnectionLost: nobody knows.
+`TransportError.sent` tells whether anybody can know what became of a command; VmmRefused: QEMU read it and said no. The session is our own
+because a client has to pass descriptors, decode replies into types and keep no event (qemu.qmp keeps them all), at half the time a command.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
+import random
 import socket
 import stat
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
-from qemu.qmp import EventListener, ExecInterruptedError, ExecuteError, Message, QMPClient, QMPError, Runstate
-from qemu.qmp.protocol import ConnectError, StateError
-from qemu.qmp.qmp_client import GreetingError
+import msgspec
 
 from pyblock.errors import ConnectionLost, PyblockError, VmmProtocolError, VmmRefused, VmmUnreachable
 from pyblock.hypervisors.base import CONNECT_TIMEOUT
+from pyblock.hypervisors.qmp_connection import Connection
 from pyblock.shared import Ended, SharedWork
-
-# The client logs each failure that it also raises; a program that wants them sets a handler of its own.
-logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+from pyblock.shown import shown
 
 _SOCKET_PATH_MAX = 107  # bytes: sun_path of sockaddr_un less its NUL
-_EVENTS = {"DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", "MEM_UNPLUG_ERROR"}
+_CROWD_PAUSE = 0.05  # seconds until a monitor that too many wait for is tried again
+
+Reply = TypeVar("Reply")
 
 
-class _Client(QMPClient):
-    """The hooks for messages write each of them out for the debug log, logged or not, which is a third of the time of a command."""
+class _Left(msgspec.Struct):
+    """The data of DEVICE_DELETED and of the events that say that a guest declined; a device without an ID has none."""
 
-    def _cb_inbound(self, msg: Message) -> Message:
-        return msg
+    device: str | None = None
 
-    def _cb_outbound(self, msg: Message) -> Message:
-        return msg
+
+_DECLINED = frozenset({"DEVICE_UNPLUG_GUEST_ERROR", "MEM_UNPLUG_ERROR"})
+_left = msgspec.json.Decoder(_Left)
+_decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 
 
 class QmpSession:
-    """:param path: the monitor's unix socket."""
+    """:param path: the monitor's unix socket.
+
+    :ivar on_resume: is called when the machine goes on after a stop.
+    :ivar waits_for: what it waits for while it is being opened, in words; "" otherwise.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._client: QMPClient | None = None
-        self._opening: SharedWork[QMPClient] = SharedWork()
-        self._watching: list[asyncio.Task[None]] = []
+        self.on_resume: Callable[[], None] = lambda: None
+        self.waits_for = ""
+        self._connection: Connection | None = None
+        self._opening: SharedWork[Connection] = SharedWork()
         self._leaving: dict[str, asyncio.Future[None]] = {}
 
-    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None, *, step: str = "") -> Any:
-        """Runs one command and returns its result. `step` is what a refusal is called; see the top of the file for what is raised."""
-        client = await self._open()
+    @property
+    def peer(self) -> int:
+        """The process ID at the other end, in this process's namespace; 0 while there is no connection, or it cannot be told."""
+        return self._connection.pid if self._connection is not None else 0
+
+    async def execute(
+        self,
+        command: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        step: str = "",
+        descriptor: int | None = None,
+        late: Callable[[msgspec.Raw], None] | None = None,
+    ) -> msgspec.Raw:
+        """Runs one command and returns its result, not decoded. See the top of the file for what is raised.
+
+        :param step: what a refusal is called.
+        :param descriptor: goes with the command, at most one at a time; it is the caller's again as soon as this returns.
+        :param late: is called with a result that comes when the caller has been cancelled.
+        """
+        connection = await self._open()
+        if descriptor is not None:
+            await connection.turn()
+        return await connection.send(command, arguments, step=step, descriptor=descriptor, late=late)
+
+    async def ask(self, reply: type[Reply], command: str, arguments: Mapping[str, Any] | None = None, *, step: str = "") -> Reply:
+        """The same, decoded as `reply`; VmmProtocolError when it is something else."""
+        return self.decoded(reply, command, await self.execute(command, arguments, step=step))
+
+    def decoded(self, reply: type[Reply], command: str, raw: msgspec.Raw) -> Reply:
+        """A result as `reply`. Raises VmmProtocolError when it is something else."""
+        decoder = _decoders.get(reply)
+        if decoder is None:
+            decoder = _decoders.setdefault(reply, msgspec.json.Decoder(reply))
         try:
-            return await client.execute(command, dict(arguments) if arguments else None)
-        except ExecuteError as error:
-            raise VmmRefused(
-                f"QEMU refused {command}: {error}",
-                step=step or command,
-                request={"execute": command, "arguments": arguments or {}},
-                reply={"class": error.error_class, "desc": str(error)},
-            ) from error
-        except StateError as error:
-            raise VmmUnreachable(f"QMP socket {self.path!r}: the connection was gone before {command} was sent") from error
-        except (ExecInterruptedError, QMPError, EOFError, OSError) as error:
-            raise ConnectionLost(f"QMP socket {self.path!r}: the connection broke before {command} was answered ({error})") from error
+            answer: Reply = decoder.decode(raw)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            text = f"QMP socket {self.path!r}: the reply to {command} is none: {shown(str(error))}"
+            raise VmmProtocolError(text, sent=True) from error
+        return answer
+
+    def send(self, command: str, arguments: Mapping[str, Any]) -> None:
+        """Sends a command whose result nobody waits for, if there is a connection."""
+        if self._connection is not None:
+            with contextlib.suppress(PyblockError):
+                self._connection.send(command, arguments)
 
     async def leaving(self, device_id: str) -> asyncio.Future[None]:
         """A future that is done when QEMU reports that the device left: ask for it before the removal. VmmRefused: the guest declined;
@@ -93,51 +129,86 @@ class QmpSession:
                 probe.connect(self.path)
             except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
                 return True
-            except OSError:
+            except (OSError, ValueError):
                 pass  # taken, or not to be touched by this user: something is there
         return False
 
     async def close(self) -> None:
         """Ends the connection, if there is one."""
         await self._opening.end()
-        await self._end(ConnectionLost(f"QMP socket {self.path!r}: the connection was closed"))
+        if self._connection is not None:
+            self._connection.close(ConnectionLost(f"QMP socket {self.path!r}: the connection was closed"))
 
-    async def _open(self) -> QMPClient:
-        client = self._client
-        if client is not None and client.runstate is Runstate.RUNNING:
-            return client
+    async def _open(self) -> Connection:
+        if self._connection is not None:
+            return self._connection
         try:
             return await self._opening.join(self._connect)
         except Ended:
             raise VmmUnreachable(f"QMP socket {self.path!r}: closed while the connection was being made") from None
 
-    async def _connect(self) -> QMPClient:
-        await self._end(ConnectionLost(f"QMP socket {self.path!r}: the connection broke"))
-        self._check_socket()
-        client = _Client("pyblock")
-        listener = EventListener(names=_EVENTS)
-        client.register_listener(listener)
+    async def _connect(self) -> Connection:
+        connection: Connection | None = None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                try:
-                    await client.connect(self.path)
-                except ConnectError as error:
-                    # QEMU 10 may send a new client, before the greeting, a reply that the one before did not wait for.
-                    if not isinstance(error.exc, GreetingError):
-                        raise
-                    await client.connect(self.path)
+                self._check_socket()
+                connection = Connection(f"QMP socket {self.path!r}", await self._connected(), self._event, self._end)
+                self.waits_for = f"the QMP greeting at {self.path!r}: {_why_silent(connection.pid)}"
+                await connection.greeted()
+                await self._negotiate(connection)
         except TimeoutError:
-            raise VmmUnreachable(f"QMP socket {self.path!r}: no QMP greeting within {CONNECT_TIMEOUT:g} s") from None
-        except ConnectError as error:
-            cause = error.exc
-            if isinstance(cause, (EOFError, BrokenPipeError, ConnectionResetError)):
-                raise VmmProtocolError(f"QMP socket {self.path!r}: it hung up before the QMP greeting was over") from error
-            if isinstance(cause, OSError):
-                raise VmmUnreachable(f"QMP socket {self.path!r}: {cause.strerror or cause}; is QEMU running?") from error
-            raise VmmProtocolError(f"QMP socket {self.path!r}: what answers does not speak QMP ({cause or error})") from error
-        self._client = client
-        self._watching = [asyncio.create_task(self._listen(listener)), asyncio.create_task(self._watch(client))]
-        return client
+            raise self._given_up(connection, VmmUnreachable(self._silence(connection))) from None
+        except ConnectionLost as error:
+            text = f"QMP socket {self.path!r}: it hung up before the QMP greeting was over"
+            raise self._given_up(connection, VmmProtocolError(text)) from error
+        except VmmRefused as error:
+            text = f"QMP socket {self.path!r}: what answers does not speak QMP ({error})"
+            raise self._given_up(connection, VmmProtocolError(text)) from error
+        except PyblockError as error:
+            error = self._given_up(connection, error)
+            if isinstance(error, VmmProtocolError):
+                error.sent = False  # nothing that changes anything
+            raise error
+        except BaseException:
+            self._given_up(connection, ConnectionLost(f"QMP socket {self.path!r}: closed while the connection was being made"))
+            raise
+        finally:
+            self.waits_for = ""
+        self._connection = connection
+        return connection
+
+    async def _negotiate(self, connection: Connection) -> None:
+        try:
+            await connection.send("qmp_capabilities")
+        except VmmUnreachable as error:  # it greeted, so it was reached
+            raise ConnectionLost(str(error)) from error
+
+    def _given_up(self, connection: Connection | None, error: PyblockError) -> PyblockError:
+        if connection is not None:
+            connection.close(error)
+        return error
+
+    async def _connected(self) -> socket.socket:
+        """A socket that is connected. One at which too many others wait is tried until the time is up: the kernel has no queue for that."""
+        peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            while True:
+                try:
+                    peer.connect(self.path)
+                    return peer
+                except BlockingIOError:
+                    self.waits_for = f"a place at {self.path!r}: its queue of clients is full, and QEMU serves one at a time"
+                await asyncio.sleep(_CROWD_PAUSE * random.uniform(0.5, 1.5))
+        except OSError as error:
+            peer.close()
+            raise VmmUnreachable(f"QMP socket {self.path!r}: {error.strerror}; is QEMU running?") from error
+        except BaseException:
+            peer.close()
+            raise
+
+    def _silence(self, connection: Connection | None) -> str:
+        why = _why_silent(connection.pid) if connection is not None else "its queue of clients is full, and QEMU serves one at a time"
+        return f"QMP socket {self.path!r}: no QMP greeting within {CONNECT_TIMEOUT:g} s: {why}"
 
     def _check_socket(self) -> None:
         if len(os.fsencode(self.path)) > _SOCKET_PATH_MAX:
@@ -149,35 +220,39 @@ class QmpSession:
         if not stat.S_ISSOCK(mode):
             raise VmmUnreachable(f"QMP socket {self.path!r} is not a socket")
 
-    async def _listen(self, listener: EventListener) -> None:
-        async for event in listener:
-            data = event.get("data")
-            device = data.get("device") if isinstance(data, dict) else None
-            if not isinstance(device, str):
-                continue
-            if event["event"] == "DEVICE_DELETED":
-                self.left(device)
-            elif (future := self._leaving.pop(device, None)) is not None and not future.done():
-                text = f"the guest declined to let go of device {device} ({event['event']})"
-                future.set_exception(VmmRefused(text, step="device-gone", request={"device": device}, reply=dict(event)))
+    def _event(self, name: str, data: msgspec.Raw | None) -> None:
+        if name == "RESUME":
+            return self.on_resume()
+        if data is None or not (name == "DEVICE_DELETED" or name in _DECLINED):
+            return
+        try:
+            device = _left.decode(data).device
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return  # whoever waits asks again
+        if device is None:
+            return
+        if name == "DEVICE_DELETED":
+            self.left(device)
+        elif (future := self._leaving.pop(device, None)) is not None and not future.done():
+            text = f"the guest declined to let go of device {device} ({name})"
+            reply = {"event": name, "data": {"device": device}}
+            future.set_exception(VmmRefused(text, step="device-gone", request={"device": device}, reply=reply))
 
-    async def _watch(self, client: QMPClient) -> None:
-        while client.runstate is Runstate.RUNNING:
-            await client.runstate_changed()
-        self._watching[1:] = []  # this task ends by itself
-        await self._end(ConnectionLost(f"QMP socket {self.path!r}: the connection broke"))
-
-    async def _end(self, error: PyblockError) -> None:
-        client, self._client = self._client, None
-        watching, self._watching = self._watching, []
-        for task in watching:
-            task.cancel()
-        for future in self._leaving.values():
+    def _end(self, error: PyblockError) -> None:
+        self._connection = None
+        leaving, self._leaving = self._leaving, {}
+        for future in leaving.values():
             if not future.done():
                 future.set_exception(error)
-        self._leaving.clear()
-        if client is not None:
-            with contextlib.suppress(Exception):  # it raises whatever ended the connection, a UnicodeDecodeError for instance
-                await client.disconnect()
-        if watching:
-            await asyncio.wait(watching)
+
+
+def _why_silent(pid: int) -> str:
+    """What keeps a monitor from greeting, as far as can be told from here."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123 - of a file of one line
+            state = file.read().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        state = ""
+    if state in ("T", "t"):
+        return f"process {pid}, which has it open, is stopped"
+    return "another client may hold it, since QEMU serves one at a time (give pyblock a monitor of its own), or QEMU hangs"

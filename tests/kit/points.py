@@ -39,12 +39,12 @@ class Points:
     def _watch_qmp(self) -> None:
         execute = QmpSession.execute
 
-        async def watched(session: QmpSession, command: str, arguments: Mapping[str, Any] | None = None, *, step: str = "") -> Any:
+        async def watched(session: QmpSession, command: str, arguments: Mapping[str, Any] | None = None, **more: Any) -> Any:
             if command.startswith(LOOKING):
-                return await execute(session, command, arguments, step=step)
+                return await execute(session, command, arguments, **more)
             self.reach(f"before {command}")
             try:
-                return await execute(session, command, arguments, step=step)
+                return await execute(session, command, arguments, **more)
             finally:
                 self.reach(f"after {command}")
 

@@ -1,6 +1,7 @@
 """A unix-socket proxy before a QMP monitor, which writes down every command and can spoil one of them.
 
-A command is spoiled by its number in the order of sending (0 is the first after `expect`, qmp_capabilities counts) or by its name.
+Descriptors go through, each with the command that it came with. A command is spoiled by its name, or by its name and which of that name it
+is (0 is the first after `expect`).
 """
 
 from __future__ import annotations
@@ -8,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import socket
 from collections.abc import AsyncIterator, Callable
 from enum import Enum, auto
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-
-LINE_MAX = 64 << 20  # bytes of one QMP message
 
 
 class Fault(Enum):
@@ -41,20 +42,25 @@ class Proxy:
         self.held = asyncio.Event()
         self.let_go = asyncio.Event()
         self._fault: Fault | None = None
-        self._which: int | str = ""
+        self._which: str | tuple[str, int] = ""
         self._clients: set[asyncio.Task[None]] = set()
         self._free = asyncio.Lock()  # QEMU serves one client at a time
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_unix_server(self._serve, self.path, limit=LINE_MAX)
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        self._socket.bind(str(self.path))
+        self._socket.listen()
+        self._accepting = asyncio.create_task(self._accept())
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._server.close()
+        self._accepting.cancel()
+        await asyncio.wait([self._accepting])
+        self._socket.close()
         await self.drop()
         self.path.unlink(missing_ok=True)
 
-    def expect(self, fault: Fault | None = None, which: int | str = "") -> None:
+    def expect(self, fault: Fault | None = None, which: str | tuple[str, int] = "") -> None:
         """From here on commands are counted anew, and one is spoiled, once."""
         self.commands = []
         self._fault, self._which, self.struck = fault, which, False
@@ -68,45 +74,41 @@ class Proxy:
         if clients:
             await asyncio.wait(clients)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._clients.add(task)
-        try:
+    async def _accept(self) -> None:
+        while True:
+            client, _ = await asyncio.get_running_loop().sock_accept(self._socket)
+            task = asyncio.create_task(self._serve(client))
+            self._clients.add(task)
+            task.add_done_callback(self._clients.discard)
+
+    async def _serve(self, client: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with client, contextlib.suppress(OSError, asyncio.CancelledError):
+            client.setblocking(False)
             async with self._free:
-                up_reader, up_writer = await asyncio.open_unix_connection(self._target, limit=LINE_MAX)
-                try:
-                    await _Link(self, (reader, writer), (up_reader, up_writer)).run()
-                finally:
-                    up_writer.close()
-                    with contextlib.suppress(OSError):
-                        await up_writer.wait_closed()
-        except (OSError, asyncio.CancelledError):
-            pass
-        finally:
-            self._clients.discard(task)
-            writer.close()
+                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as qemu:
+                    await loop.sock_connect(qemu, str(self._target))
+                    await _Link(self, client, qemu).run()
 
     def _strikes(self, name: str) -> Fault | None:
         """Counts a command, and says what befalls it."""
-        number = len(self.commands)
+        number = self.commands.count(name)
         self.commands.append(name)
-        if self._fault is None or self.struck or self._which not in (number, name):
+        if self._fault is None or self.struck or self._which not in (name, (name, number)):
             return None
         self.struck = True
         return self._fault
 
 
-Stream = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-
-
 class _Link:
     """One client's connection and its own to QEMU."""
 
-    def __init__(self, proxy: Proxy, client: Stream, qemu: Stream) -> None:
+    def __init__(self, proxy: Proxy, client: socket.socket, qemu: socket.socket) -> None:
         self._proxy = proxy
-        self._reader, self._writer = client
-        self._up_reader, self._up_writer = qemu
+        self._client = client
+        self._qemu = qemu
+        self._loop = asyncio.get_running_loop()
+        self._descriptors: list[int] = []  # that came, and have not gone on
         self._instead: dict[Any, Callable[[bytes], bytes | None]] = {}  # by the ID of a command: what its reply becomes
 
     async def run(self) -> None:
@@ -121,6 +123,8 @@ class _Link:
             for way in ways:
                 way.cancel()
             await asyncio.wait(ways)
+            for descriptor in self._descriptors:
+                os.close(descriptor)
 
     async def _up(self) -> None:
         async for command in self._commands():
@@ -128,7 +132,7 @@ class _Link:
             match fault:
                 case Fault.REFUSE:
                     error = {"class": "GenericError", "desc": f"refused by the proxy: {command['execute']}"}
-                    self._writer.write(json.dumps({"error": error, "id": number}).encode() + b"\n")
+                    await self._loop.sock_sendall(self._client, json.dumps({"error": error, "id": number}).encode() + b"\n")
                     continue
                 case Fault.CLOSE_BEFORE:
                     return
@@ -145,13 +149,17 @@ class _Link:
                 case Fault.HOLD:
                     self._proxy.held.set()
                     await self._proxy.let_go.wait()
-            self._up_writer.write(json.dumps(command).encode() + b"\n")
-            await self._up_writer.drain()
+            data = json.dumps(command).encode() + b"\n"
+            if command["execute"] == "add-fd" and self._descriptors:
+                socket.send_fds(self._qemu, [data[:1]], [self._descriptors[0]])
+                os.close(self._descriptors.pop(0))
+                data = data[1:]
+            await self._loop.sock_sendall(self._qemu, data)
 
     async def _commands(self) -> AsyncIterator[dict[str, Any]]:
         """What the client sends; it need not end a command with a newline."""
         text = ""
-        while data := await self._reader.read(65536):
+        while data := await self._heard():
             text += data.decode()
             while text := text.lstrip():
                 try:
@@ -161,12 +169,32 @@ class _Link:
                 text = text[end:]
                 yield command
 
+    async def _heard(self) -> bytes:
+        """What the client sent; the descriptors that came with it are kept."""
+        readable = asyncio.Event()
+        self._loop.add_reader(self._client, readable.set)
+        try:
+            while True:
+                try:
+                    data, descriptors, _, _ = socket.recv_fds(self._client, 65536, 8)
+                    self._descriptors += descriptors
+                    return data
+                except BlockingIOError:
+                    readable.clear()
+                    await readable.wait()
+        finally:
+            self._loop.remove_reader(self._client)
+
     async def _down(self) -> None:
-        while line := await self._up_reader.readline():
-            passed: bytes | None = line
-            if self._instead and (change := self._instead.pop(json.loads(line).get("id"), None)):
-                passed = change(line)
-            if passed is None:
-                return
-            self._writer.write(passed)
-            await self._writer.drain()
+        rest = bytearray()
+        while data := await self._loop.sock_recv(self._qemu, 65536):
+            *lines, last = data.split(b"\n")
+            for line in lines:
+                passed: bytes | None = bytes(rest + line) + b"\n"
+                rest = bytearray()
+                if self._instead and (change := self._instead.pop(json.loads(passed or b"").get("id"), None)):
+                    passed = change(passed or b"")
+                if passed is None:
+                    return
+                await self._loop.sock_sendall(self._client, passed)
+            rest += last

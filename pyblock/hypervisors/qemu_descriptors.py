@@ -1,0 +1,175 @@
+"""The sets of descriptors in one QEMU: an image goes there as the open file that was claimed, and not as a path that may lead elsewhere.
+
+A set is marked with the image's identity, which outlives this process, and stays until its node has gone. What a killed process or a paused
+machine leaves behind is removed before the next image is passed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated
+
+import msgspec
+
+from pyblock.errors import VmmProtocolError, VmmRefused
+from pyblock.host import Identity, OpenedImage
+from pyblock.hypervisors.qmp import QmpSession
+
+_MARK = "pb:"
+_MARKED = re.compile(_MARK + r"([fb])([0-9a-f]{1,16}):([0-9a-f]{1,16})")
+_KINDS = {"f": "file", "b": "block"}
+_SET = re.compile(r"/dev/fdset/([0-9]{1,10})")
+_Number = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]  # `blockdev-add` reads the number of a set as an int of C
+
+
+class Passed(msgspec.Struct, frozen=True):
+    """Where an image went: the set's number, and the descriptor's in QEMU's process."""
+
+    set: _Number = msgspec.field(name="fdset-id")
+    descriptor: _Number = msgspec.field(name="fd")
+
+
+class _Member(msgspec.Struct, frozen=True):
+    opaque: str | None = None
+
+
+class MarkedSet(msgspec.Struct, frozen=True):
+    """A set as QEMU lists it."""
+
+    number: Annotated[int, msgspec.Meta(ge=0)] = msgspec.field(name="fdset-id")
+    members: list[_Member] = msgspec.field(name="fds")
+
+    @property
+    def image(self) -> Identity | None:
+        """The image that pyblock passed in it; None for a set of others."""
+        return next((image for one in self.members if (image := _image_behind(one.opaque)) is not None), None)
+
+
+class DescriptorSets:
+    """:param qmp: QEMU's monitor."""
+
+    def __init__(self, qmp: QmpSession) -> None:
+        self._qmp = qmp
+        self._sets: dict[str, int | None] = {}  # drive ID to the set that its node has open, None where it opened a path
+        self._unused: list[int] = []  # seen, and used by no node
+        self._look_again = False
+        self._one = asyncio.Lock()
+        qmp.on_resume = self._resumed
+
+    @property
+    def drive_ids(self) -> frozenset[str]:
+        """The drives of which it is known what their nodes have open."""
+        return frozenset(self._sets)
+
+    def learn(self, sets: Mapping[str, int | None], unused: Sequence[int], before: Collection[str]) -> None:
+        """Takes what QEMU was found to have.
+
+        :param sets: the set of each drive's node, None where it opened a path.
+        :param unused: those of ours that no node uses.
+        :param before: `drive_ids` when QEMU was asked; what came since is not in its answer.
+        """
+        self._sets = {name: number for name, number in self._sets.items() if name not in before} | dict(sets)
+        self._unused = list(unused)
+
+    def closed(self) -> None:
+        """Takes note that the connection is over. QEMU has what it has; it is asked again."""
+        self._sets.clear()
+        self._unused.clear()
+        self._one = asyncio.Lock()
+
+    async def pass_image(self, drive_id: str, image: OpenedImage) -> Passed | None:
+        """Hands the image's descriptor to QEMU. None where none arrives: a proxy passes none on, or QEMU can have no more open.
+
+        Raises VmmProtocolError when QEMU can be seen to have got something else; nothing is then left of it.
+        """
+        mark = f"{_MARK}{image.identity[0][0]}{image.identity[1]:x}:{image.identity[2]:x}"
+        async with self._one:
+            await self._sweep()
+            try:
+                raw = await self._qmp.execute("add-fd", {"opaque": mark}, step="backend-add", descriptor=image.fd, late=self._remove_late)
+            except VmmRefused as refusal:
+                if "SCM_RIGHTS" in refusal.reply["desc"]:
+                    return None
+                raise
+        passed = self._qmp.decoded(Passed, "add-fd", raw)
+        self._sets[drive_id] = passed.set
+        if is_open_as(self._qmp.peer, passed.descriptor, image) is False:
+            self.remove(drive_id)
+            raise VmmProtocolError(f"QMP socket {self._qmp.path!r}: QEMU got another file than {image.path!r} for drive {drive_id}")
+        return passed
+
+    def note(self, drive_id: str, number: int | None) -> None:
+        """Takes note of the set that a drive's node has open, None where it opened a path."""
+        self._sets[drive_id] = number
+
+    def remove(self, drive_id: str) -> None:
+        """Has the drive's set removed. Nobody waits for it: what is not carried out is found as unused."""
+        if (number := self._sets.pop(drive_id, None)) is not None:
+            self._qmp.send("remove-fd", {"fdset-id": number})
+
+    def _resumed(self) -> None:
+        self._look_again = True  # while it was stopped, QEMU 7.2 closed nothing that it was told to remove
+
+    async def _sweep(self) -> None:
+        """Removes what nobody uses. Commands are worked off in the order in which they are sent, so nothing else can get the number."""
+        if self._look_again:
+            self._look_again = False
+            self._unused = [each.number for each in await self._qmp.ask(list[MarkedSet], "query-fdsets") if each.image is not None]
+        unused, self._unused = self._unused, []
+        in_use = set(self._sets.values())
+        for number in unused:
+            if number not in in_use:
+                self._qmp.send("remove-fd", {"fdset-id": number})
+
+    def _remove_late(self, raw: msgspec.Raw) -> None:
+        with contextlib.suppress(VmmProtocolError):
+            self._qmp.send("remove-fd", {"fdset-id": self._qmp.decoded(Passed, "add-fd", raw).set})
+
+
+def set_behind(file: str) -> int | None:
+    """The number of the set that a block node of that file has open; None for another file."""
+    found = _SET.fullmatch(file)
+    return int(found[1]) if found else None
+
+
+def is_open_as(pid: int, descriptor: int, image: OpenedImage) -> bool | None:
+    """Whether that descriptor of a process is the image; None where that cannot be seen."""
+    if pid in (0, os.getpid()):  # not known, or a pair of sockets that this process made
+        return None
+    try:
+        return _is_same(os.stat(f"/proc/{pid}/fd/{descriptor}"), os.fstat(image.fd))  # noqa: PTH116
+    except OSError:
+        return None
+
+
+def has_open(pid: int, image: OpenedImage) -> bool | None:
+    """Whether a process has the image open (True), or something else under the image's path (False); None where neither can be seen."""
+    if pid in (0, os.getpid()):
+        return None
+    other, wanted = None, os.fstat(image.fd)
+    try:
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                if _is_same(os.stat(entry.path), wanted):  # noqa: PTH116
+                    return True
+                if os.readlink(entry.path) == image.path:  # noqa: PTH115
+                    other = False
+    except OSError:
+        return None
+    return other
+
+
+def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
+    if stat.S_ISBLK(other.st_mode):
+        return stat.S_ISBLK(one.st_mode) and one.st_rdev == other.st_rdev
+    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
+
+
+def _image_behind(opaque: str | None) -> Identity | None:
+    found = _MARKED.fullmatch(opaque or "")
+    return (_KINDS[found[1]], int(found[2], 16), int(found[3], 16)) if found else None
