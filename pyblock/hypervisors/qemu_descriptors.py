@@ -35,6 +35,7 @@ class Passed(msgspec.Struct, frozen=True):
 
 
 class _Member(msgspec.Struct, frozen=True):
+    fd: int
     opaque: str | None = None
 
 
@@ -153,11 +154,11 @@ def has_open(pid: int, image: OpenedImage) -> bool | None:
         return None
     other, wanted = None, os.fstat(image.fd)
     try:
-        for entry in os.scandir(f"/proc/{pid}/fd"):
+        for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208
             with contextlib.suppress(OSError):
-                if _is_same(os.stat(entry.path), wanted):  # noqa: PTH116
+                if _is_same(os.stat(f"/proc/{pid}/fd/{name}"), wanted):  # noqa: PTH116
                     return True
-                if os.readlink(entry.path) == image.path:  # noqa: PTH115
+                if os.readlink(f"/proc/{pid}/fd/{name}") == image.path:  # noqa: PTH115
                     other = False
     except OSError:
         return None

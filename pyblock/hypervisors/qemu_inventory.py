@@ -30,8 +30,8 @@ _MEMORY = re.compile(r"child<memory-backend-.*>")
 
 
 class _Node(msgspec.Struct, frozen=True):
+    file: str
     name: str | None = msgspec.field(name="node-name", default=None)
-    file: str = ""
 
 
 class _Inserted(msgspec.Struct, frozen=True):
@@ -39,6 +39,7 @@ class _Inserted(msgspec.Struct, frozen=True):
 
 
 class _Block(msgspec.Struct, frozen=True):
+    device: str
     qdev: str | None = None
     inserted: _Inserted | None = None
 

@@ -164,9 +164,12 @@ async def bus_numbers(qmp: QmpSession) -> dict[tuple[Hop, ...], int]:
 async def properties(qmp: QmpSession, path: str) -> dict[str, str]:
     """Name to type; empty for an object that left while it was being looked at."""
     try:
-        return {entry.name: entry.type for entry in await qmp.ask(list[Property], "qom-list", {"path": path})}
+        listed = {entry.name: entry.type for entry in await qmp.ask(list[Property], "qom-list", {"path": path})}
     except VmmRefused:
         return {}
+    if "type" not in listed:  # every object has that
+        raise VmmProtocolError(f"QMP socket {qmp.path!r}: the list of {path} is none, for it has no type", sent=True)
+    return listed
 
 
 async def get_property(qmp: QmpSession, path: str, name: str, kind: type[Value]) -> Value | None:

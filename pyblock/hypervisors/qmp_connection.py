@@ -185,8 +185,7 @@ class Connection:
         self._answered(self._passing)
         for request in asked.values():
             if not request.future.done():
-                request.future.set_exception(self._lost(request, error))
-                request.future.exception()  # it may be that nobody asks
+                _fail(request.future, self._lost(request, error))
         if not self._greeting.done():
             self._greeting.set_exception(error)
         self._on_end(error)
@@ -289,20 +288,23 @@ class Connection:
         if future.cancelled():
             if request.late is not None and message.returned is not msgspec.UNSET:
                 request.late(message.returned)
+        elif (message.error is msgspec.UNSET) == (message.returned is msgspec.UNSET):
+            text = f"{self._where}: the reply to {request.command} has to say either what it returns or what is wrong"
+            _fail(future, VmmProtocolError(text, sent=True))
         elif message.error is not msgspec.UNSET:
-            future.set_exception(_refused(request, message.error))
-            future.exception()  # it may be that nobody asks
+            _fail(future, _refused(request, message.error))
         elif message.returned is not msgspec.UNSET:
             future.set_result(message.returned)
-        else:
-            text = f"{self._where}: the reply to {request.command} says neither what it returns nor what is wrong"
-            future.set_exception(VmmProtocolError(text, sent=True))
-            future.exception()
 
     def _answered(self, request: Request | None) -> None:
         if request is not None and request is self._passing:
             self._passing = None
             self._passed.set()
+
+
+def _fail(future: asyncio.Future[msgspec.Raw], error: PyblockError) -> None:
+    future.set_exception(error)
+    future.exception()  # it may be that nobody asks
 
 
 def _refused(request: Request, refusal: Refusal) -> VmmRefused:

@@ -40,6 +40,8 @@ class Machine:
     Buses for hot-plug: `scsi0.0`; on q35 the root ports `rp0`, `rp1`, …; on pc `pci.0` and the bridges `br0`, `br1`, …
     A PCI unplug that nobody answers: a bare machine (for ever), `guest.ignore_pci()`, `side.command("stop")` until "cont", or for ever
     in a running guest: `kernel_arguments="acpiphp.disable=1 pcie_ports=compat"`.
+
+    :param before: a command that becomes QEMU, such as `unshare -m …`.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Machine:
         shared_memory: bool = False,
         kernel_arguments: str = "",
         extra: Sequence[str] = (),
+        before: Sequence[str] = (),
         boot_timeout: float = 120,
     ) -> None:
         qemu = find_qemu()
@@ -74,7 +77,7 @@ class Machine:
 
         options = [machine, "accel=tcg"]
         memory = f"size={MEMORY}"
-        self.arguments = [qemu, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-smp", "1", "-nic", "none"]
+        self.arguments = [*before, qemu, "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-smp", "1", "-nic", "none"]
         if shared_memory:  # a vhost-user backend maps the guest's memory
             options.append("memory-backend=mem")
             self.arguments += ["-object", f"memory-backend-memfd,id=mem,size={MEMORY},share=on"]
@@ -85,7 +88,7 @@ class Machine:
         for path in (self.qmp_path, self.side_qmp_path):
             self.arguments += ["-qmp", f"unix:{path},server=on,wait=off"]
         if scsi:
-            self.arguments += ["-device", "virtio-scsi-pci,id=scsi0"]
+            self.arguments += ["-device", f"virtio-scsi-{'device' if machine == 'microvm' else 'pci'},id=scsi0"]
         for number in range(ports if machine == "q35" else 0):
             self.arguments += ["-device", f"pcie-root-port,id=rp{number},chassis={number + 1},slot={number + 1}"]
         for number in range(bridges if machine == "pc" else 0):

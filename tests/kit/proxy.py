@@ -28,6 +28,7 @@ class Fault(Enum):
     DELAY = auto()  # the reply comes late
     SILENCE = auto()  # QEMU never sees it, nothing is answered
     MUTE = auto()  # QEMU carries it out, nothing is answered
+    ODD = auto()  # QEMU carries it out, the reply is `odd` with the command's ID
     HOLD = auto()  # `held` is set, and it is forwarded once `let_go` is
 
 
@@ -41,6 +42,8 @@ class Proxy:
         self.struck = False
         self.held = asyncio.Event()
         self.let_go = asyncio.Event()
+        self.odd: Any = None  # what takes the place of a reply; an ID is put into an object
+        self.passes_descriptors = True
         self._fault: Fault | None = None
         self._which: str | tuple[str, int] = ""
         self._clients: set[asyncio.Task[None]] = set()
@@ -144,13 +147,16 @@ class _Link:
                     self._instead[number] = lambda _: b"\x00\xff no JSON {\n"
                 case Fault.MUTE:
                     self._instead[number] = lambda _: b""
+                case Fault.ODD:
+                    odd = {**self._proxy.odd, "id": number} if isinstance(self._proxy.odd, dict) else self._proxy.odd
+                    self._instead[number] = lambda _, odd=odd: json.dumps(odd).encode() + b"\n"  # type: ignore[misc]
                 case Fault.DELAY:
                     await asyncio.sleep(0.02)
                 case Fault.HOLD:
                     self._proxy.held.set()
                     await self._proxy.let_go.wait()
             data = json.dumps(command).encode() + b"\n"
-            if command["execute"] == "add-fd" and self._descriptors:
+            if command["execute"] == "add-fd" and self._descriptors and self._proxy.passes_descriptors:
                 socket.send_fds(self._qemu, [data[:1]], [self._descriptors[0]])
                 os.close(self._descriptors.pop(0))
                 data = data[1:]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from typing import Any, cast
@@ -30,7 +31,7 @@ DRIVE = f"drive-{ID}"
 ENOUGH = 60.0  # seconds: a deadline that is not meant to pass
 PASSES = 0.05  # seconds: one that has to pass, since no answer comes
 DRIVERS = ["virtio-scsi", "virtio-blk", "nvdimm"]
-FAULTS = [fault for fault in Fault if fault is not Fault.HOLD]
+FAULTS = [fault for fault in Fault if fault not in (Fault.HOLD, Fault.ODD)]
 TOO_EARLY = "the deadline passed before the fault struck"
 UNANSWERED = (Fault.SILENCE, Fault.MUTE)
 PENDING = (Phase.ATTACH_PENDING, Phase.DETACH_PENDING)
@@ -207,6 +208,64 @@ async def test_every_command_of_an_attach(bench: Bench, driver: str, fault: Faul
         assert outcomes["qmp_capabilities"] <= {"VmmUnreachable", "VmmProtocolError"}
     if fault is Fault.REFUSE:
         assert outcomes["device_add"] == {"VmmRefused"}
+
+
+# Replies that QMP allows, and that are none to what was asked; and some that it does not allow.
+VALUES: list[Any] = [5, None, "text", [], {}, [5], [None], [{}], [[]], {"return": {}}, -1, 2**70, 1.5, True]
+VALUES += [[{"name": 5, "type": 5}], [{"node-name": 5}], [{"qdev": 5}], [{"bus": 0, "devices": 5}], [{"type": "nvdimm"}]]
+VALUES += [{"fd": "x", "fdset-id": 1}, {"fd": 1, "fdset-id": -1}, {"fd": 1}, [{"fdset-id": 1, "fds": 5}]]
+ERRORS: list[Any] = [5, None, "text", [], {}, {"class": 5, "desc": 5}, {"class": "GenericError"}, {"desc": "text"}]
+ODD: list[Any] = [{"return": value} for value in VALUES] + [{"error": value} for value in ERRORS]
+ODD += [{}, {"return": {}, "error": {"class": "GenericError", "desc": "both"}}, [], 5, None, "text", {"event": 5}, {"QMP": {}}]
+
+
+EVERY = 1 if os.environ.get("PYBLOCK_LONG") else 7  # else each command gets some of them, and each of them befalls some commands
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_odd_replies_to_an_attach(bench: Bench, driver: str) -> None:
+    """Nothing but our errors comes out, and what is known agrees with what is there."""
+    commands = await commands_of_attach(bench, driver)
+    every = EVERY if driver == "virtio-scsi" else 4 * EVERY  # the rest is the same code
+    for number, command in enumerate(commands):
+        for odd in ODD[number % every :: every]:
+            bench.proxy.odd = odd
+            try:
+                await attach_spoiled(bench, driver, Fault.ODD, (command, commands[:number].count(command)), ENOUGH)
+            except BaseException as error:
+                error.add_note(f"{odd!r} to {command}")
+                raise
+
+
+async def test_odd_replies_to_a_detach(bench: Bench) -> None:
+    for command in ("device_del", "blockdev-del", "remove-fd"):
+        for odd in ODD:
+            bench.proxy.odd = odd
+            try:
+                await detach_spoiled(bench, Fault.ODD, command, ENOUGH)
+            except BaseException as error:
+                error.add_note(f"{odd!r} to {command}")
+                raise
+
+
+async def test_odd_replies_to_reconcile(bench: Bench) -> None:
+    """Another sandbox is asked all the same, and nothing of the first is believed to be gone."""
+    async with bench.sandbox("virtio-scsi") as sandbox:
+        await sandbox.attach(bench.image, device_id=ID, timeout=ENOUGH)
+        bench.proxy.expect()
+        await sandbox.reconcile()
+        commands, before = list(bench.proxy.commands), [str(one) for one in sandbox.devices]
+        for number, command in enumerate(commands):
+            for odd in ODD[number % EVERY :: EVERY]:
+                bench.proxy.odd = odd
+                bench.proxy.expect(Fault.ODD, (command, commands[:number].count(command)))
+                with contextlib.suppress(PyblockError):
+                    await sandbox.reconcile()
+                assert [str(one) for one in sandbox.devices] == before, (command, odd)
+        bench.proxy.expect()
+        assert await sandbox.reconcile() == []
+        await sandbox.detach(ID, timeout=ENOUGH)
+        nothing_left(bench, sandbox)
 
 
 async def detach_spoiled(bench: Bench, fault: Fault, command: str, passes: float) -> str:
