@@ -14,7 +14,7 @@ import samples
 from kit import Machine
 from snapshot import drive_ids
 
-from pyblock import BlockDevice, DeviceConflict, Sandbox
+from pyblock import BlockDevice, DeviceConflict, Sandbox, SlotsExhausted, UnknownDriver
 from pyblock.hypervisors.base import Inventory
 from pyblock.hypervisors.qemu import QemuHypervisor
 from pyblock.recovery import Found, Outcome
@@ -184,3 +184,31 @@ async def test_an_orphan_that_was_removed_is_forgotten(bare_machine: Machine) ->
         assert "drive-q" not in names(bare_machine)["nodes"]
         device = await sandbox.attach(image, device_id="q", timeout=ENOUGH)
         assert (device.held.id, device.held.index) == ("drive-q", 0)
+
+
+async def test_a_controller_that_is_not_on_pci(start_machine: Start, store: SqliteStore) -> None:
+    """QEMU's microvm has no PCI: its SCSI controller sits on a virtio-mmio bus."""
+    machine = start_machine("microvm", guest=False)
+    async with Sandbox("one", f"qemu:{machine.qmp_path}", store=store) as sandbox:
+        devices = await sandbox.attach_many([machine.image(name) for name in "abc"], timeout=ENOUGH)
+        assert [device.held.scsi_addr for device in devices] == ["0:0", "0:1", "0:2"]
+        with pytest.raises(SlotsExhausted):
+            await sandbox.attach(machine.image("d"), driver="virtio-blk", timeout=ENOUGH)
+        await sandbox.detach_many(devices, timeout=ENOUGH)
+        assert not sandbox.devices and not list(sandbox.index)
+
+
+async def test_no_controller_at_all(start_machine: Start) -> None:
+    machine = start_machine("microvm", guest=False, scsi=False)
+    async with Sandbox("one", f"qemu:{machine.qmp_path}", store=None) as sandbox:
+        with pytest.raises(UnknownDriver, match="virtio-scsi-device"):
+            await sandbox.attach(machine.image("a"), timeout=ENOUGH)
+        assert not sandbox.devices
+
+
+async def test_controllers_without_an_id(start_machine: Start) -> None:
+    machine = start_machine(guest=False, scsi=False, extra=["-device", "virtio-scsi-pci", "-device", "virtio-scsi-pci"])
+    async with Sandbox("one", f"qemu:{machine.qmp_path}", store=None) as sandbox:
+        device = await sandbox.attach(machine.image("a"), timeout=ENOUGH)
+        assert device.held.slot == "scsi.0"
+        await sandbox.detach(device, timeout=ENOUGH)

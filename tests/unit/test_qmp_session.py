@@ -1,0 +1,348 @@
+"""A session against servers that send too much, too little, or what would drive a terminal: nothing grows, and each is told by name."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from pyblock import ConnectionLost, VmmProtocolError, VmmRefused, VmmUnreachable
+from pyblock.hypervisors import qmp, qmp_connection
+from pyblock.hypervisors.qmp import QmpSession
+
+pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
+
+GREETING = b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}\r\n'
+EVENT = b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "BLOCK_IO_ERROR", "data": {"device": "drive-x", "reason": "no"}}\r\n'
+ENOUGH = 60.0  # seconds: a deadline that is not meant to pass
+
+Command = dict[str, Any]
+Answer = Callable[[Command, asyncio.StreamWriter], Awaitable[None]]
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="pyblock-") as folder:  # short: a unix socket's path ends at 107 bytes
+        yield Path(folder, "qmp")
+
+
+def reply(command: Command, value: Any = None) -> bytes:
+    return json.dumps({"return": {} if value is None else value, "id": command["id"]}).encode() + b"\r\n"
+
+
+@asynccontextmanager
+async def monitor(path: Path, answer: Answer) -> AsyncIterator[None]:
+    """Greets, takes capabilities, and leaves the rest to `answer`."""
+    clients: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        clients.add(task)
+        try:
+            writer.write(GREETING)
+            while line := await reader.readline():
+                command = json.loads(line)
+                if command["execute"] == "qmp_capabilities":
+                    writer.write(reply(command))
+                else:
+                    await answer(command, writer)
+        except (OSError, asyncio.CancelledError):
+            pass
+        finally:
+            clients.discard(task)
+            writer.close()
+
+    listening = await asyncio.start_unix_server(serve, path)
+    try:
+        yield
+    finally:
+        listening.close()
+        for client in list(clients):
+            client.cancel()
+        if clients:
+            await asyncio.wait(clients)
+
+
+async def answered(command: Command, writer: asyncio.StreamWriter) -> None:
+    writer.write(reply(command))
+
+
+@asynccontextmanager
+async def opened(path: Path, answer: Answer = answered) -> AsyncIterator[QmpSession]:
+    session = QmpSession(str(path))
+    async with monitor(path, answer):
+        try:
+            yield session
+        finally:
+            await session.close()
+
+
+async def test_events_are_kept_nowhere(path: Path) -> None:
+    """50,000 of them, below what a peer may send at once, beside commands that are answered."""
+
+    async def talkative(command: Command, writer: asyncio.StreamWriter) -> None:
+        for _ in range(50):
+            writer.write(EVENT * 100)
+            await writer.drain()
+        writer.write(reply(command))
+
+    async with opened(path, talkative) as session:
+        await session.execute("query-status")
+        gc.collect()
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            for _ in range(9):
+                await session.execute("query-status")
+            gc.collect()
+            after, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert after - before < 500_000  # one byte an event would be 45,000 bytes, qemu.qmp's 1.7 KB 75 MB
+
+
+async def test_a_flood_loses_its_connection(path: Path) -> None:
+    sent = 0
+
+    async def flood(command: Command, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        while sent < 1_000_000:
+            writer.write(EVENT * 1000)
+            await writer.drain()
+            sent += 1000
+
+    async with opened(path, flood) as session:
+        gone = await session.leaving("drive-x")
+        with pytest.raises(VmmProtocolError, match="events within") as caught:
+            await session.execute("query-status")
+        assert caught.value.sent
+        assert sent < 1_000_000
+        with pytest.raises(VmmProtocolError):
+            await gone
+
+
+async def test_a_line_without_end(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmp_connection, "LINE_MAX", 1 << 20)
+
+    async def endless(command: Command, writer: asyncio.StreamWriter) -> None:
+        while True:
+            writer.write(b"x" * 65536)
+            await writer.drain()
+
+    async with opened(path, endless) as session:
+        with pytest.raises(VmmProtocolError, match="over 1048576 bytes"):
+            await session.execute("query-status")
+
+
+async def test_a_peer_that_does_not_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmp_connection, "UNSENT_MAX", 1 << 20)
+
+    async def deaf(command: Command, writer: asyncio.StreamWriter) -> None:
+        await asyncio.Event().wait()
+
+    async with opened(path, deaf) as session:
+        going: list[asyncio.Future[Any]] = []
+        with pytest.raises(VmmUnreachable, match="wait to be read"):
+            for _ in range(1000):
+                task = asyncio.ensure_future(session.execute("x", {"text": "x" * 10_000}))
+                going.append(task)
+                await asyncio.sleep(0)
+                if task.done():
+                    task.result()
+        await session.close()
+        ends = await asyncio.gather(*going, return_exceptions=True)
+        assert {type(end) for end in ends} == {ConnectionLost, VmmUnreachable}  # some were on their way, the others were not sent
+
+
+class Node(msgspec.Struct):
+    name: str = msgspec.field(name="node-name")
+
+
+async def test_a_large_reply_is_read_in_linear_time(path: Path) -> None:
+    """Twice as much takes about twice as long: what was read is not looked at again with every piece that comes."""
+    node = {"node-name": "drive-x", "file": "x" * 800}
+
+    async def large(command: Command, writer: asyncio.StreamWriter) -> None:
+        writer.write(reply(command, [node] * command["arguments"]["count"]))
+
+    async with opened(path, large) as session:
+        costs = []
+        for count in (1, 2_500, 40_000):
+            begun = time.process_time()
+            assert len(await session.ask(list[Node], "query", {"count": count})) == count
+            costs.append(time.process_time() - begun)
+        assert costs[2] < 16 * costs[1] * 4  # quadratic would be 256 times as much
+
+
+async def test_replies_of_an_earlier_client(path: Path) -> None:
+    async def stray(command: Command, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'{"return": {"fd": 5}, "id": 3}\r\n{"return": {}, "id": "libvirt-7"}\r\n' + reply(command, {"node-name": "x"}))
+
+    async with opened(path, stray) as session:
+        assert (await session.ask(Node, "query")).name == "x"
+
+
+async def test_a_command_that_was_cancelled_is_answered_to_nobody(path: Path) -> None:
+    held = asyncio.Event()
+
+    async def slow(command: Command, writer: asyncio.StreamWriter) -> None:
+        if command["execute"] == "slow":
+            await held.wait()
+        writer.write(reply(command, {"node-name": command["execute"]}))
+
+    async with opened(path, slow) as session:
+        late: list[bytes] = []
+        await session.execute("first")
+        task = asyncio.create_task(session.execute("slow", late=lambda raw: late.append(bytes(raw))))
+        await asyncio.sleep(0)
+        other = asyncio.create_task(session.ask(Node, "other"))
+        await asyncio.sleep(0)
+        task.cancel()
+        held.set()
+        assert (await other).name == "other"
+        await asyncio.wait([task])
+        assert task.cancelled()
+        assert late == [b'{"node-name": "slow"}']
+
+
+async def test_what_would_drive_a_terminal_is_escaped(path: Path) -> None:
+    async def rude(command: Command, writer: asyncio.StreamWriter) -> None:
+        error = {"class": "Generic\x1b[2J", "desc": "Could not open '\x1b]0;owned\x07\u202egmi.\n" + "x" * 10_000}
+        writer.write(json.dumps({"error": error, "id": command["id"]}).encode() + b"\r\n")
+
+    async with opened(path, rude) as session:
+        with pytest.raises(VmmRefused) as caught:
+            await session.execute("blockdev-add")
+    for text in (str(caught.value), caught.value.reply["desc"], caught.value.reply["class"]):
+        assert text.isprintable() and len(text) < 1000
+    assert "owned" in str(caught.value)
+
+
+async def test_each_descriptor_goes_with_its_own_command(path: Path) -> None:
+    """The next is sent when the one before is answered, also when whoever sent that has gone."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        listening.setblocking(False)
+        session = QmpSession(str(path))
+        files = [os.open("/dev/null", os.O_RDONLY), os.open("/dev/zero", os.O_RDONLY)]
+        loop = asyncio.get_running_loop()
+        try:
+            first = asyncio.create_task(session.execute("add-fd", {"opaque": "null"}, descriptor=files[0]))
+            peer, _ = await loop.sock_accept(listening)
+            with peer:
+                peer.setblocking(True)
+                peer.settimeout(ENOUGH)
+                peer.sendall(GREETING)
+                peer.setblocking(False)
+                command = json.loads(await loop.sock_recv(peer, 65536))
+                await loop.sock_sendall(peer, reply(command))
+                await until_readable(peer)
+                data, got, _, _ = socket.recv_fds(peer, 65536, 8)
+                second = asyncio.create_task(session.execute("add-fd", {"opaque": "zero"}, descriptor=files[1]))
+                first.cancel()
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                with pytest.raises(BlockingIOError):
+                    peer.recv(1)
+                await loop.sock_sendall(peer, reply(json.loads(data)))
+                await until_readable(peer)
+                data, more, _, _ = socket.recv_fds(peer, 65536, 8)
+                await loop.sock_sendall(peer, reply(json.loads(data)))
+                await second
+                assert json.loads(data)["arguments"]["opaque"] == "zero"
+                assert [str(Path(f"/proc/self/fd/{fd}").readlink()) for fd in got + more] == ["/dev/null", "/dev/zero"]
+                for fd in got + more:
+                    os.close(fd)
+        finally:
+            await session.close()
+            for fd in files:
+                os.close(fd)
+
+
+async def until_readable(peer: socket.socket) -> None:
+    readable = asyncio.Event()
+    asyncio.get_running_loop().add_reader(peer, readable.set)
+    try:
+        async with asyncio.timeout(ENOUGH):
+            await readable.wait()
+    finally:
+        asyncio.get_running_loop().remove_reader(peer)
+
+
+# A monitor that does not greet.
+
+
+async def test_a_monitor_that_another_client_holds(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmp, "CONNECT_TIMEOUT", 0.05)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        session = QmpSession(str(path))
+        with pytest.raises(VmmUnreachable, match=r"no QMP greeting .*another client may hold it"):
+            await session.execute("query-status")
+        going = asyncio.create_task(session.execute("query-status"))
+        while not session.waits_for:
+            await asyncio.sleep(0)
+        assert "another client" in session.waits_for  # for whoever has a deadline of its own
+        going.cancel()
+        await session.close()
+
+
+async def test_a_monitor_whose_queue_is_full(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel refuses a further client at once; it is tried again until the time is up, or there is a place."""
+    monkeypatch.setattr(qmp, "CONNECT_TIMEOUT", 0.2)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen(0)
+        crowd = []
+        try:
+            while True:
+                client = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+                crowd.append(client)
+                client.connect(str(path))
+        except BlockingIOError:
+            pass
+        session = QmpSession(str(path))
+        with pytest.raises(VmmUnreachable, match="queue of clients is full"):
+            await session.execute("query-status")
+        for client in crowd:
+            client.close()
+        await session.close()
+
+
+STOPPED = (
+    "import os, signal, socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); print(flush=True); signal.pause()"
+)
+
+
+async def test_a_process_that_is_stopped_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmp, "CONNECT_TIMEOUT", 0.05)
+    with subprocess.Popen([sys.executable, "-c", STOPPED, str(path)], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            process.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+            session = QmpSession(str(path))
+            with pytest.raises(VmmUnreachable, match=f"process {process.pid}, which has it open, is stopped"):
+                await session.execute("query-status")
+            await session.close()
+        finally:
+            process.kill()
