@@ -24,7 +24,7 @@ from pyblock.operation import Operation
 
 if TYPE_CHECKING:
     from pyblock.generic import GenericDevice
-    from pyblock.host import Identity
+    from pyblock.lineage import Identity
     from pyblock.model import BlockDrive, DeviceInfo
     from pyblock.state import DeviceState
 
@@ -147,6 +147,7 @@ class BlockDevice:
     :ivar id: the device ID.
     :ivar info: what the caller asked for.
     :ivar identity: what makes two devices the same; None for one out of a saved state whose image was not looked at.
+    :ivar under: what lies under it, and its other names.
     :ivar drive: how the receiver presents it; None while it is detached.
     :ivar phase: where it stands in LIFE.
     :ivar attach_count: attaches that no detach stands against yet.
@@ -154,12 +155,13 @@ class BlockDevice:
     :ivar saved: the saved state it came from, kept for what pyblock does not know; None otherwise.
     """
 
-    __slots__ = ("_operation", "attach_count", "drive", "id", "identity", "info", "phase", "ref_count", "saved")
+    __slots__ = ("_operation", "attach_count", "drive", "id", "identity", "info", "phase", "ref_count", "saved", "under")
 
-    def __init__(self, device_id: str, info: DeviceInfo, identity: Identity | None = None) -> None:
+    def __init__(self, device_id: str, info: DeviceInfo, identity: Identity | None = None, under: tuple[Identity, ...] = ()) -> None:
         self.id = device_id
         self.info = info
         self.identity = identity
+        self.under = under
         self.drive: BlockDrive | None = None
         self.phase = Phase.DETACHED
         self.attach_count = 0

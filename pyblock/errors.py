@@ -147,7 +147,8 @@ class UnknownSandbox(CallerError, KeyError):
 
 
 class ImageInUse(CallerError):
-    """Another sandbox of this host has claimed the image: one may write it, or many may read it. The message names the holder."""
+    """Another sandbox of this host has claimed the image, or somebody what lies under it or on it: one may write it, or many may read it.
+    The message names the holder."""
 
 
 class StateError(CallerError):

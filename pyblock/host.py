@@ -1,7 +1,8 @@
 """The host's side of a device: what a path really is, when two paths are the same thing, and the thing itself, opened.
 
-A block special is its major:minor, a file its (st_dev, st_ino): never its spelling. Whatever is said of an image comes from one descriptor
-on it, so that a path which means something else a moment later changes nothing about what was said.
+A block special is its major:minor (a loop device what it is a loop over), a file its (st_dev, st_ino): never its spelling. Whatever is
+said of an image comes from one descriptor on it, so that a path which means something else a moment later changes nothing about what was
+said.
 
 The path that is kept is the caller's, put behind the working directory where it was relative, and otherwise as it is: it is what the
 caller looks for in a listing (`/dev/disk/by-id/…`, what another program wrote down), and the kernel resolves it as it did the first time,
@@ -12,15 +13,14 @@ Since what a path leads to may change, it is opened anew for each attach, and co
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from types import TracebackType
 from typing import NamedTuple, Self
 
 from pyblock.errors import DescriptorsExhausted, ImageReplaced, InvalidImage
+from pyblock.lineage import SYSFS_BLOCK, USED_UP, Identity, Lineage, identity_from, in_words, lineage_of
 
-_SYSFS_BLOCK = "/sys/dev/block"
 _SECTOR = 512  # bytes: the unit of a block device's `size` in sysfs, whatever the disk's own sector size
 
 _WHAT = {
@@ -29,11 +29,6 @@ _WHAT = {
     stat.S_IFCHR: "a character device",
     stat.S_IFSOCK: "a socket",
 }
-_USED_UP = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
-
-
-# What makes two devices the same one: ("block", major, minor) or ("file", st_dev, st_ino).
-Identity = tuple[str, int, int]
 
 
 class HostImage(NamedTuple):
@@ -42,15 +37,20 @@ class HostImage(NamedTuple):
     :ivar path: absolute.
     :ivar identity: what makes it the same image.
     :ivar size: bytes.
+    :ivar under: what lies under it, and its other names: who writes there writes to it.
+    :ivar number: major and minor of a block special; None for a file.
     """
 
     path: str
     identity: Identity
     size: int
+    under: tuple[Identity, ...] = ()
+    number: tuple[int, int] | None = None
 
     @property
     def is_block(self) -> bool:
-        return self.identity[0] == "block"
+        """True for a block special, whatever is behind it; False for a file."""
+        return self.number is not None
 
 
 class OpenedImage:
@@ -59,16 +59,19 @@ class OpenedImage:
     :ivar fd: the descriptor, read-only or for reading and writing as the drive is; -1 when it is closed.
     :ivar path: absolute.
     :ivar identity: what makes it the same image.
+    :ivar under: what lies under it.
     :ivar size: bytes, when it was opened.
+    :ivar is_block: True for a block special, whatever is behind it; False for a file.
     """
 
-    __slots__ = ("fd", "identity", "path", "size")
+    __slots__ = ("fd", "identity", "is_block", "path", "size", "under")
 
-    def __init__(self, fd: int, path: str, identity: Identity, size: int) -> None:
+    def __init__(self, fd: int, path: str, lineage: Lineage, size: int, *, is_block: bool) -> None:
         self.fd = fd
         self.path = path
-        self.identity = identity
+        self.identity, self.under = lineage.identity, lineage.under
         self.size = size
+        self.is_block = is_block
 
     def __repr__(self) -> str:
         return f"<OpenedImage {self.path!r} {self.identity} fd={self.fd}>"
@@ -79,16 +82,15 @@ class OpenedImage:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    @property
-    def is_block(self) -> bool:
-        """True for a block special, False for a file."""
-        return self.identity[0] == "block"
-
     def check_path(self) -> None:
         """For whoever can only be told the path. Raises ImageReplaced when it leads to something else by now."""
-        if (now := identity_of(self.path)) != self.identity:
-            text = _words(now) if now is not None else "nothing that is a disk"
-            raise ImageReplaced(f"what is at {self.path!r} now ({text}) is not what was claimed ({_words(self.identity)}); attach it again")
+        try:
+            now = identity_from(os.stat(self.path))  # noqa: PTH116
+        except OSError:
+            now = None
+        if now != identity_from(os.fstat(self.fd)):
+            text = in_words(now) if now is not None else "nothing that is a disk"
+            raise ImageReplaced(f"what is at {self.path!r} now ({text}) is not what was claimed ({in_words(self.identity)}); attach it again")
 
     def close(self) -> None:
         """Closes the descriptor; once is enough, twice does no harm."""
@@ -97,15 +99,17 @@ class OpenedImage:
             os.close(fd)
 
 
-def identity_of(path: str) -> Identity | None:
-    """The identity of a file or block special; None when there is none, or it cannot be looked at."""
+def find_lineage(path: str) -> Lineage | None:
+    """What the file or block special there is, and what lies under it; None when there is none, or it cannot be looked at. Raises
+    DescriptorsExhausted."""
     try:
-        return _identity(os.stat(path))  # noqa: PTH116
+        identity = identity_from(os.stat(path))  # noqa: PTH116
     except (OSError, ValueError):
         return None
+    return lineage_of(identity) if identity is not None else None
 
 
-def block_special_path(major: int, minor: int, *, sysfs: str = _SYSFS_BLOCK) -> str:
+def block_special_path(major: int, minor: int, *, sysfs: str = SYSFS_BLOCK) -> str:
     """The path under /dev of the block special major:minor, out of `/sys/dev/block/M:m/uevent`. Raises InvalidImage when there is none."""
     where = f"{sysfs}/{major}:{minor}/uevent"
     try:
@@ -119,19 +123,26 @@ def block_special_path(major: int, minor: int, *, sysfs: str = _SYSFS_BLOCK) -> 
 
 
 def inspect_image(path: str, *, read_only: bool) -> HostImage:
-    """Looks at a disk image or host block special. Does not open it for reading or writing: on a block device, closing that again would
-    be news to udev.
+    """Looks at a disk image or host block special. Does not open it for writing, for on a block device closing that again would be news to
+    udev; a loop device is opened for reading, to be asked what it is a loop over.
 
     Raises InvalidImage when it is missing, may not be read (or written, unless `read_only`), is empty, or is something else;
     DescriptorsExhausted.
     """
     path = _absolute(path)
-    with _looked_at(path) as image:
+    fd, found, size = _look(path)
+    try:
         wanted = os.R_OK if read_only else os.R_OK | os.W_OK
-        if not os.access(_itself(image), wanted, effective_ids=os.access in os.supports_effective_ids):
+        if not os.access(_itself(fd), wanted, effective_ids=os.access in os.supports_effective_ids):
             raise InvalidImage(f"image {path!r} may not be {_need(read_only=read_only)} by user {os.geteuid()}{_without_proc()}")
-        size = image.size if not image.is_block else _block_size(*image.identity[1:])
-        return HostImage(path, image.identity, _not_empty(path, size))
+        kind, major, minor = found
+        if kind == "file":
+            return HostImage(path, found, _not_empty(path, size))
+        size = _not_empty(path, _block_size(major, minor))
+        lineage = lineage_of(found, _itself(fd))
+        return HostImage(path, lineage.identity, size, lineage.claims, (major, minor))
+    finally:
+        os.close(fd)
 
 
 def open_image(path: str, *, read_only: bool) -> OpenedImage:
@@ -142,46 +153,47 @@ def open_image(path: str, *, read_only: bool) -> OpenedImage:
     """
     path = _absolute(path)
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
-    with _looked_at(path) as image:
-        try:
-            fd = os.open(_itself(image), flags)
-        except OSError as error:
-            if error.errno in _USED_UP:
-                raise _used_up(path, error) from error
-            why = f"{error.strerror}{_without_proc()}"
-            raise InvalidImage(f"image {path!r} cannot be {_need(read_only=read_only)} by user {os.geteuid()}: {why}") from error
-        opened = OpenedImage(fd, path, image.identity, image.size)
+    look, found, size = _look(path)
     try:
-        if opened.is_block:
-            opened.size = os.lseek(fd, 0, os.SEEK_END)
-        _not_empty(path, opened.size)
+        fd = os.open(_itself(look), flags)
+    except OSError as error:
+        if error.errno in USED_UP:
+            raise _used_up(path, error) from error
+        why = f"{error.strerror}{_without_proc()}"
+        raise InvalidImage(f"image {path!r} cannot be {_need(read_only=read_only)} by user {os.geteuid()}: {why}") from error
+    finally:
+        os.close(look)
+    try:
+        is_block = found[0] == "block"
+        if is_block:
+            size = os.lseek(fd, 0, os.SEEK_END)
+        _not_empty(path, size)
+        return OpenedImage(fd, path, lineage_of(found, _itself(fd)), size, is_block=is_block)
     except BaseException as error:
-        opened.close()
+        os.close(fd)
         if isinstance(error, OSError):
             raise InvalidImage(f"image {path!r} has no size: {error.strerror}") from error
         raise
-    return opened
 
 
-def open_claimed(path: str, identity: Identity | None, *, read_only: bool) -> OpenedImage:
-    """Opens what was claimed under this identity.
+def open_claimed(path: str, identity: Identity | None, under: tuple[Identity, ...] = (), *, read_only: bool) -> OpenedImage:
+    """Opens what was claimed: an image of this identity, with no more lying under it.
 
     Raises as `open_image`; ImageReplaced when the path leads to something else by now, or to what was not there when it could have been
     claimed (None).
     """
     image = open_image(path, read_only=read_only)
-    if image.identity == identity:
+    if image.identity == identity and set(image.under) <= set(under):
         return image
     image.close()
     if identity is None:
         raise ImageReplaced(f"image {path!r} was not there when its device was loaded, so nobody claimed it; attach it anew, by its path")
-    was, now = _words(identity), _words(image.identity)
+    was, now = (_all_in_words(*lineage) for lineage in ((identity, under), (image.identity, image.under)))
     raise ImageReplaced(f"what is at {path!r} now ({now}) is not what was claimed ({was}): it was replaced meanwhile; attach it again")
 
 
-def _words(identity: Identity) -> str:
-    kind, major, minor = identity
-    return f"block device {major}:{minor}" if kind == "block" else f"inode {minor} of device {os.major(major)}:{os.minor(major)}"
+def _all_in_words(identity: Identity, under: tuple[Identity, ...]) -> str:
+    return in_words(identity) + (f" over {', '.join(map(in_words, under))}" if under else "")
 
 
 def _absolute(path: str) -> str:
@@ -204,35 +216,29 @@ def _absolute(path: str) -> str:
     return path
 
 
-def _looked_at(path: str) -> OpenedImage:
-    """What is there, with a descriptor that only stands for it. Raises InvalidImage for what is no disk."""
+def _look(path: str) -> tuple[int, Identity, int]:
+    """A descriptor that only stands for what is there, its own number, and a file's size. Raises InvalidImage for what is no disk."""
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except OSError as error:
-        if error.errno in _USED_UP:
+        if error.errno in USED_UP:
             raise _used_up(path, error) from error
         raise InvalidImage(f"image {path!r}: {error.strerror}") from error
     try:
         status = os.fstat(fd)
-        identity = _identity(status)
+        identity = identity_from(status)
         if identity is None:
             kind = _WHAT.get(stat.S_IFMT(status.st_mode), "not a file")
             raise InvalidImage(f"image {path!r} is {kind}; a regular file or a block device is needed")
     except BaseException:
         os.close(fd)
         raise
-    return OpenedImage(fd, path, identity, status.st_size)
+    return fd, identity, status.st_size
 
 
-def _identity(status: os.stat_result) -> Identity | None:
-    if stat.S_ISBLK(status.st_mode):
-        return ("block", os.major(status.st_rdev), os.minor(status.st_rdev))
-    return ("file", status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
-
-
-def _itself(image: OpenedImage) -> str:
+def _itself(fd: int) -> str:
     """A path that leads to what was opened, whatever its own path leads to by now."""
-    return f"/proc/self/fd/{image.fd}"
+    return f"/proc/self/fd/{fd}"
 
 
 def _need(*, read_only: bool) -> str:
@@ -259,7 +265,7 @@ def _read(path: str) -> str:
 
 
 def _block_size(major: int, minor: int) -> int:
-    where = f"{_SYSFS_BLOCK}/{major}:{minor}/size"
+    where = f"{SYSFS_BLOCK}/{major}:{minor}/size"
     try:
         return int(_read(where)) * _SECTOR
     except (OSError, ValueError) as error:

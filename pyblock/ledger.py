@@ -135,7 +135,7 @@ def _row(device: Device) -> Row:
         return Row(device.id, None)
     claim = None
     if isinstance(device, BlockDevice) and device.identity is not None and device.phase in HOLDING:
-        claim = Claim(device.identity, device.info.read_only, device.info.share)
+        claim = Claim(device.identity, device.info.read_only, device.info.share, device.under)
     claiming = isinstance(device, BlockDevice) and device.phase is Phase.ATTACHING
     return Row(device.id, encode_device(device_to_state(device)), claim, claiming)
 

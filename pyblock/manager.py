@@ -9,7 +9,8 @@ from pyblock.device import HOLDING, BlockDevice, DeviceReceiver
 from pyblock.drivers import DRIVERS, VIRTIO_SCSI, Driver, driver_named
 from pyblock.errors import DeviceConflict, InvalidImage, InvalidSerial, UnknownDevice
 from pyblock.generic import GenericDevice
-from pyblock.host import Identity, block_special_path, inspect_image
+from pyblock.host import block_special_path, inspect_image
+from pyblock.lineage import Identity
 from pyblock.model import DeviceInfo, check_device_id
 
 Device = BlockDevice | GenericDevice
@@ -162,10 +163,10 @@ class DeviceManager:
         elif len(device_id) <= driver.serial_max:
             serial = device_id
         have = DeviceInfo(
-            image.path, driver.name, info.read_only, serial, device_id, info.dev_type, info.major, info.minor, info.options or NO_OPTIONS,
-            info.share,
+            image.path, driver.name, info.read_only, serial, device_id, info.dev_type, *(image.number or (-1, -1)),
+            info.options or NO_OPTIONS, info.share,
         )  # fmt: skip
-        device = BlockDevice(device_id, have, image.identity)
+        device = BlockDevice(device_id, have, image.identity, image.under)
         self._by_id[device_id] = self._by_identity[image.identity] = device
         return device
 

@@ -15,7 +15,8 @@ from pyblock.device import BlockDevice, Phase
 from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_MMIO, VIRTIO_SCSI, Driver
 from pyblock.errors import InvalidID, InvalidIndex, InvalidState, PyblockError
 from pyblock.generic import GenericDevice
-from pyblock.host import identity_of
+from pyblock.host import find_lineage
+from pyblock.lineage import lineage_of
 from pyblock.manager import NO_OPTIONS, Device, DeviceManager
 from pyblock.model import BlockDrive, DeviceInfo, check_device_id
 from pyblock.naming import scsi_address
@@ -42,7 +43,7 @@ def device_to_state(device: Device) -> DeviceState:
     identity, drive = device.identity, device.drive
     if device.saved is None:
         state.dev_type = "b"
-        state.major, state.minor = identity[1:] if identity and identity[0] == "block" else (0, 0)
+        state.major, state.minor = (info.major, info.minor) if info.major >= 0 else (0, 0)
         state.driver_options = {**info.options, "block-driver": info.driver or ""}
     before = saved.block_drive if isinstance(saved.block_drive, DriveState) else None
     same = drive is not None and before is not None and _is_same(drive, before)
@@ -128,7 +129,8 @@ def _block(state: DeviceState, default: Driver) -> BlockDevice:
     share = bool((notes and notes.share) or (drive and drive.share))
     info = DeviceInfo(path, driver.name, read_only, serial, state.id, state.dev_type, state.major, state.minor, options, share)
     # The original writes no identity; what its path is now is the best there is.
-    device = BlockDevice(state.id, info, (notes.identity if notes else None) or identity_of(path))
+    found = lineage_of(notes.identity) if notes is not None and notes.identity is not None else find_lineage(path)
+    device = BlockDevice(state.id, info, found.identity, found.claims) if found is not None else BlockDevice(state.id, info)
     device.ref_count, device.attach_count, device.phase, device.drive = state.ref_count, state.attach_count, phase, drive
     if not ours:
         device.saved = state

@@ -145,7 +145,7 @@ class Receiver(DeviceReceiver):
             self._lanes = asyncio.Semaphore(self._vmm.lanes)
         async with self._lanes or contextlib.nullcontext():  # an image that waits for its turn is not open yet
             drive = device.held
-            with open_claimed(drive.file, device.identity, read_only=drive.read_only) as image:
+            with open_claimed(drive.file, device.identity, device.under, read_only=drive.read_only) as image:
                 try:
                     await self._vmm.plug(drive, image)
                 except (TransportError, Unsettled):

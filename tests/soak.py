@@ -358,7 +358,7 @@ class Soak:
             place.compare()
             await place.sandbox.close()
         with closing(sqlite3.connect(self.path)) as db:
-            for table in ("device", "sandbox"):
+            for table in ("device", "under", "sandbox"):
                 [left] = db.execute(f"SELECT count(*) FROM {table}").fetchone()
                 hold(left == 0, f"{left} rows are left in the table {table} when all is detached and closed")
         self.store.close()

@@ -10,17 +10,23 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from pyblock.errors import ImageInUse
-from pyblock.host import Identity
+from pyblock.lineage import Identity
 
 PATIENCE = 60.0  # seconds that a write without a deadline of its own waits for another process
 
 
 class Claim(NamedTuple):
-    """What a device may do with its image: one writes or many read, unless all of them say `share`."""
+    """What a device may do with its image: one writes or many read, unless all of them say `share`.
+
+    It holds against claims on the same image, on what lies under it, and on what lies on it.
+
+    :ivar under: what lies under the image, and its other names.
+    """
 
     identity: Identity
     read_only: bool
     share: bool
+    under: tuple[Identity, ...] = ()
 
     def fits(self, other: Claim) -> bool:
         """Whether both may hold."""
@@ -86,8 +92,8 @@ class Store(Protocol):
     ) -> dict[str, ImageInUse]:
         """Writes rows of a sandbox that this process owns, all in one transaction; `rows` is asked when that has begun.
 
-        Returns, by device ID, the rows that were left out because their claim does not fit one that another sandbox holds; the errors say
-        so without a subject, since a store knows no path.
+        Returns, by device ID, the rows that were left out because their claim does not fit one that is held: of the same image by another
+        sandbox, of what lies under it or on it by another device; the errors say so without a subject, since a store knows no path.
 
         :param state: the sandbox's own saved form, where it is to change.
         :param all_or_none: with a row that would be left out, nothing is written.

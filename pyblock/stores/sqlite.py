@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pyblock.errors import ImageInUse, SandboxBusy, SandboxConflict, StoreError, UnknownSandbox
+from pyblock.lineage import Identity, in_words
 from pyblock.stores.base import Claim, Row, Store, Stored
 from pyblock.stores.owner import OwnerLock
 from pyblock.stores.sqlite_file import SqliteFile
@@ -154,6 +155,7 @@ class SqliteStore(Store):
         for row in rows:  # those that go come first: another may have their image, or their index, by now
             if row.state is None:
                 db.execute("DELETE FROM device WHERE sandbox = ? AND id = ?", (sandbox_id, row.device_id))
+                db.execute("DELETE FROM under WHERE sandbox = ? AND device = ?", (sandbox_id, row.device_id))
         for row in rows:
             if row.state is not None and (holder := self._write_row(db, sandbox_id, row, row.state)) is not None:
                 refused[row.device_id] = holder
@@ -171,30 +173,45 @@ class SqliteStore(Store):
             key = (state, sandbox_id, row.device_id)
             if db.execute("UPDATE device SET state = ? WHERE sandbox = ? AND id = ?", key).rowcount:
                 return None
-        if claim is not None and (holder := self._holder(db, sandbox_id, claim)):
+        if claim is not None and (holder := self._holder(db, sandbox_id, row.device_id, claim)):
             return holder
-        image, access = (None, None) if claim is None else (_image(claim), _access(claim))
+        image, access = (None, None) if claim is None else (_image(claim.identity), _access(claim))
         db.execute(
             "INSERT INTO device VALUES (?, ?, ?, ?, ?) ON CONFLICT (sandbox, id) "
             "DO UPDATE SET state = excluded.state, image = excluded.image, access = excluded.access",
             (sandbox_id, row.device_id, state, image, access),
         )
+        db.execute("DELETE FROM under WHERE sandbox = ? AND device = ?", (sandbox_id, row.device_id))
+        for lower in claim.under if claim is not None else ():
+            db.execute("INSERT INTO under VALUES (?, ?, ?, ?)", (_image(lower), access, sandbox_id, row.device_id))
         return None
 
-    def _holder(self, db: sqlite3.Connection, sandbox_id: str, claim: Claim) -> ImageInUse | None:
-        """Who holds a claim that this one does not fit."""
+    def _holder(self, db: sqlite3.Connection, sandbox_id: str, device_id: str, claim: Claim) -> ImageInUse | None:
+        """Who holds a claim that this one does not fit. The same image a second time in one sandbox is that sandbox's own business."""
         against = ", ".join(str(access) for access in range(4) if not claim.fits(_claim(claim, access)))
-        query = f"SELECT sandbox, id, access FROM device WHERE image = ? AND access IN ({against}) AND sandbox <> ? LIMIT 1"
-        found = db.execute(query, (_image(claim), sandbox_id)).fetchone()
-        if found is None:
-            return None
+        same = f"SELECT sandbox, id, access FROM device WHERE image = ? AND access IN ({against})"
+        on_it = (
+            "SELECT device.sandbox, device.id, device.access FROM under "
+            "JOIN device ON device.sandbox = under.sandbox AND device.id = under.device "
+            f"WHERE under.image = ? AND under.access IN ({against}) AND (under.sandbox, under.device) <> (?, ?) LIMIT 1"
+        )
+        if found := db.execute(f"{same} AND sandbox <> ? LIMIT 1", (_image(claim.identity), sandbox_id)).fetchone():
+            return self._held(db, claim, found, "it")
+        if found := db.execute(on_it, (_image(claim.identity), sandbox_id, device_id)).fetchone():
+            return self._held(db, claim, found, "what lies on it")
+        for lower in claim.under:
+            if found := db.execute(f"{same} AND (sandbox, id) <> (?, ?) LIMIT 1", (_image(lower), sandbox_id, device_id)).fetchone():
+                return self._held(db, claim, found, f"what lies under it ({in_words(lower)})")
+        return None
+
+    def _held(self, db: sqlite3.Connection, claim: Claim, found: tuple[str, str, int], what: str) -> ImageInUse:
         holder, device_id, access = found
         [owner, text] = db.execute("SELECT owner, owner_text FROM sandbox WHERE id = ?", (holder,)).fetchone() or (None, "")
         lives = owner is not None and self._lives(owner)
         wants, has = ("read" if each else "write" for each in (claim.read_only, access & READ_ONLY))
         who = f"of {text}" if lives else f"that no process has open (if its machine is gone: pyblock forget {holder})"
         return ImageInUse(
-            f"cannot be claimed to {wants} it: device {device_id} of sandbox {holder!r}, {who}, has claimed it to {has} it; "
+            f"cannot be claimed to {wants} it: device {device_id} of sandbox {holder!r}, {who}, has claimed {what} to {has} it; "
             "detach it there, or have both share it on purpose"
         )
 
@@ -220,8 +237,8 @@ class _Refused(Exception):
         self.errors = errors
 
 
-def _image(claim: Claim) -> str:
-    return ":".join(map(str, claim.identity))
+def _image(identity: Identity) -> str:
+    return ":".join(map(str, identity))
 
 
 def _access(claim: Claim) -> int:

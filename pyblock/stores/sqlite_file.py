@@ -39,6 +39,12 @@ MIGRATIONS = (
     CREATE INDEX claim ON device (image, access, sandbox) WHERE image IS NOT NULL;
     INSERT INTO host VALUES ('', 0);
     """,
+    # A device's row has its claim on the image itself; these are on what lies under that image. `access` is there for the index.
+    """
+    CREATE TABLE under (image TEXT NOT NULL, access INTEGER NOT NULL, sandbox TEXT NOT NULL, device TEXT NOT NULL);
+    CREATE INDEX under_image ON under (image, access);
+    CREATE INDEX under_device ON under (sandbox, device);
+    """,
 )
 FIRST_PAUSE = 0.0005  # seconds until a lock is tried again; a transaction holds it for less
 LAST_PAUSE = 0.02
@@ -214,8 +220,11 @@ class SqliteFile:
             raise InvalidState(f"{self.name} is damaged ({' '.join(damage.split())}); it is left as it is")
 
     def _migrate(self, db: sqlite3.Connection) -> None:
-        if self._check(db) == len(MIGRATIONS):
+        version = self._check(db)
+        if version == len(MIGRATIONS):
             return
+        if version:
+            db.execute("SELECT 1 FROM host, sandbox, device LIMIT 0")  # nothing is written to what is ours by name only
         db.execute("BEGIN IMMEDIATE")
         for script in MIGRATIONS[self._check(db) :]:  # another process may have been here first
             for statement in filter(str.strip, script.split(";")):
@@ -233,6 +242,7 @@ class SqliteFile:
         [before] = db.execute("SELECT boot FROM host").fetchone()
         if before not in ("", boot):
             count = db.execute("DELETE FROM device").rowcount
+            db.execute("DELETE FROM under")
             db.execute("DELETE FROM sandbox")
             log.warning("%s: %d devices of an earlier boot of this host are forgotten; their machines ended with it", self.name, count)
         db.execute("UPDATE host SET boot = ?", (boot,))
