@@ -108,11 +108,12 @@ class Sandbox:
         serial: str | None = None,
         device_id: str | None = None,
         share: bool = False,
+        format: str | None = None,
         timeout: float | None = door.TIMEOUT,
     ) -> BlockDevice:
         """See pyblock.Sandbox.attach."""
-        attach = partial(self._sandbox.attach, image, driver=driver, read_only=read_only, serial=serial, device_id=device_id, share=share)
-        return self._call(partial(attach, timeout=timeout))
+        attach = partial(self._sandbox.attach, image, driver=driver, read_only=read_only, serial=serial, device_id=device_id)
+        return self._call(partial(attach, share=share, format=format, timeout=timeout))
 
     def attach_many(
         self,
@@ -121,12 +122,13 @@ class Sandbox:
         driver: str | None = None,
         read_only: bool = False,
         share: bool = False,
+        format: str | None = None,
         timeout: float | None = door.TIMEOUT,
         progress: Callable[[BlockDevice], None] | None = None,
     ) -> list[BlockDevice]:
         """See pyblock.Sandbox.attach_many. `progress` is called in the event-loop thread."""
         attach = partial(self._sandbox.attach_many, list(images), driver=driver, read_only=read_only, share=share)
-        return self._call(partial(attach, timeout=timeout, progress=progress))
+        return self._call(partial(attach, format=format, timeout=timeout, progress=progress))
 
     def detach(self, device: Device | str, *, timeout: float | None = door.TIMEOUT) -> None:
         """See pyblock.Sandbox.detach."""

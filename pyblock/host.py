@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from pyblock.errors import DescriptorsExhausted, ImageReplaced, InvalidImage
+from pyblock.formats import HEAD, format_of, not_raw
 from pyblock.lineage import SYSFS_BLOCK, USED_UP, Identity, Lineage, identity_from, in_words, lineage_of
 
 _SECTOR = 512  # bytes: the unit of a block device's `size` in sysfs, whatever the disk's own sector size
@@ -39,6 +40,7 @@ class HostImage(NamedTuple):
     :ivar size: bytes.
     :ivar under: what lies under it, and its other names: who writes there writes to it.
     :ivar number: major and minor of a block special; None for a file.
+    :ivar looks_like: the name of the format that it begins like, if it is none that is plugged in and was looked for.
     """
 
     path: str
@@ -46,6 +48,7 @@ class HostImage(NamedTuple):
     size: int
     under: tuple[Identity, ...] = ()
     number: tuple[int, int] | None = None
+    looks_like: str | None = None
 
     @property
     def is_block(self) -> bool:
@@ -122,10 +125,11 @@ def block_special_path(major: int, minor: int, *, sysfs: str = SYSFS_BLOCK) -> s
     return f"/dev/{name}"
 
 
-def inspect_image(path: str, *, read_only: bool) -> HostImage:
+def inspect_image(path: str, *, read_only: bool, raw: bool = False) -> HostImage:
     """Looks at a disk image or host block special. Does not open it for writing, for on a block device closing that again would be news to
-    udev; a loop device is opened for reading, to be asked what it is a loop over.
+    udev; only for reading what it begins with, and asking a loop device what it is a loop over.
 
+    :param raw: what it begins with is not looked at.
     Raises InvalidImage when it is missing, may not be read (or written, unless `read_only`), is empty, or is something else;
     DescriptorsExhausted.
     """
@@ -136,11 +140,12 @@ def inspect_image(path: str, *, read_only: bool) -> HostImage:
         if not os.access(_itself(fd), wanted, effective_ids=os.access in os.supports_effective_ids):
             raise InvalidImage(f"image {path!r} may not be {_need(read_only=read_only)} by user {os.geteuid()}{_without_proc()}")
         kind, major, minor = found
+        size = _not_empty(path, size if kind == "file" else _block_size(major, minor))
+        looks_like = None if raw else _look_inside(path, fd)
         if kind == "file":
-            return HostImage(path, found, _not_empty(path, size))
-        size = _not_empty(path, _block_size(major, minor))
+            return HostImage(path, found, size, looks_like=looks_like)
         lineage = lineage_of(found, _itself(fd))
-        return HostImage(path, lineage.identity, size, lineage.claims, (major, minor))
+        return HostImage(path, lineage.identity, size, lineage.claims, (major, minor), looks_like)
     finally:
         os.close(fd)
 
@@ -155,12 +160,7 @@ def open_image(path: str, *, read_only: bool) -> OpenedImage:
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     look, found, size = _look(path)
     try:
-        fd = os.open(_itself(look), flags)
-    except OSError as error:
-        if error.errno in USED_UP:
-            raise _used_up(path, error) from error
-        why = f"{error.strerror}{_without_proc()}"
-        raise InvalidImage(f"image {path!r} cannot be {_need(read_only=read_only)} by user {os.geteuid()}: {why}") from error
+        fd = _reopen(path, look, flags)
     finally:
         os.close(look)
     try:
@@ -176,16 +176,30 @@ def open_image(path: str, *, read_only: bool) -> OpenedImage:
         raise
 
 
-def open_claimed(path: str, identity: Identity | None, under: tuple[Identity, ...] = (), *, read_only: bool) -> OpenedImage:
-    """Opens what was claimed: an image of this identity, with no more lying under it.
+def open_claimed(
+    path: str, identity: Identity | None, under: tuple[Identity, ...] = (), *, read_only: bool, raw: bool = False
+) -> OpenedImage:
+    """Opens what was claimed: an image of this identity, with no more lying under it, that begins like none but a raw one.
 
+    :param raw: what it begins with is not looked at.
     Raises as `open_image`; ImageReplaced when the path leads to something else by now, or to what was not there when it could have been
     claimed (None).
     """
     image = open_image(path, read_only=read_only)
+    try:
+        _check_claimed(image, identity, under)
+        if not raw and (name := _begins_like(path, image.fd)) is not None:
+            raise not_raw(path, name)
+    except BaseException:
+        image.close()
+        raise
+    return image
+
+
+def _check_claimed(image: OpenedImage, identity: Identity | None, under: tuple[Identity, ...]) -> None:
+    path = image.path
     if image.identity == identity and set(image.under) <= set(under):
-        return image
-    image.close()
+        return
     if identity is None:
         raise ImageReplaced(f"image {path!r} was not there when its device was loaded, so nobody claimed it; attach it anew, by its path")
     was, now = (_all_in_words(*lineage) for lineage in ((identity, under), (image.identity, image.under)))
@@ -234,6 +248,34 @@ def _look(path: str) -> tuple[int, Identity, int]:
         os.close(fd)
         raise
     return fd, identity, status.st_size
+
+
+def _reopen(path: str, look: int, flags: int) -> int:
+    """A descriptor for reading, or reading and writing, on what `look` stands for."""
+    try:
+        return os.open(_itself(look), flags)
+    except OSError as error:
+        if error.errno in USED_UP:
+            raise _used_up(path, error) from error
+        why = f"{error.strerror}{_without_proc()}"
+        raise InvalidImage(f"image {path!r} cannot be {_need(read_only=not flags & os.O_RDWR)} by user {os.geteuid()}: {why}") from error
+
+
+def _look_inside(path: str, look: int) -> str | None:
+    fd = _reopen(path, look, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return _begins_like(path, fd)
+    finally:
+        os.close(fd)
+
+
+def _begins_like(path: str, fd: int) -> str | None:
+    """The name of the format that it begins like, if it is none that is plugged in."""
+    try:
+        return format_of(os.pread(fd, HEAD, 0))
+    except OSError as error:
+        why = f"the beginning of image {path!r} cannot be read: {error.strerror}"
+        raise InvalidImage(f"{why}; say format='raw' if it is to be plugged in all the same") from error
 
 
 def _itself(fd: int) -> str:

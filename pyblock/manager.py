@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterable, Iterator
 
+import msgspec
+
 from pyblock.device import HOLDING, BlockDevice, DeviceReceiver
 from pyblock.drivers import DRIVERS, VIRTIO_SCSI, Driver, driver_named
-from pyblock.errors import DeviceConflict, InvalidImage, InvalidSerial, UnknownDevice
+from pyblock.errors import DeviceConflict, InvalidImage, InvalidSerial, InvalidValue, UnknownDevice
+from pyblock.formats import RAW, check_format, not_raw
 from pyblock.generic import GenericDevice
 from pyblock.host import block_special_path, inspect_image
 from pyblock.lineage import Identity
@@ -16,6 +19,7 @@ from pyblock.model import DeviceInfo, check_device_id
 Device = BlockDevice | GenericDevice
 
 NO_OPTIONS: dict[str, str] = {}  # shared by all devices that have none; nobody writes to the options of an info
+OPTIONS = ("block-driver", "fstype")
 
 
 def check_serial(serial: str, driver: Driver) -> str:
@@ -27,6 +31,15 @@ def check_serial(serial: str, driver: Driver) -> str:
         room = f"at most {driver.serial_max} bytes" if driver.serial_max else "no serial at all"
         raise InvalidSerial(f"serial {serial!r} has {len(serial)} bytes; {driver.name} carries {room}")
     return serial
+
+
+def check_options(options: dict[str, str]) -> None:
+    """Raises InvalidValue for an option of a disk that nobody understands. What a loaded state has is not asked about."""
+    for name, value in options.items():
+        if name not in OPTIONS:
+            raise InvalidValue(f"option {name!r} is unknown; known are {', '.join(OPTIONS)}")
+        if not isinstance(value, str):
+            raise InvalidValue(f"option {name!r} is {value!r}, which is no text")
 
 
 class DeviceManager:
@@ -63,7 +76,8 @@ class DeviceManager:
     def obtain(self, info: DeviceInfo) -> Device:
         """The device for what the caller wants, created, or reused where the same host object is there already; counts one user.
 
-        Raises InvalidImage, UnknownDriver, InvalidSerial, InvalidID; DeviceConflict when the host object or the ID is there with another
+        Raises InvalidImage, DescriptorsExhausted, UnknownDriver, InvalidSerial, InvalidID, InvalidValue (an option or the format);
+        DeviceConflict when the host object or the ID is there with another
         driver, access, serial or ID than asked for.
         """
         device = self._generic(info) if info.dev_type in ("c", "u") else self._block(info)
@@ -149,13 +163,18 @@ class DeviceManager:
                 self._doubles |= self._by_identity.setdefault(device.identity, device) is not device
 
     def _block(self, info: DeviceInfo) -> BlockDevice:
+        check_format(info.format)
+        if info.options:
+            check_options(info.options)
         driver = self._driver(info)
         path = info.path or (block_special_path(info.major, info.minor) if info.dev_type == "b" else "")
-        image = inspect_image(path, read_only=info.read_only)
+        image = inspect_image(path, read_only=info.read_only, raw=info.format == RAW)
         if info.dev_type == "b" and not image.is_block:
             raise InvalidImage(f"image {path!r} is not the block device that dev_type 'b' says it is")
         if (device := self._by_identity.get(image.identity)) is not None:
             return self._same(device, info, image.path)
+        if image.looks_like is not None:
+            raise not_raw(image.path, image.looks_like)
         device_id = self._new_id(info)
         serial = info.serial
         if serial is not None:
@@ -164,7 +183,7 @@ class DeviceManager:
             serial = device_id
         have = DeviceInfo(
             image.path, driver.name, info.read_only, serial, device_id, info.dev_type, *(image.number or (-1, -1)),
-            info.options or NO_OPTIONS, info.share,
+            info.options or NO_OPTIONS, info.share, info.format,
         )  # fmt: skip
         device = BlockDevice(device_id, have, image.identity, image.under)
         self._by_id[device_id] = self._by_identity[image.identity] = device
@@ -203,4 +222,6 @@ class DeviceManager:
         for what, had, asked in wanted:
             if had != asked:
                 raise DeviceConflict(f"{path!r} is device {device.id} of this sandbox already, with {what} {had!r}, not {asked!r}")
+        if info.format is not None and have.format is None:
+            device.info = msgspec.structs.replace(have, format=info.format)
         return device

@@ -45,8 +45,11 @@ class DeviceInfo(msgspec.Struct, frozen=True, gc=False):
     :ivar dev_type: "" for a path, "b" for a block special, "c" or "u" for a character special (a generic device).
     :ivar major: of a special, -1 where none is given.
     :ivar minor: likewise.
-    :ivar options: Kata's DriverOptions, kept in the saved state; `block-driver` and `fstype` are understood.
+    :ivar options: Kata's DriverOptions, kept in the saved state. A disk's are `block-driver`, and `fstype`, which is only passed on; no
+        others are taken. A generic device's are only kept.
     :ivar share: others of this host may write the image as well, if they say so too; what guards its contents is then the guests' business.
+    :ivar format: "raw": it is plugged in whatever it begins with; None: an image that begins like a container (qcow2, vmdk, LUKS…) is
+        refused. It has nothing to do with BlockDrive's `format`.
     """
 
     path: str = ""
@@ -59,6 +62,7 @@ class DeviceInfo(msgspec.Struct, frozen=True, gc=False):
     minor: int = -1
     options: dict[str, str] = {}
     share: bool = False
+    format: str | None = None
 
 
 class BlockDrive(msgspec.Struct, gc=False, eq=False):
@@ -70,7 +74,7 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     :ivar offset: how many names of the family the guest used before ordinal 0.
     :ivar kind: the driver, with all that follows from it.
     :ivar file: the host path.
-    :ivar format: "raw", or the `fstype` among the options.
+    :ivar format: Kata's Format: the `fstype` among the options, "raw" where there is none.
     :ivar read_only: the guest may not write.
     :ivar serial: what the guest reads as serial, None for none.
     :ivar pci_path: slots from the root bus down in two hex digits, as Kata writes them: "02/00" is slot 0 behind the port in slot 2 (a

@@ -14,6 +14,7 @@ from pyblock.allotment import Allotment
 from pyblock.device import BlockDevice, Phase
 from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_MMIO, VIRTIO_SCSI, Driver
 from pyblock.errors import InvalidID, InvalidIndex, InvalidState, PyblockError
+from pyblock.formats import RAW
 from pyblock.generic import GenericDevice
 from pyblock.host import find_lineage
 from pyblock.lineage import lineage_of
@@ -52,7 +53,7 @@ def device_to_state(device: Device) -> DeviceState:
         return state
     state.notes = DeviceNotes(
         phase=_SAVED_PHASE.get(device.phase, device.phase).value, path=info.path, driver=info.driver, serial=info.serial,
-        read_only=info.read_only, share=info.share, identity=identity,
+        read_only=info.read_only, share=info.share, format="raw" if info.format == RAW else None, identity=identity,
     )  # fmt: skip
     if drive is not None:
         state.block_drive = _drive_to_state(drive, before if same else None)
@@ -127,7 +128,10 @@ def _block(state: DeviceState, default: Driver) -> BlockDevice:
     if ours and len(options) == 1:
         options = NO_OPTIONS  # the driver alone, which is written anew
     share = bool((notes and notes.share) or (drive and drive.share))
-    info = DeviceInfo(path, driver.name, read_only, serial, state.id, state.dev_type, state.major, state.minor, options, share)
+    info = DeviceInfo(
+        path, driver.name, read_only, serial, state.id, state.dev_type, state.major, state.minor, options, share,
+        notes.format if notes else None,
+    )  # fmt: skip
     # The original writes no identity; what its path is now is the best there is.
     found = lineage_of(notes.identity) if notes is not None and notes.identity is not None else find_lineage(path)
     device = BlockDevice(state.id, info, found.identity, found.claims) if found is not None else BlockDevice(state.id, info)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pyblock.allotment import Allotment
 from pyblock.device import BlockDevice, DeviceReceiver, Forgotten, Unsettled
 from pyblock.errors import CallerError, PyblockError, SandboxClosed, TransportError, UnknownDriver, VmmUnreachable
+from pyblock.formats import RAW
 from pyblock.host import open_claimed
 from pyblock.hypervisors.base import Hypervisor
 from pyblock.manager import Device, DeviceManager
@@ -145,7 +146,8 @@ class Receiver(DeviceReceiver):
             self._lanes = asyncio.Semaphore(self._vmm.lanes)
         async with self._lanes or contextlib.nullcontext():  # an image that waits for its turn is not open yet
             drive = device.held
-            with open_claimed(drive.file, device.identity, device.under, read_only=drive.read_only) as image:
+            raw = device.info.format == RAW
+            with open_claimed(drive.file, device.identity, device.under, read_only=drive.read_only, raw=raw) as image:
                 try:
                     await self._vmm.plug(drive, image)
                 except (TransportError, Unsettled):

@@ -166,6 +166,7 @@ class Sandbox(Receiver):
         serial: str | None = None,
         device_id: str | None = None,
         share: bool = False,
+        format: str | None = None,
         timeout: float | None = TIMEOUT,
     ) -> BlockDevice:
         """Attaches an image and returns its device when the VMM has it. The same image again is the same device, counted once more.
@@ -173,11 +174,13 @@ class Sandbox(Receiver):
         :param image: a path (file or block device), or a DeviceInfo, which then says all the rest.
         :param driver: a name out of pyblock.DRIVERS; None takes the sandbox's.
         :param share: others of this host may write the image too, if they say so as well.
+        :param format: "raw": the image is plugged in whatever it begins with; None: one that begins like qcow2, vmdk, LUKS or another
+            container is refused, for it is not plugged in as what it is.
         :param timeout: seconds, None for no deadline.
         Raises CallerError (ImageInUse among them), CapacityError, StoreError (nothing was changed), VmmRefused, TransportError (everything
         was undone), AttachPending (the outcome is not known yet; see BlockDevice.attach).
         """
-        info = self._info(image, driver=driver, read_only=read_only, serial=serial, device_id=device_id, share=share)
+        info = self._info(image, driver=driver, read_only=read_only, serial=serial, device_id=device_id, share=share, format=format)
         deadline = deadline_after(timeout)
         [device] = self._obtain([info])
         return await self._attach(device, info, deadline)
@@ -189,6 +192,7 @@ class Sandbox(Receiver):
         driver: str | None = None,
         read_only: bool = False,
         share: bool = False,
+        format: str | None = None,
         timeout: float | None = TIMEOUT,
         progress: Callable[[BlockDevice], None] | None = None,
     ) -> list[BlockDevice]:
@@ -201,7 +205,7 @@ class Sandbox(Receiver):
         """
         if isinstance(images, str | bytes | os.PathLike):
             raise InvalidValue(f"images {images!r} is one path; give a list of them, or use attach")
-        infos = [self._info(image, driver=driver, read_only=read_only, share=share) for image in images]
+        infos = [self._info(image, driver=driver, read_only=read_only, share=share, format=format) for image in images]
         deadline = deadline_after(timeout)
         devices = self._obtain(infos)
         if not devices:
@@ -370,11 +374,13 @@ class Sandbox(Receiver):
         share: bool,
         serial: str | None = None,
         device_id: str | None = None,
+        format: str | None = None,
     ) -> DeviceInfo:
         if not isinstance(image, DeviceInfo):
-            return DeviceInfo(path=os.fsdecode(image), driver=driver, read_only=read_only, serial=serial, id=device_id, share=share)
-        if driver is not None or read_only or serial is not None or device_id is not None or share:
-            raise InvalidValue("a DeviceInfo says driver, read_only, serial, ID and share itself; give them there")
+            path = os.fsdecode(image)
+            return DeviceInfo(path, driver, read_only, serial, device_id, share=share, format=format)
+        if driver is not None or read_only or serial is not None or device_id is not None or share or format is not None:
+            raise InvalidValue("a DeviceInfo says driver, read_only, serial, ID, share and format itself; give them there")
         if image.dev_type in ("c", "u"):
             raise InvalidImage(f"a character device ({image.major}:{image.minor}) is no disk; count it through sandbox.manager")
         return image

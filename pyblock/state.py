@@ -6,7 +6,7 @@ What pyblock adds stands under the key `Pyblock`, which the original skips. Keys
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -67,6 +67,7 @@ class DeviceNotes(msgspec.Struct, kw_only=True, omit_defaults=True, rename="pasc
     serial: str | None = None
     read_only: bool = False
     share: bool = False
+    format: Literal["raw"] | None = None
     identity: tuple[str, int, int] | None = None
 
 

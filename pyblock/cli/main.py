@@ -52,6 +52,7 @@ def _all_or_one(context: click.Context) -> list[str] | Target:
 @click.option("--read-only", is_flag=True, help="The guest may not write.")
 @click.option("--serial", help="What the guest reads as serial (one image only).")
 @click.option("--share", is_flag=True, help="Others may write the image too, if they say so as well.")
+@click.option("--format", type=click.Choice(["raw"]), help="Plug the image in as raw even if it begins like qcow2, vmdk, LUKS…")
 @click.option("--timeout", type=float, default=TIMEOUT, show_default=True, help="Seconds.")
 @json_option
 @click.pass_context
@@ -62,6 +63,7 @@ def attach(
     read_only: bool,
     serial: str | None,
     share: bool,
+    format: str | None,
     timeout: float,
     as_json: bool,
 ) -> None:
@@ -70,10 +72,15 @@ def attach(
         raise click.UsageError("--serial belongs to one image; attach them one by one")
     with session.opened(_target(context), timeout=timeout) as sandbox:
         if len(images) == 1:
-            devices = [sandbox.attach(images[0], driver=driver, read_only=read_only, serial=serial, share=share, timeout=timeout)]
+            plugged = sandbox.attach(
+                images[0], driver=driver, read_only=read_only, serial=serial, share=share, format=format, timeout=timeout
+            )
+            devices = [plugged]
         else:
             with show.progress(len(images)) as step:
-                devices = sandbox.attach_many(images, driver=driver, read_only=read_only, share=share, timeout=timeout, progress=step)
+                devices = sandbox.attach_many(
+                    images, driver=driver, read_only=read_only, share=share, format=format, timeout=timeout, progress=step
+                )
         rows = [show.record(sandbox.id, device) for device in dict.fromkeys(devices)]
     show.devices(rows, as_json=as_json)
 
