@@ -93,7 +93,9 @@ class OpenedImage:
             now = None
         if now != identity_from(os.fstat(self.fd)):
             text = in_words(now) if now is not None else "nothing that is a disk"
-            raise ImageReplaced(f"what is at {self.path!r} now ({text}) is not what was claimed ({in_words(self.identity)}); attach it again")
+            raise ImageReplaced(
+                f"what is at {self.path!r} now ({text}) is not what was claimed ({in_words(self.identity)}); attach it again"
+            )
 
     def close(self) -> None:
         """Closes the descriptor; once is enough, twice does no harm."""

@@ -15,7 +15,8 @@ import msgspec
 from pyblock.device import Unsettled
 from pyblock.drivers import Driver, Family
 from pyblock.errors import PyblockError, TransportError, VmmProtocolError
-from pyblock.host import Identity, OpenedImage
+from pyblock.host import OpenedImage
+from pyblock.lineage import Identity
 from pyblock.model import BlockDrive
 
 CONNECT_TIMEOUT = 30.0  # seconds that making a connection may take when the caller's own deadline is later

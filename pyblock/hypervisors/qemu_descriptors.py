@@ -17,8 +17,9 @@ from typing import Annotated
 import msgspec
 
 from pyblock.errors import VmmProtocolError, VmmRefused
-from pyblock.host import Identity, OpenedImage
+from pyblock.host import OpenedImage
 from pyblock.hypervisors.qmp import QmpSession
+from pyblock.lineage import Identity
 
 _MARK = "pb:"
 _MARKED = re.compile(_MARK + r"([fb])([0-9a-f]{1,16}):([0-9a-f]{1,16})")
