@@ -5,10 +5,12 @@ A drive takes one of each, or nothing. The machine's own disks have theirs as we
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 
 from pyblock.device import BlockDevice
-from pyblock.drivers import DRIVERS, FAMILIES, Driver, Family
+from pyblock.drivers import DRIVERS, FAMILIES, NVDIMM, Driver, Family
 from pyblock.errors import DeviceConflict, IndexesExhausted, IndexTaken, InvalidName
 from pyblock.hypervisors.base import Inventory
 from pyblock.index import BlockIndex
@@ -34,7 +36,19 @@ class Allotment:
     :ivar unused: nothing was ever given out or learnt.
     """
 
-    __slots__ = ("_drive_ids", "_foreign", "_foreign_ids", "_offsets", "_ordinals", "_planned", "capacity", "given", "index", "unused")
+    __slots__ = (
+        "_drive_ids",
+        "_foreign",
+        "_foreign_ids",
+        "_imported",
+        "_offsets",
+        "_ordinals",
+        "_planned",
+        "capacity",
+        "given",
+        "index",
+        "unused",
+    )
 
     def __init__(self, capacity: int, offsets: Mapping[str, int] | None = None) -> None:
         self.index = BlockIndex(capacity)
@@ -47,6 +61,7 @@ class Allotment:
         self._foreign_ids = NO_IDS  # of the machine's own disks, and of orphans
         self._foreign = NO_INDEXES  # indexes whose address one of these sits at
         self._planned: dict[str, Place] | None = None  # device ID to what a batch took for it
+        self._imported: Sequence[BlockDrive] = ()  # whose names wait for the offset of their family
 
     @property
     def offsets(self) -> dict[str, int]:
@@ -62,9 +77,11 @@ class Allotment:
         """The drive IDs that are given out."""
         return frozenset(self._drive_ids)
 
-    def learn(self, found: Inventory, ours: Collection[str] = NO_IDS) -> None:
+    def learn(self, found: Inventory, ours: Collection[str] = NO_IDS) -> list[BlockDrive]:
         """Takes what the machine's own disks use: IDs, indexes of SCSI addresses, and names, unless their offset is known already. What
         they used when it was last asked, and do not use now, is free, but for names: the guest does not name its disks anew.
+
+        Returns the imported drives whose predicted names have changed by it: the original does not count the machine's own disks.
 
         :param ours: drive IDs that were given out when the machine was asked.
         """
@@ -85,6 +102,23 @@ class Allotment:
             counts[disk.family.prefix] = counts.get(disk.family.prefix, 0) + 1
         if counts:
             self._offsets = {**counts, **self._offsets}
+        imported, self._imported = self._imported, ()
+        return [drive for drive in imported if self._shift(drive)]
+
+    def _shift(self, drive: BlockDrive) -> bool:
+        """Has an imported drive's name come after those of the machine's own disks; whether that changed it."""
+        family = drive.kind.family
+        offset = self._offsets.get(family.prefix, drive.offset)
+        before = drive.offset, drive.ordinal
+        if drive.kind is NVDIMM and drive.known_name is not None:  # its number counts the machine's own
+            ordinals, likely = self._ordinals[family.prefix], _number(drive) - offset
+            if likely != drive.ordinal and 0 <= likely < self.capacity and likely not in ordinals:
+                ordinals.release(drive.ordinal)
+                ordinals.reserve(likely)
+                drive.ordinal, drive.offset = likely, offset
+        elif offset != drive.offset:
+            drive.offset, drive.known_name = offset, None
+        return before != (drive.offset, drive.ordinal)
 
     def plan(self, devices: Sequence[BlockDevice]) -> None:
         """Takes the places of many devices in one crossing, in their order; `reserve` then finds them, `unplan` gives back the rest.
@@ -138,7 +172,8 @@ class Allotment:
     def restore(self, drives: Sequence[BlockDrive], others: Collection[int], offsets: Mapping[str, int]) -> None:
         """Takes what the drives of a saved state have, and other indexes that the state says are taken. The allotment must be unused.
 
-        An ordinal that the state does not tell (-1) is found: the original wrote none. Raises IndexTaken, DeviceConflict or InvalidIndex
+        An ordinal that the state does not tell (-1) is found: the original wrote none; names of imported drives are those beside none of
+        the machine's own disks until `learn` has heard of them. Raises IndexTaken, DeviceConflict or InvalidIndex
         when the state contradicts itself; nothing is then taken.
         """
         drive_ids = {drive.id for drive in drives}
@@ -153,6 +188,9 @@ class Allotment:
         except IndexTaken as error:
             raise IndexTaken("an index belongs to two drives: " + str(error)) from error
         self._ordinals, self._drive_ids, self.unused = ordinals, drive_ids, False
+        self._imported = sorted(
+            (drive for drive in drives if drive.imported and drive.offset == drive.kind.offset), key=lambda drive: drive.ordinal
+        )
         if offsets:
             self._offsets = {**self._offsets, **{name: offset for name, offset in offsets.items() if name in FAMILIES}}
 
@@ -165,13 +203,14 @@ class Allotment:
                 numbers.append(drive.ordinal)
             else:
                 untold.append(drive)
+        below = _Below(drives) if untold else None
         ordinals: dict[str, BlockIndex] = {}
         for prefix, numbers in told.items():
             ordinals[prefix] = BlockIndex(self.capacity)
             ordinals[prefix].reserve_many(numbers)
         for drive in untold:
             family = ordinals[drive.kind.family.prefix]
-            likely = _likely_ordinal(drive)
+            likely = _likely_ordinal(drive, below) if below is not None else 0
             if 0 <= likely < self.capacity and likely not in family:
                 family.reserve(likely)
                 drive.ordinal = likely
@@ -204,12 +243,29 @@ def _kind(device: BlockDevice) -> Driver:
     return DRIVERS[device.info.driver or ""]
 
 
-def _likely_ordinal(drive: BlockDrive) -> int:
-    """The ordinal behind a drive that the original wrote: by its name, or the index, which was the same number while it knew one driver."""
+class _Below:
+    """How many drives of other families have lower indexes: they take no name of this one's."""
+
+    def __init__(self, drives: Sequence[BlockDrive]) -> None:
+        self._all = sorted(drive.index for drive in drives)
+        self._families: dict[str, list[int]] = {}
+        for drive in sorted(drives, key=lambda drive: drive.index):
+            self._families.setdefault(drive.kind.family.prefix, []).append(drive.index)
+
+    def others(self, drive: BlockDrive) -> int:
+        return bisect_left(self._all, drive.index) - bisect_left(self._families[drive.kind.family.prefix], drive.index)
+
+
+def _likely_ordinal(drive: BlockDrive, below: _Below) -> int:
+    """The ordinal behind a drive that the original wrote: by its name, or the index, which is the same number while all have one family."""
     family = drive.kind.family
-    if drive.known_name is None or not family.letters:
-        return drive.index
-    try:
-        return drive_index(drive.known_name.removeprefix("/dev/"), family.prefix) - drive.offset
-    except InvalidName:
-        return drive.index
+    if drive.known_name is not None and drive.kind is NVDIMM:
+        return _number(drive)
+    with suppress(InvalidName):
+        if drive.known_name is not None and family.letters:
+            return drive_index(drive.known_name.removeprefix("/dev/"), family.prefix) - drive.offset
+    return drive.index - below.others(drive)
+
+
+def _number(drive: BlockDrive) -> int:
+    return int(drive.nvdimm_id or 0)

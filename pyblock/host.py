@@ -114,6 +114,14 @@ def find_lineage(path: str) -> Lineage | None:
     return lineage_of(identity) if identity is not None else None
 
 
+def is_file(path: str) -> bool:
+    """Whether the path leads to a regular file."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)  # noqa: PTH116
+    except (OSError, ValueError):
+        return False
+
+
 def block_special_path(major: int, minor: int, *, sysfs: str = SYSFS_BLOCK) -> str:
     """The path under /dev of the block special major:minor, out of `/sys/dev/block/M:m/uevent`. Raises InvalidImage when there is none."""
     where = f"{sysfs}/{major}:{minor}/uevent"

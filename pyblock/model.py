@@ -79,13 +79,13 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     :ivar serial: what the guest reads as serial, None for none.
     :ivar pci_path: slots from the root bus down in two hex digits, as Kata writes them: "02/00" is slot 0 behind the port in slot 2 (a
         function other than 0 is added: "02.1/00"). None where the drive is not on PCI.
-    :ivar nvdimm_id: the VMM's ID of an nvdimm.
-    :ivar dev_no: the CCW device number.
+    :ivar dev_no: the CCW device number as the guest has it: "0.0.0002".
     :ivar guest_match: what the target of the guest's `/sys/block/<name>` link contains for this disk and for no other.
     :ivar slot: the adapter's own word for the place that the drive takes in the machine.
     :ivar share: others may write the image as well.
     :ivar verified: False where the VMM was given a path, and what it opened there could not be compared with what was claimed.
     :ivar known_name: a guest path that came from elsewhere (an imported state) and stands in for the computed one.
+    :ivar imported: another program plugged it in, under names that may not be ours.
     """
 
     id: str
@@ -98,12 +98,12 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     read_only: bool = False
     serial: str | None = None
     pci_path: str | None = None
-    nvdimm_id: str | None = None
     dev_no: str | None = None
     guest_match: str | None = None
     slot: str | None = None
     known_name: str | None = None
     share: bool = False
+    imported: bool = False
     verified: bool = True
 
     @property
@@ -120,6 +120,12 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     def scsi_addr(self) -> str | None:
         """`id:lun`, a fact; None where it has none."""
         return scsi_address(self.index) if self.kind.scsi else None
+
+    @property
+    def nvdimm_id(self) -> str | None:
+        """The number behind /dev/pmem, as the original keeps it; None where it is no such disk."""
+        family = self.kind.family
+        return (self.known_name or family.path(self.ordinal + self.offset)).removeprefix(f"/dev/{family.prefix}") if self.pmem else None
 
     @property
     def predicted_name(self) -> str:

@@ -16,8 +16,8 @@ from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_
 from pyblock.errors import InvalidID, InvalidIndex, InvalidState, PyblockError
 from pyblock.formats import RAW
 from pyblock.generic import GenericDevice
-from pyblock.host import find_lineage
-from pyblock.lineage import lineage_of
+from pyblock.host import find_lineage, is_file
+from pyblock.lineage import Lineage, lineage_of
 from pyblock.manager import NO_OPTIONS, Device, DeviceManager
 from pyblock.model import BlockDrive, DeviceInfo, check_device_id
 from pyblock.naming import scsi_address
@@ -29,6 +29,9 @@ _PHASES = {phase.value: phase for phase in (Phase.DETACHED, Phase.ATTACHED, Phas
 
 GENERIC = "generic"
 BLOCK = "block"
+
+# Major and minor of a file. The original of 2020 had 0 and 0, and took two devices with the same numbers for one.
+FILE = (-1, 0)
 
 
 def device_to_state(device: Device) -> DeviceState:
@@ -44,50 +47,69 @@ def device_to_state(device: Device) -> DeviceState:
     identity, drive = device.identity, device.drive
     if device.saved is None:
         state.dev_type = "b"
-        state.major, state.minor = (info.major, info.minor) if info.major >= 0 else (0, 0)
+        state.major, state.minor = (info.major, info.minor) if info.major >= 0 else FILE
         state.driver_options = {**info.options, "block-driver": info.driver or ""}
     before = saved.block_drive if isinstance(saved.block_drive, DriveState) else None
     same = drive is not None and before is not None and _is_same(drive, before)
     # What the original wrote stays as it wrote it as long as it has words for where the device stands.
-    if saved.notes is UNSET and device.phase in (Phase.ATTACHED, Phase.DETACHED) and (same or drive is None):
+    if drive is not None:
+        state.block_drive = _drive_to_state(drive, before if same else None)
+    elif device.saved is None:
+        state.block_drive = UNSET
+    told = same or drive is None
+    if saved.notes is UNSET and device.phase in (Phase.ATTACHED, Phase.DETACHED) and told and info.share == _is_shared(before):
         return state
     state.notes = DeviceNotes(
         phase=_SAVED_PHASE.get(device.phase, device.phase).value, path=info.path, driver=info.driver, serial=info.serial,
         read_only=info.read_only, share=info.share, format="raw" if info.format == RAW else None, identity=identity,
     )  # fmt: skip
-    if drive is not None:
-        state.block_drive = _drive_to_state(drive, before if same else None)
-    elif device.saved is None:
-        state.block_drive = UNSET
     return state
 
 
 def _is_same(drive: BlockDrive, saved: DriveState) -> bool:
     """Whether this is the drive that was saved, and not one that the device got since."""
-    notes = saved.notes if saved.notes is not UNSET else DriveNotes()
-    have = (drive.id, drive.index, drive.file, drive.slot, drive.guest_match)
-    return have == (saved.id, saved.index, saved.file, notes.slot, notes.guest_match)
+    return drive.imported == _is_imported(saved) and (drive.id, drive.index, drive.file) == (saved.id, saved.index, saved.file)
+
+
+def _is_imported(saved: DriveState) -> bool:
+    """Whether another program plugged it in. What pyblock wrote of such drives before it marked them lacks ReadOnly where the original
+    had none."""
+    return saved.notes is UNSET or saved.notes.imported or saved.read_only is UNSET
+
+
+def _is_shared(saved: DriveState | None) -> bool:
+    return saved is not None and saved.share_rw is True
 
 
 def _drive_to_state(drive: BlockDrive, saved: DriveState | None) -> DriveState:
-    """`saved`: the same drive's saved form, if there is one; nothing of a drive changes while it is there."""
-    state = msgspec.structs.replace(saved) if saved is not None else DriveState(
-        file=drive.file, format=drive.format, id=drive.id, index=drive.index,
-        pci_path=drive.pci_path or "", scsi_addr=drive.scsi_addr or "",
-        nvdimm_id=drive.nvdimm_id or "", virt_path=drive.virt_path or "", dev_no=drive.dev_no or "",
-        pmem=drive.pmem, read_only=drive.read_only, share_rw=True if drive.share else UNSET,
-    )  # fmt: skip
+    """`saved`: the same drive's saved form, if there is one, whose unknown keys are kept; so are all its keys where another program
+    plugged it in, but for a PCI address that the machine told."""
+    if saved is None or not drive.imported:
+        state = DriveState(
+            file=drive.file, format=drive.format, id=drive.id, index=drive.index,
+            pci_addr=drive.pci_path or "", scsi_addr=drive.scsi_addr or "",
+            nvdimm_id=drive.nvdimm_id or "", virt_path=drive.virt_path or "", dev_no=drive.dev_no or "",
+            pmem=drive.pmem, read_only=drive.read_only, share_rw=True if drive.share else UNSET,
+        )  # fmt: skip
+        if saved is not None:
+            state.extra, state.pci_path, state.mmio_addr = saved.extra, saved.pci_path, saved.mmio_addr
+            state.share_rw = saved.share_rw if state.share_rw is UNSET else True
+    else:
+        state = msgspec.structs.replace(saved)
+        if drive.pci_path is not None:
+            state.pci_addr = drive.pci_path
     state.notes = DriveNotes(
         driver=drive.driver, ordinal=drive.ordinal, offset=drive.offset, serial=drive.serial, guest_match=drive.guest_match,
-        slot=drive.slot, known_name=drive.known_name,
+        slot=drive.slot, known_name=drive.known_name, imported=drive.imported,
     )  # fmt: skip
     return state
 
 
-def device_from_state(state: DeviceState, default: Driver, *, where: str) -> Device | None:
+def device_from_state(state: DeviceState, default: Driver, *, where: str, share: bool = False) -> Device | None:
     """The device of a saved form; None for a kind that pyblock keeps untouched. Its drive's ordinal is -1 where the saved form does not
     tell.
 
+    :param share: others may write its image as well, whatever the saved form says.
     Raises InvalidState, naming the device, when the values contradict each other.
     """
     if state.type not in (BLOCK, GENERIC):
@@ -96,7 +118,7 @@ def device_from_state(state: DeviceState, default: Driver, *, where: str) -> Dev
         check_device_id(state.id)
         if state.ref_count < 0 or state.attach_count < 0:
             raise InvalidState(f"AttachCount {state.attach_count} or RefCount {state.ref_count} is negative")
-        return _generic(state) if state.type == GENERIC else _block(state, default)
+        return _generic(state) if state.type == GENERIC else _block(_readable(state), default, share=share)
     except (InvalidState, InvalidID, InvalidIndex) as error:
         raise InvalidState(f"{where}: device {state.id!r}: {error}; the file is left as it is") from error
 
@@ -108,7 +130,20 @@ def _generic(state: DeviceState) -> GenericDevice:
     return device
 
 
-def _block(state: DeviceState, default: Driver) -> BlockDevice:
+def _readable(state: DeviceState) -> DeviceState:
+    """The saved form with its addresses as both versions of the original read them; pyblock wrote other ones before."""
+    drive = state.block_drive
+    if not isinstance(drive, DriveState):
+        return state
+    new = drive
+    if isinstance(drive.pci_path, str):
+        new = msgspec.structs.replace(drive, pci_path=UNSET, pci_addr=drive.pci_path or drive.pci_addr or "")
+    if drive.dev_no.startswith(_HOST_CSS) and not _is_imported(drive):
+        new = msgspec.structs.replace(new, dev_no=_GUEST_CSS + drive.dev_no.removeprefix(_HOST_CSS))
+    return state if new is drive else msgspec.structs.replace(state, block_drive=new)
+
+
+def _block(state: DeviceState, default: Driver, *, share: bool) -> BlockDevice:
     notes = state.notes if state.notes is not UNSET else None
     saved = state.block_drive or None
     phase = _phase(notes, state, saved)
@@ -127,13 +162,14 @@ def _block(state: DeviceState, default: Driver) -> BlockDevice:
     ours = _is_our_own(state, saved, driver)
     if ours and len(options) == 1:
         options = NO_OPTIONS  # the driver alone, which is written anew
-    share = bool((notes and notes.share) or (drive and drive.share))
+    share = share or bool((notes and notes.share) or (drive and drive.share))
+    if drive is not None:
+        drive.share = share
     info = DeviceInfo(
         path, driver.name, read_only, serial, state.id, state.dev_type, state.major, state.minor, options, share,
         notes.format if notes else None,
     )  # fmt: skip
-    # The original writes no identity; what its path is now is the best there is.
-    found = lineage_of(notes.identity) if notes is not None and notes.identity is not None else find_lineage(path)
+    found = _lineage(notes, state, path, driver)
     device = BlockDevice(state.id, info, found.identity, found.claims) if found is not None else BlockDevice(state.id, info)
     device.ref_count, device.attach_count, device.phase, device.drive = state.ref_count, state.attach_count, phase, drive
     if not ours:
@@ -141,10 +177,23 @@ def _block(state: DeviceState, default: Driver) -> BlockDevice:
     return device
 
 
+def _lineage(notes: DeviceNotes | None, state: DeviceState, path: str, driver: Driver) -> Lineage | None:
+    """What the image is. The original wrote a path of it and, for a block special, its numbers.
+
+    Those hold, whatever the path leads to now and here; but a file that is mounted as pmem has the numbers of its loop device.
+    """
+    if notes is not None and notes.identity is not None:
+        return lineage_of(notes.identity)
+    found = find_lineage(path)
+    numbered = state.dev_type == "b" and state.major > 0 <= state.minor and driver is not NVDIMM
+    return lineage_of(("block", state.major, state.minor)) if numbered and not is_file(path) else found
+
+
 def _is_our_own(state: DeviceState, drive: DriveState | None, driver: Driver) -> bool:
     """Whether pyblock wrote all of it, and would write it again from what the device knows."""
     return (
         state.notes is not UNSET
+        and bool(state.notes.path)
         and state.extra is UNSET
         and not state.cold_plug
         and state.dev_type == "b"
@@ -153,11 +202,12 @@ def _is_our_own(state: DeviceState, drive: DriveState | None, driver: Driver) ->
             drive is None
             or (
                 drive.notes is not UNSET
+                and not drive.notes.imported
                 and drive.extra is UNSET
-                and drive.pci_addr is UNSET
+                and drive.pci_path is UNSET
+                and drive.read_only is not UNSET
                 and drive.share_rw is not False
                 and not drive.mmio_addr
-                and type(drive.pci_path) is str
             )
         )
     )
@@ -178,6 +228,8 @@ def _phase(notes: DeviceNotes | None, state: DeviceState, saved: DriveState | No
 
 
 def _driver(name: str | None, saved: DriveState | None, default: Driver) -> Driver:
+    if saved is not None and (saved.pmem or saved.nvdimm_id):
+        return NVDIMM  # the original writes the sandbox's driver beside it, whatever the device
     if name:
         if name not in DRIVERS:
             raise InvalidState(f"block driver {name!r} is unknown; known are {', '.join(DRIVERS)}")
@@ -186,7 +238,6 @@ def _driver(name: str | None, saved: DriveState | None, default: Driver) -> Driv
         return default
     for present, driver in (
         (saved.scsi_addr, VIRTIO_SCSI),
-        (saved.pmem or saved.nvdimm_id, NVDIMM),
         (saved.dev_no, VIRTIO_BLK_CCW),
         (saved.mmio_addr, VIRTIO_MMIO),
         (saved.virt_path, VIRTIO_BLK),
@@ -197,6 +248,9 @@ def _driver(name: str | None, saved: DriveState | None, default: Driver) -> Driv
 
 
 _NO_NOTES = DriveNotes()
+_DIGITS = 8  # of a number behind /dev/pmem; a machine has 256 memory slots
+# The channel subsystem in a CCW device number, as QEMU takes it and as the guest has it.
+_HOST_CSS, _GUEST_CSS = "fe.", "0."
 
 
 def _drive(saved: DriveState, driver: Driver) -> BlockDrive:
@@ -207,14 +261,23 @@ def _drive(saved: DriveState, driver: Driver) -> BlockDrive:
         raise InvalidState("its BlockDrive has no ID")
     if notes.offset < 0:
         raise InvalidState(f"its Offset {notes.offset} is negative")
-    pci_path = saved.pci_path if isinstance(saved.pci_path, str) else saved.pci_addr
-    known_name = saved.virt_path or None if saved.notes is UNSET else notes.known_name
+    if notes.driver and notes.driver != driver.name:
+        notes = _NO_NOTES  # it was taken for what it is not
+    known_name = _told_name(saved, driver) if saved.notes is UNSET or notes.ordinal < 0 else notes.known_name
     return BlockDrive(
         saved.id, saved.index, notes.ordinal, notes.offset if notes.ordinal >= 0 else driver.offset, driver,
         saved.file, saved.format or "raw", saved.read_only is True, notes.serial,
-        (pci_path if isinstance(pci_path, str) else "") or None, saved.nvdimm_id or None, saved.dev_no or None,
-        notes.guest_match, notes.slot, known_name, saved.share_rw is True,
+        saved.pci_addr or None, saved.dev_no or None, notes.guest_match, notes.slot, known_name, saved.share_rw is True,
+        _is_imported(saved),
     )  # fmt: skip
+
+
+def _told_name(saved: DriveState, driver: Driver) -> str | None:
+    """The guest path that the original told. Of a pmem device it is in NvdimmID; VirtPath is what the sandbox's driver would have had."""
+    if driver is not NVDIMM:
+        return saved.virt_path or None
+    number = saved.nvdimm_id
+    return NVDIMM.family.path(int(number)) if number.isascii() and number.isdigit() and len(number) < _DIGITS else None
 
 
 class Kept(msgspec.Struct, frozen=True, gc=False):
@@ -254,10 +317,13 @@ def sandbox_to_row(sandbox_id: str, devices: Iterable[Device], allotment: Allotm
     return msgspec.structs.replace(state, notes=notes, devices=kept.devices if kept is not None else [])
 
 
-def restore_sandbox(state: SandboxState, manager: DeviceManager, allotment: Allotment, *, where: str) -> tuple[list[Device], Kept | None]:
+def restore_sandbox(
+    state: SandboxState, manager: DeviceManager, allotment: Allotment, *, where: str, share: bool = False
+) -> tuple[list[Device], Kept | None]:
     """The devices of a saved form, which an empty manager can take in, and what there is no place for; an unused allotment is told what
     they take.
 
+    :param share: others may write their images as well.
     Raises InvalidState when the state contradicts itself, having changed nothing.
     """
     devices: list[Device] = []
@@ -265,7 +331,7 @@ def restore_sandbox(state: SandboxState, manager: DeviceManager, allotment: Allo
     untouched: list[DeviceState] = []
     default = manager.driver
     for saved in state.devices or ():
-        device = device_from_state(saved, default, where=where)
+        device = device_from_state(saved, default, where=where, share=share)
         if device is None:
             untouched.append(saved)
             continue

@@ -36,10 +36,15 @@ class DriveNotes(msgspec.Struct, kw_only=True, omit_defaults=True, rename="pasca
     guest_match: str | None = None
     slot: str | None = None
     known_name: str | None = None
+    imported: bool = False  # another program plugged it in: the keys of that program's are written back as they were read
 
 
 class DriveState(_Kept):
-    """The original's BlockDrive. Keys that only some of its versions write are unset where they were absent."""
+    """The original's BlockDrive. Keys that only some of its versions write are unset where they were absent.
+
+    A PCI address is `PCIAddr`, a text, for the original of 2020, which knows no PCIPath. For that of today PCIPath is an object without
+    keys, and a text there has it refuse the whole file; pyblock wrote one once, so it is still read.
+    """
 
     file: str = msgspec.field(name="File", default="")
     format: str = msgspec.field(name="Format", default="")

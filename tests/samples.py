@@ -111,6 +111,16 @@ KATA: dict[str, dict[str, Json]] = {
 KATA["unknown keys"]["HypervisorState"]["BlockIndexMap"] = {"0": {"since": 1}}
 
 
+def as_written(state: dict[str, Json]) -> dict[str, Json]:
+    """What is to come out for a state that went in: a PCI path that is a text, which the original of today refuses, as its PCIAddr."""
+    state = copy.deepcopy(state)
+    for one in state["Devices"]:
+        drive = one.get("BlockDrive") or {}
+        if isinstance(drive.get("PCIPath"), str):
+            drive["PCIAddr"] = drive.pop("PCIPath")
+    return state
+
+
 def without_pyblock(value: Json) -> Json:
     """The JSON without what stands under "Pyblock", and its devices in the order of their IDs."""
     value = copy.deepcopy(value)

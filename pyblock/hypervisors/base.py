@@ -99,6 +99,10 @@ class Hypervisor(Protocol):
     def adopt(self, drive: BlockDrive) -> None:
         """Takes note of a drive that was plugged in before this adapter was opened: what it takes stays taken until it is unplugged."""
 
+    def recognize(self, drive: BlockDrive) -> None:
+        """Fills in the guest match, and the place, of a drive that another program plugged in, as far as its address alone tells them.
+        Asks nothing, takes nothing; `locate` asks."""
+
     def vacate(self, drive: BlockDrive) -> None:
         """Takes note that a drive's place is free: the machine has nothing of it."""
 

@@ -6,6 +6,7 @@ Any step of base.SteppedHypervisor can be refused, delayed, held back or lost. I
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from collections.abc import Callable, Collection
 from typing import Literal
@@ -21,6 +22,8 @@ from pyblock.model import BlockDrive
 BRIDGES = 30  # PCI bridges in slots 2 … 31 of the root bus
 BRIDGE_SLOTS = 32
 JOURNAL = 1000
+_DEV_NO = re.compile(r"(0|fe)\.[0-3]\.[0-9a-f]{4}")
+_PCI_PATH = re.compile(r"([0-9a-f]{2})/([0-9a-f]{2})")
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -105,6 +108,15 @@ class MemoryHypervisor(SteppedHypervisor):
         if drive.kind is VIRTIO_BLK and drive.slot is not None:
             self._slots |= 1 << int(drive.slot)
 
+    def recognize(self, drive: BlockDrive) -> None:
+        if drive.kind is VIRTIO_BLK:
+            told = _PCI_PATH.fullmatch(drive.pci_path or "")
+            bridge, slot = (int(told[1], 16) - 2, int(told[2], 16)) if told else (BRIDGES, 0)
+            if drive.slot is None and 0 <= bridge < BRIDGES and slot < BRIDGE_SLOTS:
+                drive.slot = str(bridge * BRIDGE_SLOTS + slot)
+        if drive.kind is not VIRTIO_BLK_CCW or _DEV_NO.fullmatch(drive.dev_no or ""):
+            self._locate(drive)
+
     async def place(self, drive: BlockDrive) -> None:
         if drive.kind is not VIRTIO_BLK:
             return
@@ -142,14 +154,17 @@ class MemoryHypervisor(SteppedHypervisor):
         await self._step("device-add", drive, do)
 
     async def locate(self, drive: BlockDrive) -> None:
+        if drive.kind is VIRTIO_BLK_CCW:
+            drive.dev_no = f"0.{drive.index >> 16:x}.{drive.index & 0xFFFF:04x}"
+        self._locate(drive)
+
+    def _locate(self, drive: BlockDrive) -> None:
         if drive.kind is VIRTIO_SCSI:
             drive.guest_match = f"/0:0:{drive.index // 256}:{drive.index % 256}/"
         elif drive.kind is NVDIMM:
-            drive.nvdimm_id = drive.id
-            drive.guest_match = f"/region{drive.ordinal + drive.offset}/"
+            drive.guest_match = f"/region{drive.nvdimm_id}/"
         elif drive.kind is VIRTIO_BLK_CCW:
-            drive.dev_no = f"fe.{drive.index >> 16:x}.{drive.index & 0xFFFF:04x}"
-            drive.guest_match = f"/0.{drive.index >> 16:x}.{drive.index & 0xFFFF:04x}/"
+            drive.guest_match = f"/0.{(drive.dev_no or '').partition('.')[2]}/"
         elif drive.kind is VIRTIO_MMIO:
             drive.guest_match = f"/{drive.predicted_name.removeprefix('/dev/')}"
         elif drive.slot is not None:

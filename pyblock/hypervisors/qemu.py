@@ -126,6 +126,14 @@ class QemuHypervisor(SteppedHypervisor):
         self._tree = await read_tree(self._qmp)
         return self._tree
 
+    def recognize(self, drive: BlockDrive) -> None:
+        if drive.kind is VIRTIO_SCSI:
+            target, lun = divmod(drive.index, LUNS)
+            # The guest numbers its SCSI hosts itself, and SATA ports count among them: only what follows the host's number is a fact.
+            drive.guest_match = f":0:{target}:{lun}/block/"
+        elif drive.kind is NVDIMM:
+            drive.guest_match = f"/region{drive.nvdimm_id}/"
+
     def vacate(self, drive: BlockDrive) -> None:
         held = self._slots.get(drive.slot) if drive.slot is not None else None
         if drive.slot is not None and held is not None and held[0] == drive.id:
@@ -189,19 +197,22 @@ class QemuHypervisor(SteppedHypervisor):
             raise
 
     async def locate(self, drive: BlockDrive) -> None:
-        if drive.kind is VIRTIO_SCSI:
-            target, lun = divmod(drive.index, LUNS)
-            # The guest numbers its SCSI hosts itself, and SATA ports count among them: only what follows the host's number is a fact.
-            drive.guest_match = f":0:{target}:{lun}/block/"
-        elif drive.kind is NVDIMM:
-            drive.nvdimm_id = drive.id
-            drive.guest_match = f"/region{drive.ordinal + drive.offset}/"
+        if drive.kind is not VIRTIO_BLK:
+            self.recognize(drive)
         else:
             _, slot = self._slots.get(drive.slot or "", ("", None))
+            if slot is None and drive.imported and (slot := await self._slot_of(drive)) is not None:
+                drive.pci_path = slot.pci_path
             if slot is not None:
                 if any(slot.route[:depth] not in self._buses for depth in range(1, len(slot.route) + 1)):
                     self._buses = await bus_numbers(self._qmp)
                 drive.guest_match = slot.guest_match(self._buses)
+
+    async def _slot_of(self, drive: BlockDrive) -> Slot | None:
+        """Where another program put a drive's device."""
+        user = await self._user_of(drive)
+        tree = self._tree or await self._look()
+        return next((disk.slot for disk in tree.disks if user and disk.id == user), None)
 
     async def device_del(self, drive: BlockDrive) -> bool:
         if await self._ask_to_leave(drive, drive.id):
@@ -255,29 +266,34 @@ class QemuHypervisor(SteppedHypervisor):
         if drive.kind is not NVDIMM and drive.id not in self._descriptors.drive_ids:
             file = (await nodes(self._qmp)).get(drive.id)
             self._descriptors.note(drive.id, set_behind(file or ""))
-        pause = _BUSY_PAUSE
+        pause, backend = _BUSY_PAUSE, drive.id
         for last in [False] * (_BUSY_TRIES - 1) + [True]:
             try:
                 # Nothing but its name: it must work when the image is long gone.
                 if drive.kind is NVDIMM:
-                    await self._qmp.execute("object-del", {"id": drive.id}, step="backend-del")
+                    await self._qmp.execute("object-del", {"id": backend}, step="backend-del")
                 else:
                     await self._qmp.execute("blockdev-del", {"node-name": drive.id}, step="backend-del")
             except VmmRefused as error:
-                if not await self._has_backend(drive):
+                if (have := await self._backend_of(drive)) is None:
                     break
                 if last:
                     raise error
+                if have != backend:
+                    backend = have
+                    continue
                 await asyncio.sleep(pause)
                 pause *= 2
             else:
                 break
         self._descriptors.remove(drive.id)
 
-    async def _has_backend(self, drive: BlockDrive) -> bool:
+    async def _backend_of(self, drive: BlockDrive) -> str | None:
+        """What QEMU calls the drive's backend, which another program may have named; None where it has none."""
         if drive.kind is NVDIMM:
-            return not {drive.id, KATA_MEMORY + drive.id}.isdisjoint(await properties(self._qmp, "/objects"))
-        return drive.id in await nodes(self._qmp)
+            objects = await properties(self._qmp, "/objects")
+            return next((name for name in (drive.id, KATA_MEMORY + drive.id) if name in objects), None)
+        return drive.id if drive.id in await nodes(self._qmp) else None
 
     async def close(self) -> None:
         for task in list(self._nudges):

@@ -110,10 +110,11 @@ class Slot(msgspec.Struct, frozen=True):
 
 
 class Disk(msgspec.Struct, frozen=True):
-    """A disk on a PCI bus: its ID ("" without one) and family."""
+    """A disk on a PCI bus, or on a virtio-mmio bus (no slot): its ID ("" without one), its family, and where it sits."""
 
     id: str
     family: Family
+    slot: Slot | None = None
 
 
 class Tree(msgspec.Struct):
@@ -211,20 +212,20 @@ async def _pci_bus(qmp: QmpSession, tree: Tree, bus: str, route: tuple[Hop, ...]
         for (path, kind), place in zip(children, places, strict=True)
         if place is not None and place >= 0
     ]
+    name = bus.rpartition("/")[2]
     if hotplug:
         taken = {hop.slot for _, _, hop in devices}
-        name = bus.rpartition("/")[2]
         numbers = [] if port and taken else [number for number in (PORT_SLOTS if port else BRIDGE_SLOTS) if number not in taken]
         tree.free.extend(Slot(name, number, route, port) for number in numbers)
-    await asyncio.gather(*(_pci_device(qmp, tree, path, kind, _further(qmp, route, hop)) for path, kind, hop in devices))
+    await asyncio.gather(*(_pci_device(qmp, tree, path, kind, hop, Slot(name, hop.slot, route, port)) for path, kind, hop in devices))
 
 
-async def _pci_device(qmp: QmpSession, tree: Tree, path: str, kind: str, route: tuple[Hop, ...]) -> None:
+async def _pci_device(qmp: QmpSession, tree: Tree, path: str, kind: str, hop: Hop, slot: Slot) -> None:
     if kind in _BRIDGES:
         for bus in await _buses(qmp, path, _PCI_BUS):
-            await _pci_bus(qmp, tree, bus, route, port=kind in _PORTS)
+            await _pci_bus(qmp, tree, bus, _further(qmp, slot.route, hop), port=kind in _PORTS)
     elif family := _family(kind, _FAMILIES):
-        tree.disks.append(Disk(_id(path), family))
+        tree.disks.append(Disk(_id(path), family, slot))
 
 
 def _further(qmp: QmpSession, route: tuple[Hop, ...], hop: Hop) -> tuple[Hop, ...]:
