@@ -155,9 +155,9 @@ class Sandbox:
         """See pyblock.Sandbox.save."""
         self._call(partial(self._sandbox.save, path))
 
-    def load(self, path: str | os.PathLike[str]) -> None:
+    def load(self, path: str | os.PathLike[str], *, share: bool = False) -> None:
         """See pyblock.Sandbox.load."""
-        self._call(partial(self._sandbox.load, path))
+        self._call(partial(self._sandbox.load, path, share=share))
 
     def settle(self, timeout: float = GRACE) -> None:
         """See pyblock.Sandbox.settle."""
@@ -167,9 +167,9 @@ class Sandbox:
         """See pyblock.Sandbox.state."""
         return self._loop.call(self._sandbox.state)
 
-    def restore(self, state: SandboxState) -> None:
+    def restore(self, state: SandboxState, *, where: str = "the state", share: bool = False) -> None:
         """See pyblock.Sandbox.restore."""
-        self._call(partial(self._sandbox.restore, state))
+        self._call(partial(self._sandbox.restore, state, where=where, share=share))
 
     def close(self) -> None:
         """See pyblock.Sandbox.close."""

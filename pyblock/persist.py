@@ -27,6 +27,8 @@ from pyblock.state import DeviceNotes, DeviceState, DriveNotes, DriveState, Hype
 _SAVED_PHASE = {Phase.ATTACHING: Phase.ATTACH_PENDING, Phase.DETACHING: Phase.DETACH_PENDING}
 _PHASES = {phase.value: phase for phase in (Phase.DETACHED, Phase.ATTACHED, Phase.ATTACH_PENDING, Phase.DETACH_PENDING)}
 
+_SIGNED, _UNSIGNED = 2**63, 2**64  # what the original's integers hold
+
 GENERIC = "generic"
 BLOCK = "block"
 
@@ -118,6 +120,8 @@ def device_from_state(state: DeviceState, default: Driver, *, where: str, share:
         check_device_id(state.id)
         if state.ref_count < 0 or state.attach_count < 0:
             raise InvalidState(f"AttachCount {state.attach_count} or RefCount {state.ref_count} is negative")
+        if max(state.ref_count, state.attach_count) >= _UNSIGNED or not all(-_SIGNED <= n < _SIGNED for n in (state.major, state.minor)):
+            raise InvalidState("a count, or Major:Minor, is a number of more than 64 bits, which the original cannot read")
         return _generic(state) if state.type == GENERIC else _block(_readable(state), default, share=share)
     except (InvalidState, InvalidID, InvalidIndex) as error:
         raise InvalidState(f"{where}: device {state.id!r}: {error}; the file is left as it is") from error

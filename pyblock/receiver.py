@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pyblock.allotment import Allotment
@@ -140,6 +141,13 @@ class Receiver(DeviceReceiver):
             self._ledger.touch(device.id)
             await self._ledger.flush_soon()
 
+    async def note_all(self, devices: Iterable[BlockDevice]) -> None:
+        """The same for many at once."""
+        if self._ledger is not None:
+            for device in devices:
+                self._ledger.touch(device.id)
+            await self._ledger.flush_soon()
+
     async def plug(self, device: BlockDevice) -> None:
         """See DeviceReceiver."""
         if self._lanes is None and self._vmm.lanes is not None:
@@ -178,7 +186,9 @@ class Receiver(DeviceReceiver):
             self._clear()  # of an earlier opening; the store knows what came of it
             if stored.devices or stored.state:
                 where = f"{store!r}, sandbox {self.id!r}"
-                self._take_in(*self._restored(decode_rows(stored.state, stored.devices, where=where), where=where))
+                devices, allotment, kept = self._restored(decode_rows(stored.state, stored.devices, where=where), where=where)
+                self._recognize(devices)
+                self._take_in(devices, allotment, kept)
                 for device in self.manager:
                     if device.saved is None:
                         device.ref_count = device.attach_count  # other users died with the process that they were in
@@ -187,12 +197,13 @@ class Receiver(DeviceReceiver):
             raise
         self._ledger = Ledger(store, self.id, self.manager)
 
-    async def _load(self, state: SandboxState, *, where: str) -> None:
+    async def _load(self, state: SandboxState, *, where: str, share: bool = False) -> None:
         """Takes in a saved state, and has the store keep it; all of it or nothing. See Sandbox.restore."""
         self.check()
         if len(self.manager) or self._loading:
             raise CallerError(f"sandbox {self.id} has {len(self.manager)} devices; a state is loaded into one without")
-        devices, allotment, kept = self._restored(state, where=where)
+        devices, allotment, kept = self._restored(state, where=where, share=share)
+        self._recognize(devices)
         if self._ledger is not None:
             self._loading = True  # nothing is attached until it is known whether these come in
             try:
@@ -205,12 +216,17 @@ class Receiver(DeviceReceiver):
                 self._loading = False
         self._take_in(devices, allotment, kept)
 
-    def _restored(self, state: SandboxState, *, where: str) -> tuple[list[Device], Allotment, Kept | None]:
+    def _recognize(self, devices: list[Device]) -> None:
+        for device in devices:
+            if isinstance(device, BlockDevice) and device.drive is not None and device.drive.imported and device.drive.guest_match is None:
+                self._vmm.recognize(device.drive)
+
+    def _restored(self, state: SandboxState, *, where: str, share: bool = False) -> tuple[list[Device], Allotment, Kept | None]:
         """What a saved state says. Raises StateError; nothing is changed by it but the allotment, if that was unused."""
         from pyblock.persist import restore_sandbox  # noqa: PLC0415
 
         allotment = self._allotment if self._allotment.unused else Allotment(self._allotment.capacity, self._allotment.given)
-        devices, kept = restore_sandbox(state, self.manager, allotment, where=where)
+        devices, kept = restore_sandbox(state, self.manager, allotment, where=where, share=share)
         return devices, allotment, kept
 
     def _take_in(self, devices: list[Device], allotment: Allotment, kept: Kept | None) -> None:

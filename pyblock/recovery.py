@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from pyblock.device import BlockDevice, Phase, Unsettled
-from pyblock.errors import PyblockError, SandboxClosed, VmmRefused, VmmUnreachable
+from pyblock.errors import PyblockError, SandboxClosed, TransportError, VmmRefused, VmmUnreachable
 from pyblock.hypervisors.base import CONNECT_TIMEOUT, Held, Inventory
 from pyblock.manager import DeviceManager
 from pyblock.model import BlockDrive
-from pyblock.operation import Operation
+from pyblock.operation import Operation, log
 from pyblock.shared import Ended, SharedWork
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class Difference(NamedTuple):
     drive_id: str
     device: BlockDevice | None
     held: Held | None
+    elsewhere: bool = False  # the VMM may have it under a name that we do not know
 
 
 class Seen(NamedTuple):
@@ -105,24 +106,20 @@ def differences(before: Collection[Seen], ours: Collection[str], inventory: Inve
         if device.drive is not drive or device.phase is not phase or device.operation is not None:
             continue
         held = inventory.held.get(drive.id)
-        if phase is Phase.ATTACHED and (held.device if held is not None else _is_elsewhere(device, drive, inventory)):
+        elsewhere = held is None and drive.imported and drive.file in inventory.files
+        if phase is Phase.ATTACHED and (elsewhere or (held is not None and held.device)):
             continue
-        found.append(Difference(_FOUND[phase], drive, drive.id, device, held))
+        found.append(Difference(_FOUND[phase], drive, drive.id, device, held, elsewhere))
     found += [
         Difference(Found.ORPHAN, None, name, None, held) for name, held in inventory.held.items() if name not in ours and not held.cold
     ]
     return found
 
 
-def _is_elsewhere(device: BlockDevice, drive: BlockDrive, inventory: Inventory) -> bool:
-    """Whether the VMM may have it under a name that we do not know: another program plugged it in, and its file is in use."""
-    return device.saved is not None and drive.file in inventory.files
-
-
 class Recovery:
     """:param receiver: what belongs together with the VMM."""
 
-    __slots__ = ("_asked", "_asking", "_doubts", "_ended", "_questions", "_receiver", "_settling", "findings")
+    __slots__ = ("_asked", "_asking", "_doubts", "_ended", "_questions", "_receiver", "_renamed", "_settling", "findings")
 
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver
@@ -132,6 +129,7 @@ class Recovery:
         self._ended = False
         self._questions: set[asyncio.Task[list[Difference]]] | None = None
         self._settling: set[asyncio.Task[Finding]] | None = None
+        self._renamed: list[BlockDrive] = []  # imported drives whose names were learnt, and are not written down yet
         self.findings: tuple[Finding, ...] = NONE  # of the last time that somebody waited for them
 
     def doubt(self) -> None:
@@ -182,6 +180,7 @@ class Recovery:
         if dry_run:
             return [_finding(one, Outcome.LEFT) for one in found]
         tasks = self._settle_all(found, doubts, orphans=orphans)
+        await self._recognize()
         if tasks:
             await asyncio.wait(tasks, timeout=timeout)
         findings = [
@@ -196,6 +195,29 @@ class Recovery:
     async def _ask(self) -> None:
         doubts = self._doubts
         self._settle_all(await self._differences(), doubts, orphans=False)
+        await self._recognize()
+
+    async def _recognize(self) -> None:
+        """Has the machine tell where drives are that another program plugged in, and what was learnt of them be written down."""
+        receiver = self._receiver
+        renamed, self._renamed = {drive.id for drive in self._renamed}, []
+        learnt: list[BlockDevice] = []
+        for device, drive, phase in at_rest(receiver.manager):
+            if phase is not Phase.ATTACHED or not drive.imported or device.drive is not drive or device.operation is not None:
+                continue
+            before = drive.guest_match, drive.pci_path
+            if drive.guest_match is None:
+                try:
+                    await receiver.vmm.locate(drive)
+                except TransportError:
+                    self.doubt()
+                    break
+                except PyblockError as error:
+                    log.info("sandbox %s: drive %s cannot be located: %s", receiver.id, drive.id, error)
+            if drive.id in renamed or before != (drive.guest_match, drive.pci_path):
+                learnt.append(device)
+        if learnt:
+            await receiver.note_all(learnt)
 
     async def _question(self) -> list[Difference]:
         """Asks in a task of its own, which `end` can end without ending whoever waits for it."""
@@ -225,7 +247,7 @@ class Recovery:
                 inventory = await receiver.vmm.inventory({seen.drive.id for seen in before})
         except TimeoutError:
             raise VmmUnreachable(f"the VMM of sandbox {receiver.id} did not answer within {CONNECT_TIMEOUT:g} s") from None
-        receiver.allotment.learn(inventory, ours)
+        self._renamed = receiver.allotment.learn(inventory, ours) or self._renamed
         return differences(before, ours | receiver.allotment.drive_ids, inventory)
 
     def _settle_all(self, found: list[Difference], doubts: int, *, orphans: bool) -> list[asyncio.Task[Finding]]:
@@ -244,7 +266,7 @@ class Recovery:
         device = one.device
         if device is None:
             return partial(self._remove_orphan, one) if orphans else None
-        if one.held is None:
+        if one.held is None and not one.elsewhere:
             device.free(self._receiver)
             return partial(self._freed, device)
         return partial(self._removed, one, device, device.reclaim(self._receiver))

@@ -288,14 +288,16 @@ class Sandbox(Receiver):
             await over(previous)
         await asyncio.to_thread(json_file.write, path, self.state())
 
-    async def load(self, path: str | os.PathLike[str]) -> None:
+    async def load(self, path: str | os.PathLike[str], *, share: bool = False) -> None:
         """Restores what `save` (or the original) wrote, into an open sandbox without devices. Touches no VMM.
 
+        :param share: others of this host may write its images too, if they say so as well; the original claims none.
         Raises StateError; ImageInUse when another sandbox has claimed an image of it; StoreError. Nothing is then changed.
         """
         from pyblock.stores import json_file  # noqa: PLC0415
 
-        await self.restore(await asyncio.to_thread(json_file.read, path), where=f"state file {os.fspath(path)!r}")
+        state = await asyncio.to_thread(json_file.read, path)
+        await self.restore(state, where=f"state file {os.fspath(path)!r}", share=share)
 
     def state(self) -> SandboxState:
         """What `save` writes. An operation under way is saved as pending."""
@@ -304,9 +306,9 @@ class Sandbox(Receiver):
         self.check()
         return sandbox_to_state(self.id, self.manager, self._allotment, self._kept)
 
-    async def restore(self, state: SandboxState, *, where: str = "the state") -> None:
+    async def restore(self, state: SandboxState, *, where: str = "the state", share: bool = False) -> None:
         """Restores a decoded state; see `load`."""
-        await self._load(state, where=where)
+        await self._load(state, where=where, share=share)
 
     async def reconcile(self, *, dry_run: bool = False, orphans: bool = False, timeout: float | None = SETTLE_TIME) -> list[Finding]:
         """Asks the VMM now what it has, settles what differs from what is known, and returns the differences.

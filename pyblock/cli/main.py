@@ -164,13 +164,14 @@ def forget(sandbox_id: str) -> None:
 
 @cli.command(name="import")
 @click.argument("file")
+@click.option("--share", is_flag=True, help="Others may write its images too, if they say so as well.")
 @click.pass_context
-def import_(context: click.Context, file: str) -> None:
+def import_(context: click.Context, file: str, share: bool) -> None:
     """Take a sandbox over from Kata's state file (Devices, HypervisorState.BlockIndexMap), or from one of ours. Does not touch the VM."""
     target = _target(context)
     session.needs_store(target)
     with session.opened(target, recover=False) as sandbox:
-        sandbox.load(file)
+        sandbox.load(file, share=share)
 
 
 @cli.command()

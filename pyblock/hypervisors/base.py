@@ -14,7 +14,7 @@ import msgspec
 
 from pyblock.device import Unsettled
 from pyblock.drivers import Driver, Family
-from pyblock.errors import PyblockError, TransportError, VmmProtocolError
+from pyblock.errors import PyblockError, TransportError, VmmProtocolError, VmmRefused
 from pyblock.host import OpenedImage
 from pyblock.lineage import Identity
 from pyblock.model import BlockDrive
@@ -192,9 +192,24 @@ class SteppedHypervisor(Hypervisor, Protocol):
         try:
             if there:
                 await self.device_gone(drive)
+            elif drive.imported:
+                await self._check_names(drive)
         except TransportError as error:
             raise Unsettled(error) from error
         try:
             await self.backend_del(drive)
         except PyblockError as error:  # the device is gone, its backend is not: not attached any more, but not free either
             raise Unsettled(error) from error
+
+    async def _check_names(self, drive: BlockDrive) -> None:
+        """Raises VmmRefused when the machine has nothing under the names that an imported drive may have, but its image under another: to
+        take that for gone would free an image that the guest goes on writing."""
+        found = await self.inventory()
+        if drive.id not in found.held and drive.file in found.files:
+            raise VmmRefused(
+                f"the machine has no drive {drive.id}, but has its image {drive.file!r} in use under a name that whoever plugged it in did "
+                "not tell; it stays attached until it is unplugged there",
+                step="device-del",
+                request=drive.id,
+                reply="in use under another name",
+            )

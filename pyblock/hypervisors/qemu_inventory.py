@@ -27,6 +27,7 @@ _PERIPHERAL = "/machine/peripheral"
 _CDROM = Family("sr", letters=False)  # no disk name, but an address
 _DISKS = re.compile(r"child<(scsi-(hd|block|generic)|(virtio|vhost-user)-blk-.*|nvdimm|virtio-pmem-.*)>")
 _MEMORY = re.compile(r"child<memory-backend-.*>")
+_FILE_MEMORY = re.compile(r"child<memory-backend-file>")
 
 
 class _Node(msgspec.Struct, frozen=True):
@@ -106,6 +107,7 @@ async def take_listing(qmp: QmpSession, tree: Tree, known: Collection[str]) -> L
         name = peripheral(block.qdev)
         if name in peripherals or (name is None and block.qdev):
             devices.setdefault(_drive_id(block.node), name or "")
+    drives = {name: drive_id for drive_id, name in devices.items() if drive_id and name}  # by what QEMU calls their devices
     names = (backends.keys() | devices.keys()) - {""}
     strange = [name for name in names if name not in known and devices.get(name)]
     is_cold = await asyncio.gather(*(_is_cold(qmp, devices[name]) for name in strange))
@@ -117,16 +119,24 @@ async def take_listing(qmp: QmpSession, tree: Tree, known: Collection[str]) -> L
         name: Held(name in devices, name in backends, backends.get(name, VIRTIO_SCSI), name in cold, opened.get(name))
         for name in sorted(names)
     }
-    others = [block.qdev for block in blocks if block.qdev and peripheral(block.qdev) not in known]
+    users = {block.qdev: peripheral(block.qdev) or "" for block in blocks if block.qdev}
+    others = [qdev for qdev, name in users.items() if drives.get(name, name) not in known]
     scsi = await asyncio.gather(*(_scsi_disk(qmp, tree, qdev) for qdev in others))
     disks = [
         *(FoundDisk(disk.id, disk.family) for disk in tree.disks),
         *(FoundDisk(module, PMEM) for module in modules),
         *(disk for disk in scsi if disk is not None),
     ]
+    mapped = [name for name, kind in objects.items() if _FILE_MEMORY.fullmatch(kind) and _drive_id(name, KATA_MEMORY) not in known]
+    paths = await asyncio.gather(*(get_property(qmp, f"/objects/{name}", "mem-path", str) for name in mapped))
     used = set(behind.values())
     return Listing(
-        Inventory(disks, held, frozenset(filter(None, files.values())), frozenset(opened.values())),
+        Inventory(
+            [FoundDisk(drives.get(disk.id, disk.id), disk.family, disk.index) for disk in disks],
+            held,
+            frozenset(filter(None, (*files.values(), *paths))),
+            frozenset(opened.values()),
+        ),
         {name: number for name, number in behind.items() if name in held},
         [number for number in images if number not in used],
     )

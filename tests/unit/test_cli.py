@@ -431,3 +431,18 @@ def test_refusal_on_a_terminal(shell: Shell, make_image: MakeImage, tmp_path: Pa
     assert status == 1
     assert "absent" in text
     assert "Traceback" not in text
+
+
+def test_import_of_an_image_that_two_share(shell: Shell, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(b"x")
+    theirs = tmp_path / "theirs.json"
+    device = samples.device(0, samples.drive(0, File=str(image), SCSIAddr="0:0"))
+    theirs.write_bytes(samples.text(samples.sandbox([device], [0])))
+    shell.fine("import", "--share", theirs)
+    other = shell.machine("vm2")
+    assert "share" in shell.refused("import", theirs, vm=other)
+    shell.fine("import", "--share", theirs, vm=other)
+    rows = shell.json("list", vm=None)
+    assert len({row["sandbox"] for row in rows}) == len(rows) == 2
+    assert {row["guest_match"] for row in rows} == {"/0:0:0:0/"}
