@@ -53,11 +53,11 @@ def device_to_state(device: Device) -> DeviceState:
         state.driver_options = {**info.options, "block-driver": info.driver or ""}
     before = saved.block_drive if isinstance(saved.block_drive, DriveState) else None
     same = drive is not None and before is not None and _is_same(drive, before)
-    # What the original wrote stays as it wrote it as long as it has words for where the device stands.
     if drive is not None:
         state.block_drive = _drive_to_state(drive, before if same else None)
     elif device.saved is None:
         state.block_drive = UNSET
+    # What the original wrote stays as it wrote it as long as it has words for where the device stands.
     told = same or drive is None
     if saved.notes is UNSET and device.phase in (Phase.ATTACHED, Phase.DETACHED) and told and info.share == _is_shared(before):
         return state
