@@ -75,6 +75,7 @@ class OpenedImage:
         self.identity, self.under = lineage.identity, lineage.under
         self.size = size
         self.is_block = is_block
+        _open.add(self)
 
     def __repr__(self) -> str:
         return f"<OpenedImage {self.path!r} {self.identity} fd={self.fd}>"
@@ -101,17 +102,29 @@ class OpenedImage:
         """Closes the descriptor; once is enough, twice does no harm."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
+            _open.discard(self)
             os.close(fd)
 
 
-def find_lineage(path: str) -> Lineage | None:
-    """What the file or block special there is, and what lies under it; None when there is none, or it cannot be looked at. Raises
-    DescriptorsExhausted."""
+_open: set[OpenedImage] = set()
+
+
+def _after_fork() -> None:
+    # The child shares the descriptions with the parent, and with the VMM that was handed them: it would keep the VMM's locks on the images.
+    for image in list(_open):
+        image.close()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def identity_of(path: str) -> Identity | None:
+    """The identity of a file or block special; None when there is none, or it cannot be looked at. Raises DescriptorsExhausted."""
     try:
         identity = identity_from(os.stat(path))  # noqa: PTH116
     except (OSError, ValueError):
         return None
-    return lineage_of(identity) if identity is not None else None
+    return lineage_of(identity, path).identity if identity is not None else None
 
 
 def is_file(path: str) -> bool:
@@ -302,7 +315,7 @@ def _without_proc() -> str:
 
 
 def _used_up(path: str, error: OSError) -> DescriptorsExhausted:
-    return DescriptorsExhausted(f"image {path!r} cannot be opened now: {error.strerror}; raise the limit of open files (ulimit -n)")
+    return DescriptorsExhausted(f"{path!r} cannot be opened now: {error.strerror}; raise the limit of open files (ulimit -n)")
 
 
 def _not_empty(path: str, size: int) -> int:
@@ -321,4 +334,6 @@ def _block_size(major: int, minor: int) -> int:
     try:
         return int(_read(where)) * _SECTOR
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in USED_UP:
+            raise _used_up(where, error) from error
         raise InvalidImage(f"block device {major}:{minor} has no readable size in {where}") from error

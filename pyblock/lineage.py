@@ -57,14 +57,18 @@ def lineage_of(identity: Identity, node: str = "", *, sysfs: str = SYSFS_BLOCK) 
     Raises DescriptorsExhausted.
     """
     names: list[Identity] = []
-    below, whole = _below(identity, node, sysfs)
-    while whole:
-        names.append(identity)
-        [identity] = below
-        below, whole = _below(identity, "", sysfs)
     under: dict[Identity, None] = {}
-    for one in below:
-        _collect(one, under, sysfs)
+    try:
+        below, whole = _below(identity, node, sysfs)
+        while whole:
+            names.append(identity)
+            [identity] = below
+            below, whole = _below(identity, "", sysfs)
+        for one in below:
+            _collect(one, under, sysfs)
+    except OSError as error:  # what cannot be looked at for this reason is not taken to be nothing; other reasons do not come here
+        why = f"{error.strerror}; raise the limit of open files (ulimit -n)"
+        raise DescriptorsExhausted(f"{in_words(identity)} cannot be looked at now: {why}") from error
     return Lineage(identity, tuple(under), tuple(names))
 
 
@@ -76,9 +80,9 @@ def identity_from(status: os.stat_result) -> Identity | None:
 
 
 def in_words(identity: Identity) -> str:
-    """What errors call it."""
+    """What errors call it; a file's device as `stat` shows it (Device, in hex)."""
     kind, major, minor = identity
-    return f"block device {major}:{minor}" if kind == "block" else f"inode {minor} of device {os.major(major)}:{os.minor(major)}"
+    return f"block device {major}:{minor}" if kind == "block" else f"inode {minor} of device {major:#x}"
 
 
 def _block(number: int) -> Identity:
@@ -96,7 +100,7 @@ def _collect(identity: Identity, under: dict[Identity, None], sysfs: str) -> Non
 def _below(identity: Identity, node: str, sysfs: str) -> tuple[list[Identity], bool]:
     """What lies right under it, and whether it is just that, under another name."""
     kind, major, minor = identity
-    if kind == "file":
+    if kind != "block":
         return [], False
     folder = f"{sysfs}/{major}:{minor}"
     if os.path.exists(f"{folder}/partition"):  # first: a partition of a loop device answers what is asked of its disk  # noqa: PTH110
@@ -110,7 +114,8 @@ def _below(identity: Identity, node: str, sysfs: str) -> tuple[list[Identity], b
 def _slaves(folder: str) -> list[Identity]:
     try:
         names = sorted(os.listdir(f"{folder}/slaves"))  # noqa: PTH208
-    except OSError:
+    except OSError as error:
+        _raise_if_used_up(error)
         return []
     return [one for name in names if (one := _number(f"{folder}/slaves/{name}")) is not None]
 
@@ -120,7 +125,8 @@ def _number(folder: str) -> Identity | None:
     try:
         major, _, minor = _read(f"{folder}/dev").partition(":")
         return ("block", int(major), int(minor))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        _raise_if_used_up(error)
         return None
 
 
@@ -134,10 +140,7 @@ def _behind_loop(identity: Identity, node: str, folder: str) -> tuple[list[Ident
         finally:
             os.close(fd)
     except OSError as error:
-        if error.errno in USED_UP:
-            raise DescriptorsExhausted(
-                f"{in_words(identity)} cannot be looked at now: {error.strerror}; raise the limit of open files (ulimit -n)"
-            ) from error
+        _raise_if_used_up(error)
         return _backing_file(folder), False
     device, inode, number, offset, limit = _LOOP_INFO64.unpack(status)
     return [_block(number) if number else ("file", device, inode)], not offset and not limit
@@ -164,9 +167,15 @@ def _backing_file(folder: str) -> list[Identity]:
     try:
         path = _read(f"{folder}/loop/backing_file").removesuffix("\n")
         found = identity_from(os.stat(path)) if path and not path.endswith(_DELETED) else None  # noqa: PTH116
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        _raise_if_used_up(error)
         return []
     return [found] if found is not None else []
+
+
+def _raise_if_used_up(error: Exception) -> None:
+    if isinstance(error, OSError) and error.errno in USED_UP:
+        raise error
 
 
 def _read(path: str) -> str:

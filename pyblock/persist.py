@@ -16,7 +16,7 @@ from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_
 from pyblock.errors import InvalidID, InvalidIndex, InvalidState, PyblockError
 from pyblock.formats import RAW
 from pyblock.generic import GenericDevice
-from pyblock.host import find_lineage, is_file
+from pyblock.host import identity_of, is_file
 from pyblock.lineage import Lineage, lineage_of
 from pyblock.manager import NO_OPTIONS, Device, DeviceManager
 from pyblock.model import BlockDrive, DeviceInfo, check_device_id
@@ -49,7 +49,7 @@ def device_to_state(device: Device) -> DeviceState:
     identity, drive = device.identity, device.drive
     if device.saved is None:
         state.dev_type = "b"
-        state.major, state.minor = (info.major, info.minor) if info.major >= 0 else FILE
+        state.major, state.minor = (info.major, info.minor) if info.major > 0 else FILE
         state.driver_options = {**info.options, "block-driver": info.driver or ""}
     before = saved.block_drive if isinstance(saved.block_drive, DriveState) else None
     same = drive is not None and before is not None and _is_same(drive, before)
@@ -186,11 +186,11 @@ def _lineage(notes: DeviceNotes | None, state: DeviceState, path: str, driver: D
 
     Those hold, whatever the path leads to now and here; but a file that is mounted as pmem has the numbers of its loop device.
     """
-    if notes is not None and notes.identity is not None:
-        return lineage_of(notes.identity)
-    found = find_lineage(path)
-    numbered = state.dev_type == "b" and state.major > 0 <= state.minor and driver is not NVDIMM
-    return lineage_of(("block", state.major, state.minor)) if numbered and not is_file(path) else found
+    identity = notes.identity if notes is not None else None
+    if identity is None and state.dev_type == "b" and state.major > 0 <= state.minor and driver is not NVDIMM and not is_file(path):
+        identity = ("block", state.major, state.minor)
+    identity = identity or identity_of(path)
+    return lineage_of(identity) if identity is not None else None
 
 
 def _is_our_own(state: DeviceState, drive: DriveState | None, driver: Driver) -> bool:

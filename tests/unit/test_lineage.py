@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 from children import NOBODY, in_child
+from descriptors import no_more_than
 from loops import Loops, loop_devices
 from snapshot import MakeImage
 
-from pyblock.host import inspect_image, open_image
-from pyblock.lineage import Identity, Lineage, lineage_of
+from pyblock import DescriptorsExhausted
+from pyblock.host import identity_of, inspect_image, open_image
+from pyblock.lineage import Identity, Lineage, in_words, lineage_of
 
 
 class Sysfs:
@@ -96,6 +98,32 @@ def test_a_device_mapper_node_lies_on_all_its_parts(sysfs: Sysfs) -> None:
     assert set(sysfs.lineage(252, 0).under) == {block(9, 0), block(8, 0), block(8, 1), block(8, 16), block(8, 17)}
 
 
+def test_no_descriptor_left(sysfs: Sysfs, make_image: MakeImage) -> None:
+    """What cannot be looked at is not taken to be nothing."""
+    disk = sysfs.disk("sda", "8:0")
+    sysfs.partition(disk, "sda1", "8:1")
+    sysfs.disk("dm-0", "252:0", slaves=(disk,))
+    sysfs.disk("loop900", "7:900", backing=str(make_image("img")))
+    for number in ((8, 1), (252, 0), (7, 900)):
+        for more in (0, 1):
+            with no_more_than(more):
+                try:
+                    found = sysfs.lineage(*number)
+                except DescriptorsExhausted as error:
+                    assert "Too many open files" in str(error)
+                    continue
+            assert found == sysfs.lineage(*number)
+    with no_more_than(0), pytest.raises(DescriptorsExhausted):
+        sysfs.lineage(252, 0)
+
+
+def test_what_is_neither() -> None:
+    """A saved state may say anything."""
+    for identity in (("x", 8, 0), ("block", -1, 2**62), ("../..", 0, 0)):
+        assert lineage_of(identity) == Lineage(identity)
+        assert in_words(identity)
+
+
 def test_a_loop_device_that_cannot_be_asked_lies_on_what_its_path_leads_to(sysfs: Sysfs, make_image: MakeImage) -> None:
     """A path of another mount namespace may lead elsewhere here: nothing is the same because of it."""
     image = make_image("img")
@@ -111,6 +139,7 @@ def test_a_loop_device_is_its_file(loops: Loops, make_image: MakeImage) -> None:
     image = make_image("img")
     loop = loops.loop(image)
     assert lineage_of(number(loop)) == Lineage(file(image), names=(number(loop),))
+    assert identity_of(loop) == identity_of(str(image)) == file(image)
     found = inspect_image(loop, read_only=False)
     assert (found.identity, found.under, found.is_block, found.number) == (file(image), (number(loop),), True, number(loop)[1:])
     with open_image(loop, read_only=True) as opened:

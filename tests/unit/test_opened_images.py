@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
-import resource
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from children import in_child
+from descriptors import descriptors, no_more_than
 from held_store import Gate, HeldStore, ended, nothing_left, query, until
 from snapshot import Busy, MakeImage, refused
 
@@ -20,15 +20,6 @@ from pyblock.hypervisors.memory import Fault, MemoryHypervisor
 from pyblock.model import BlockDrive
 
 pytestmark = pytest.mark.anyio
-
-
-def descriptors() -> dict[str, str]:
-    """What this process has open, by number."""
-    found = {}
-    for one in list(Path("/proc/self/fd").iterdir()):
-        with suppress(OSError):  # of the listing's own
-            found[one.name] = str(one.readlink())
-    return found
 
 
 class Watched(MemoryHypervisor):
@@ -43,11 +34,13 @@ class Watched(MemoryHypervisor):
     def __init__(self, gate: Gate | None = None) -> None:
         super().__init__()
         self.seen: list[tuple[tuple[int, int], int]] = []
+        self.images: list[OpenedImage] = []
         self.most = self.now = 0
         self.gate = gate
 
     async def backend_add(self, drive: BlockDrive, image: OpenedImage) -> None:
         status, flags = os.fstat(image.fd), fcntl.fcntl(image.fd, fcntl.F_GETFL)
+        self.images.append(image)
         self.seen.append(((status.st_dev, status.st_ino), flags))
         assert not os.get_inheritable(image.fd)
         self.now += 1
@@ -162,19 +155,6 @@ async def test_a_refused_backend_leaves_no_descriptor(busy: Busy, make_image: Ma
     assert descriptors() == before
 
 
-@contextmanager
-def no_more_than(more: int) -> Iterator[None]:
-    """So many descriptors more can be opened, and no more."""
-    lowest = os.dup(2)
-    os.close(lowest)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest + more, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
 async def test_no_descriptor_left(busy: Busy, make_image: MakeImage) -> None:
     path = make_image("img")
     with refused(busy.sandbox, busy.vm, DescriptorsExhausted, str(path), "Too many open files"), no_more_than(0):
@@ -193,6 +173,28 @@ async def test_no_descriptor_left_when_it_is_plugged_in(make_image: MakeImage, s
             await ended(attach)
         assert type(attach.exception()) is DescriptorsExhausted
         assert (len(sandbox.devices), list(sandbox.index), len(vm.devices)) == (1, [0], 1)
+
+
+async def test_a_forked_child_has_no_image_open(make_image: MakeImage) -> None:
+    """It would share the description with whoever was handed it, and keep its locks when that has ended."""
+    path, gate = make_image("img"), Gate()
+    vm = Watched(gate)
+
+    def look() -> str:
+        open_here = str(path) in descriptors().values()
+        os.open("/dev/null", os.O_RDONLY)
+        before = descriptors()
+        vm.images[0].close()  # as the end of what was under way would: the number may be another's by now
+        return f"{open_here} {descriptors() == before}"
+
+    async with Sandbox("s1", vm, store=None) as sandbox:
+        attach = asyncio.create_task(sandbox.attach(path))
+        await until(lambda: gate.reached)
+        assert str(path) in descriptors().values()
+        assert in_child(look) == (0, "False True")
+        assert str(path) in descriptors().values()
+        gate.let_go()
+        await attach
 
 
 async def test_a_crowd_does_not_use_up_the_descriptors(tmp_path: Path) -> None:
