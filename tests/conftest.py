@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from held_store import HeldStore
+from shell import Shell
 from snapshot import Busy, MakeImage, MakeStore
 
 from pyblock import Sandbox, stores
@@ -73,3 +74,9 @@ def store(tmp_path: Path) -> Iterator[HeldStore]:
     store = HeldStore(tmp_path / "state.db")
     yield store
     store.close()
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    """The command line, with a state folder and a machine of its own."""
+    return Shell(tmp_path / "states")

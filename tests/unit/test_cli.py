@@ -4,87 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import samples
 from children import NOBODY, in_child
+from shell import OWN, Shell, on_terminal
 from snapshot import MakeImage
 
 from pyblock import InvalidState, Sandbox, __version__, blocking
 from pyblock.cli import session
 from pyblock.stores import state_folder
 
-PROGRAM = [sys.executable, "-c", "from pyblock.cli import main; main()"]
 SCRIPT = Path(sys.executable).with_name("pyblock")
 KEYS = {
     *("device_id", "drive_id", "index", "driver", "host_path", "read_only", "attach_count", "scsi_addr", "pci_path", "nvdimm_id"),
     *("virt_path", "predicted_name", "guest_match", "serial"),
 }
-
-OWN = "its own"  # the machine that a shell comes with
-
-Done = subprocess.CompletedProcess[str]
-
-
-class Shell:
-    """Runs pyblock with a state folder of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.vm = self.machine("vm1")
-        self.environment = {**os.environ, "PYBLOCK_STATE_DIR": str(folder)}
-
-    def __call__(self, *arguments: str | Path, vm: str | None = OWN) -> Done:
-        """One command, whatever its end."""
-        return subprocess.run(
-            self.command(*arguments, vm=vm), env=self.environment, capture_output=True, text=True, timeout=60, check=False
-        )
-
-    def machine(self, name: str) -> str:
-        """The address of a machine that outlives the commands, made where it is not there yet."""
-        path = self.folder.parent / name
-        path.touch()
-        return f"memory:{path}"
-
-    def command(self, *arguments: str | Path, vm: str | None = OWN) -> list[str]:
-        vm = self.vm if vm == OWN else vm
-        return [*PROGRAM, *(["--vm", vm] if vm is not None else []), *map(str, arguments)]
-
-    def fine(self, *arguments: str | Path, vm: str | None = OWN) -> str:
-        """The output of a command that ends well and complains of nothing."""
-        done = self(*arguments, vm=vm)
-        assert (done.returncode, done.stderr) == (0, "")
-        return done.stdout
-
-    def json(self, *arguments: str | Path, vm: str | None = OWN) -> Any:
-        return json.loads(self.fine(*arguments, "--json", vm=vm))
-
-    def refused(self, *arguments: str | Path, vm: str | None = OWN) -> str:
-        """The one line that a refused command says."""
-        done = self(*arguments, vm=vm)
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith("pyblock: ")
-        assert done.stderr.count("\n") == 1
-        assert "Traceback" not in done.stderr
-        return done.stderr
-
-    def misused(self, *arguments: str | Path, vm: str | None = OWN) -> str:
-        done = self(*arguments, vm=vm)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert "Traceback" not in done.stderr
-        return done.stderr
-
-
-@pytest.fixture
-def shell(tmp_path: Path) -> Shell:
-    return Shell(tmp_path / "states")
 
 
 def test_one_call_knows_what_an_earlier_one_did(shell: Shell, make_image: MakeImage) -> None:
@@ -398,23 +338,6 @@ def test_a_command_waits_for_another(shell: Shell, make_image: MakeImage, monkey
     process.communicate(timeout=60)
     assert process.returncode == 0
     assert len(shell.json("list")) == 2
-
-
-def on_terminal(shell: Shell, *arguments: str | Path) -> tuple[int, str]:
-    """The status of a command, and what it wrote to its standard error, which is a terminal."""
-    ours, theirs = pty.openpty()
-    environment = {**shell.environment, "TERM": "xterm", "COLUMNS": "100"}
-    with subprocess.Popen(shell.command(*arguments), env=environment, stdout=subprocess.DEVNULL, stderr=theirs) as process:
-        os.close(theirs)
-        text = b""
-        try:
-            while data := os.read(ours, 65536):
-                text += data
-        except OSError:  # how Linux reports that nobody has the other end open
-            pass
-        finally:
-            os.close(ours)
-    return process.returncode, text.decode()
 
 
 def test_progress_only_on_a_terminal(shell: Shell, make_image: MakeImage) -> None:
