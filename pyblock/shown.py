@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 
+SHOWN_MAX = 500  # characters, where nobody says otherwise
+
 # str.isprintable() is False for controls, format characters (bidi, zero-width), lone surrogates (a byte that is no UTF-8), unassigned and
 # private ones, and separators but the space. These it lets through, and they show as nothing: joiner, fillers, variation selectors, the
 # vowels and free selectors of Khmer and Mongolian, the empty Braille cell.
 _NOTHING = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 
 
-def shown(text: str, limit: int) -> str:
+def shown(text: str, limit: int = SHOWN_MAX) -> str:
     """The text, at most `limit` characters of it after escaping, and where more was there a mark that says how many are left out.
 
     A backslash stays one backslash, so that text which was escaped before (by `!r`) stays readable; no escape is cut in two.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -10,8 +11,11 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
+
+import pyblock
 
 PROGRAM = [sys.executable, "-c", "from pyblock.cli import main; main()"]
 OWN = "its own"  # the machine that a shell comes with
@@ -28,11 +32,22 @@ class Shell:
         self.vm = self.machine("vm1")
         self.environment = {name: value for name, value in os.environ.items() if name not in ("PYBLOCK_VM", "PYBLOCK_SANDBOX", "COLUMNS")}
         self.environment["PYBLOCK_STATE_DIR"] = str(folder)
+        self.environment["PYTHONPATH"] = str(Path(pyblock.__file__).parents[1])  # the same, whatever else is installed
 
     def __call__(self, *arguments: str | Path, vm: str | None = OWN, patch: str = "") -> Done:
         """One command, whatever its end. `patch` is Python that runs before it."""
         command = self.command(*arguments, vm=vm, patch=patch)
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=LONG, check=False)
+
+    def run_in_store(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Runs what another program would do that uses the same state folder."""
+        had = os.environ.get("PYBLOCK_STATE_DIR")
+        os.environ["PYBLOCK_STATE_DIR"] = str(self.folder)
+        try:
+            asyncio.run(work())
+        finally:
+            if had is not None:
+                os.environ["PYBLOCK_STATE_DIR"] = had
 
     def machine(self, name: str) -> str:
         """The address of a machine that outlives the commands, made where it is not there yet."""

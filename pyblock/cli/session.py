@@ -1,6 +1,7 @@
 """Which sandbox a command is about, and its hold on it: the host's store says what earlier commands, and other programs, did.
 
-A machine is named by its address, its sandbox by its ID; either finds the other where the store knows them.
+A machine is named by its address, its sandbox by its ID; either finds the other where the store knows them. A command is one run of an
+event loop, with one deadline for all that it waits for.
 """
 
 from __future__ import annotations
@@ -8,23 +9,37 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-import time
-from collections.abc import Coroutine, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from pyblock import blocking
-from pyblock.errors import InvalidState, PyblockError, SandboxBusy, SandboxConflict, UnknownSandbox
+from pyblock.cli.interrupt import Interrupted
+from pyblock.errors import (
+    AttachPending,
+    DetachPending,
+    InvalidState,
+    PyblockError,
+    SandboxBusy,
+    SandboxConflict,
+    StoreBusy,
+    TransportError,
+    UnknownSandbox,
+    VmmUnreachable,
+)
 from pyblock.hypervisors import open_hypervisor
 from pyblock.hypervisors.base import Hypervisor
+from pyblock.recovery import SETTLE_TIME, Finding
 from pyblock.sandbox import Sandbox
 from pyblock.stores import host_store
 from pyblock.stores.base import Store
 
-BUSY_WAIT = 10.0  # seconds that a command waits for another that has the sandbox open
+BUSY_WAIT = 10.0  # seconds that a command waits for another that has the sandbox open, where its deadline is not earlier
 BUSY_PAUSE = 0.02
+SLACK = 1.0  # seconds past the deadline for what keeps to it by itself, and can say more than that it passed
 _WORDS = re.compile(r"[^A-Za-z0-9.]+")
 
+P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
@@ -36,27 +51,42 @@ class Target(NamedTuple):
     store: Store | None
 
 
-def run(work: Coroutine[Any, Any, Result]) -> Result:
-    """Runs what the store is asked for."""
-    return asyncio.run(work)
+def command(work: Callable[P, Coroutine[Any, Any, Result]]) -> Callable[P, Result]:
+    """A command's function, run in an event loop. Raises Interrupted on Ctrl-C, when what was begun is undone, or left pending."""
+
+    @wraps(work)
+    def run(*arguments: P.args, **options: P.kwargs) -> Result:
+        _held.clear()
+        try:
+            return asyncio.run(work(*arguments, **options))
+        except KeyboardInterrupt:
+            raise Interrupted(_held) from None
+
+    return run
 
 
-def by_vm(vm: str, sandbox_id: str | None = None) -> Target:
+_held: list[Sandbox] = []  # what this command has, or had, open
+
+
+async def by_vm(vm: str, sandbox_id: str | None = None, deadline: float | None = None) -> Target:
     """The machine at that address, whose sandbox the store may know. Raises UnknownScheme, StateError, StoreError."""
     address = open_hypervisor(vm).address
     if not address:
         return Target(sandbox_id or "cli", vm, None)
     store = host_store()
-    return Target(sandbox_id or run(store.find(address)) or derived_id(address), address, store)
+    return Target(sandbox_id or await store.find(address, deadline) or derived_id(address), address, store)
 
 
-def by_sandbox(sandbox_id: str) -> Target:
-    """The sandbox of that ID, whose machine the store knows. Raises UnknownSandbox, StateError, StoreError."""
+async def by_sandbox(sandbox_id: str, deadline: float | None = None) -> Target:
+    """The sandbox of that ID, whose machine the store knows. Raises UnknownSandbox, SandboxBusy, StateError, StoreError."""
     store = host_store()
-    vm = run(store.read(sandbox_id)).vm
-    if not vm:
-        raise SandboxConflict(f"sandbox {sandbox_id!r} has a machine in memory, which only the process that made it can reach")
-    return Target(sandbox_id, vm, store)
+    stored = await store.read(sandbox_id, deadline)
+    if stored.vm:
+        return Target(sandbox_id, stored.vm, store)
+    text = f"sandbox {sandbox_id!r} has a machine in memory, which only the process that made it can reach"
+    if stored.owner:
+        raise SandboxBusy(f"{text}: {stored.owner}")
+    raise SandboxConflict(f"{text}; that has ended, so give it up with: pyblock forget {sandbox_id}")
 
 
 def derived_id(vm: str) -> str:
@@ -66,10 +96,10 @@ def derived_id(vm: str) -> str:
     return f"{words}-{digest}"
 
 
-def machine_of_the_dead(sandbox_id: str) -> Target | None:
+async def machine_of_the_dead(sandbox_id: str) -> Target | None:
     """A sandbox with a machine in memory, which ended with its process; None for others. Raises UnknownSandbox, StateError, StoreError."""
     store = host_store()
-    stored = run(store.read(sandbox_id))
+    stored = await store.read(sandbox_id)
     return None if stored.vm else Target(sandbox_id, "memory:", store)
 
 
@@ -86,24 +116,76 @@ async def known(store: Store, sandbox_ids: Iterable[str]) -> dict[str, Sandbox |
     return found
 
 
-@contextmanager
-def opened(target: Target, *, recover: bool = True, timeout: float = BUSY_WAIT, vm: Hypervisor | None = None) -> Iterator[blocking.Sandbox]:
-    """The sandbox, open. One that another command has open is waited for, that many seconds and 10 at most. `vm` stands in for its
-    address."""
-    deadline = time.monotonic() + min(timeout, BUSY_WAIT)
-    while True:
-        sandbox = blocking.Sandbox(target.sandbox_id, vm or target.vm, store=target.store, recover=recover)
-        try:
-            sandbox.__enter__()
-            break
-        except SandboxBusy:
-            if not time.monotonic() < deadline:
-                raise
-        time.sleep(BUSY_PAUSE)
+@asynccontextmanager
+async def opened(
+    target: Target, deadline: float | None, *, wait: float = BUSY_WAIT, vm: Hypervisor | None = None
+) -> AsyncIterator[Sandbox]:
+    """The sandbox, open; its machine has not been asked yet. Errors of a machine that is gone say how to give it up.
+
+    :param wait: seconds, the deadline at most, to wait for another process that has it open.
+    :param vm: stands in for the machine's address.
+    """
+    sandbox = Sandbox(target.sandbox_id, vm or target.vm, store=target.store, recover=False)
+    await _open(sandbox, deadline, wait)
+    _held.append(sandbox)
     try:
         yield sandbox
+    except (TransportError, AttachPending, DetachPending) as error:
+        if target.store is not None and len(sandbox.manager) and await sandbox.vmm.is_gone():
+            error.add_note(
+                f"nobody listens there; if that machine has ended, give up what belonged to it with: pyblock forget {sandbox.id}"
+            )
+        raise
     finally:
-        sandbox.close()
+        await sandbox.close()
+
+
+async def _open(sandbox: Sandbox, deadline: float | None, wait: float) -> None:
+    loop = asyncio.get_running_loop()
+    until = loop.time() + wait if deadline is None else min(loop.time() + wait, deadline)
+    while True:
+        try:
+            async with asyncio.timeout_at(deadline):
+                await sandbox.__aenter__()
+            return
+        except TimeoutError:
+            raise StoreBusy(f"sandbox {sandbox.id}: the deadline passed while another process was holding the store's lock") from None
+        except SandboxBusy:
+            if not loop.time() < until:
+                raise
+        await asyncio.sleep(BUSY_PAUSE)
+
+
+def left(deadline: float | None) -> float | None:
+    """Seconds until the deadline; None for none."""
+    return None if deadline is None else max(0.0, deadline - asyncio.get_running_loop().time())
+
+
+async def recover(sandbox: Sandbox, deadline: float | None) -> None:
+    """Has a sandbox with a past settled before it is changed, as far as half of the time that is left allows: the rest goes on by itself.
+    Raises TransportError."""
+    if len(sandbox.manager):
+        remain = left(deadline)
+        await _asked(sandbox, deadline, timeout=SETTLE_TIME if remain is None else min(SETTLE_TIME, remain / 2))
+
+
+async def reconcile(sandbox: Sandbox, deadline: float | None, *, dry_run: bool, orphans: bool) -> list[Finding]:
+    """Sandbox.reconcile with one deadline for asking and settling. Raises TransportError."""
+    late = None if deadline is None else deadline + SLACK
+    return await _asked(sandbox, late, dry_run=dry_run, orphans=orphans, timeout=left(deadline))
+
+
+async def _asked(
+    sandbox: Sandbox, deadline: float | None, *, dry_run: bool = False, orphans: bool = False, timeout: float | None
+) -> list[Finding]:
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await sandbox.reconcile(dry_run=dry_run, orphans=orphans, timeout=timeout)
+    except TimeoutError:
+        raise VmmUnreachable(
+            f"the VMM of sandbox {sandbox.id} at {sandbox.vmm.address} did not say before the deadline (--timeout) which disks it has; "
+            "is it stopped, or its socket in use?"
+        ) from None
 
 
 def needs_store(target: Target) -> Store:

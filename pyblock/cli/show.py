@@ -1,19 +1,53 @@
-"""What the commands print: a table for people, JSON for programs, a progress bar on a terminal."""
+"""What the commands print: a table for people, JSON for programs, a progress bar on a terminal.
+
+Everything that is printed goes through here, and what others wrote (names of files, a VMM's words) through `shown`: it reaches no terminal
+as it is. Nothing that names a thing is cut: what does not fit on a terminal is left out as a whole column, or stands on lines of its own.
+"""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pyblock.device import BlockDevice
-from pyblock.recovery import Finding
+from pyblock.shown import shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pyblock.cli.survey import Answer
 
 COLUMNS = ("device_id", "driver", "index", "predicted_name", "guest_match", "serial", "attach_count", "phase", "host_path")
+# What a narrow terminal goes without, and in this order: a serial is the device ID unless another was asked for, and so on.
+DISPENSABLE = ("serial", "guest_match", "index", "driver", "attach_count")
+CELL_MAX = 40960  # characters: a path of PATH_MAX bytes, each of them escaped
+LINE_MAX = 16384
+_BORDER = 3  # columns of a terminal that each column of a table takes for its border and padding, and the table one more
+
+
+def out(text: str) -> None:
+    """Prints one line of a command's result."""
+    click.echo(shown(text, LINE_MAX))
+
+
+def say(text: str) -> None:
+    """Prints one line to standard error."""
+    click.echo(shown(text, LINE_MAX), err=True)
+
+
+def words(error: BaseException) -> str:
+    """An error and its notes."""
+    return "; ".join([str(error), *getattr(error, "__notes__", [])])
+
+
+def as_document(value: Any) -> None:
+    """Prints JSON, which escapes what is not printable ASCII by itself."""
+    click.echo(json.dumps(value, indent=2))
 
 
 def record(sandbox_id: str, device: BlockDevice) -> dict[str, Any]:
@@ -47,20 +81,19 @@ def devices(records: Iterable[dict[str, Any]], *, as_json: bool) -> None:
     """Prints devices. The table names their sandboxes where there are several."""
     records = list(records)
     if as_json:
-        click.echo(json.dumps(records, indent=2))
-        return
-    if not records:
-        click.echo("nothing is attached", err=True)
-        return
-    columns = [*(["sandbox"] if len({row["sandbox"] for row in records}) > 1 else []), *COLUMNS]
-    table(columns, [["" if row[column] is None else str(row[column]) for column in columns] for row in records])
+        as_document(records)
+    elif not records:
+        say("nothing is attached")
+    else:
+        columns = [*(["sandbox"] if len({row["sandbox"] for row in records}) > 1 else []), *COLUMNS]
+        table(columns, [["" if row[column] is None else str(row[column]) for column in columns] for row in records], DISPENSABLE)
 
 
-def findings(found: Mapping[str, list[Finding]], failed: Mapping[str, str], *, as_json: bool) -> None:
-    """Prints what differed in each sandbox, and why others could not be asked."""
+def answers(given: Sequence[Answer], *, as_json: bool) -> None:
+    """Prints what differed in each sandbox, and why others could not be asked; the last line counts."""
     rows = [
         {
-            "sandbox": sandbox_id,
+            "sandbox": answer.sandbox_id,
             "found": one.found.value,
             "outcome": one.outcome.value,
             "device_id": one.device_id or None,
@@ -68,37 +101,74 @@ def findings(found: Mapping[str, list[Finding]], failed: Mapping[str, str], *, a
             "host_path": one.path or None,
             "note": one.note or None,
         }
-        for sandbox_id, each in found.items()
-        for one in each
+        for answer in given
+        for one in answer.findings
     ]
+    failed = {answer.sandbox_id: words(answer.error) for answer in given if answer.error is not None}
     if as_json:
-        asked = [{"sandbox": each, "error": failed.get(each)} for each in sorted([*found, *failed])]
-        click.echo(json.dumps({"sandboxes": asked, "findings": rows}, indent=2))
+        asked = [{"sandbox": one.sandbox_id, "error": failed.get(one.sandbox_id), "in_use": one.in_use} for one in given]
+        as_document({"sandboxes": asked, "findings": rows})
         return
     if rows:
         table([*rows[0]], [["" if value is None else value for value in row.values()] for row in rows])
     errors(failed)
-    if not rows:
-        click.echo(f"{len(found)} sandboxes asked, nothing differs", err=True)
+    differ, in_use = sum(bool(answer.findings) for answer in given), sum(answer.in_use for answer in given)
+    differing = f"{differ} differ{'s' if differ == 1 else ''}" if differ else "nothing differs"
+    say(f"{_sandboxes(len(given) - in_use - len(failed))} asked, {differing}, {in_use} in use (not asked), {len(failed)} failed")
+
+
+def _sandboxes(count: int) -> str:
+    return f"{count} sandbox{'' if count == 1 else 'es'}"
 
 
 def errors(failed: Mapping[str, str]) -> None:
     """Says of each sandbox why it could not be read or asked, in a line of its own."""
-    for sandbox_id, error in failed.items():
-        click.echo(f"pyblock: sandbox {sandbox_id}: {' '.join(error.split())}", err=True)
+    for sandbox_id, text in failed.items():
+        say(f"pyblock: sandbox {sandbox_id}: {text}")
 
 
-def table(columns: list[str], rows: list[list[str]], *, title: str | None = None) -> None:
-    """Prints a table; without a terminal it is as wide as its text, so that nothing is cut."""
-    from rich.console import Console  # noqa: PLC0415 - a quarter of the start-up time, and only needed here
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], dispensable: Sequence[str] = (), *, title: str | None = None) -> None:
+    """Prints a table. Without a terminal it is as wide as its text; on one that is too narrow it goes without the dispensable columns, in
+    their order, as far as is needed, and if that is not enough each row becomes lines of its own."""
+    from rich.cells import cell_len  # noqa: PLC0415 - rich is a quarter of the start-up time, and only needed here
+    from rich.console import Console  # noqa: PLC0415
+
+    cells = [[shown(cell, CELL_MAX) for cell in row] for row in rows]
+    widths = {name: max(map(cell_len, column)) for name, *column in zip(columns, columns, *cells, strict=True)}
+
+    def needed(names: Iterable[str]) -> int:
+        return sum(widths[name] + _BORDER for name in names) + 1
+
+    terminal = sys.stdout.isatty()
+    room = Console().width if terminal else max(240, needed(columns))
+    left_out: list[str] = []
+    for name in dispensable:
+        if needed(widths.keys() - left_out) > room:
+            left_out.append(name)
+    kept = [name for name in columns if name not in left_out]
+    if needed(kept) > room:
+        _lines(columns, cells, title)
+        return
+    _table(Console(width=room), kept, [[cell for name, cell in zip(columns, row, strict=True) if name in kept] for row in cells], title)
+    if left_out:
+        say(f"left out for want of width: {', '.join(left_out)}; --json has all")
+
+
+def _table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None) -> None:
     from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
 
-    widths = (max(len(cell) for cell in column) for column in zip(columns, *rows, strict=True))
-    console = Console(width=None if sys.stdout.isatty() else max(240, sum(widths) + 3 * len(columns) + 1))
     body = Table(*columns, title=title, title_justify="left")
     for row in rows:
-        body.add_row(*row)
+        body.add_row(*(Text(cell) for cell in row))  # a str would be read as markup
     console.print(body)
+
+
+def _lines(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None) -> None:
+    if title is not None:
+        out(title)
+    width = max(map(len, columns))
+    click.echo("\n\n".join("\n".join(f"{name:{width}}  {cell}" for name, cell in zip(columns, row, strict=True) if cell) for row in rows))
 
 
 @contextmanager
