@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -285,6 +286,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for a terminal without Unicode
+    # What is left of a connection that was given up is logged there; the command's own error is the one line to be read.
+    logging.getLogger("asyncio").addHandler(logging.NullHandler())
     try:
         status = cli.main(standalone_mode=False)  # what context.exit was given, for one
     except click.exceptions.Abort:

@@ -62,18 +62,18 @@ def test_an_id_is_no_beginning_of_another(shell: Shell, make_image: MakeImage) -
 def test_by_the_path_of_an_image(shell: Shell, make_image: MakeImage, tmp_path: Path, spelling: str) -> None:
     image = make_image("the.img")
     shell.fine("attach", image, make_image("other.img"))
-    word = {
+    words: dict[str, str | Path] = {
         "path": image,
         "relative": Path(os.path.relpath(image)),
         "symlink": tmp_path / "link",
         "hard link": tmp_path / "hard",
         "dots": f"{tmp_path}/./the.img",
-    }[spelling]
+    }
     if spelling == "symlink":
         (tmp_path / "link").symlink_to(image)
     if spelling == "hard link":
         (tmp_path / "hard").hardlink_to(image)
-    assert shell.fine("detach", word) == ""
+    assert shell.fine("detach", words[spelling]) == ""
     assert [Path(row["host_path"]).name for row in shell.json("list")] == ["other.img"]
 
 
