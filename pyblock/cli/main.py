@@ -14,8 +14,8 @@ import click
 import pyblock
 from pyblock.cli import session, show
 from pyblock.cli.demo import demo
-from pyblock.cli.interrupt import STATUS as INTERRUPTED
-from pyblock.cli.interrupt import Interrupted
+from pyblock.cli.pending import STATUS as INTERRUPTED
+from pyblock.cli.pending import Interrupted
 from pyblock.cli.pick import pick, plugged
 from pyblock.cli.session import Target
 from pyblock.cli.survey import Survey

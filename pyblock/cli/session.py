@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-from pyblock.cli.interrupt import Interrupted
+from pyblock.cli.pending import Interrupted, pending
 from pyblock.errors import (
     AttachPending,
     DetachPending,
@@ -120,7 +120,7 @@ async def known(store: Store, sandbox_ids: Iterable[str]) -> dict[str, Sandbox |
 async def opened(
     target: Target, deadline: float | None, *, wait: float = BUSY_WAIT, vm: Hypervisor | None = None
 ) -> AsyncIterator[Sandbox]:
-    """The sandbox, open; its machine has not been asked yet. Errors of a machine that is gone say how to give it up.
+    """The sandbox, open; its machine has not been asked yet. Errors say what is pending, and how to give up a machine that is gone.
 
     :param wait: seconds, the deadline at most, to wait for another process that has it open.
     :param vm: stands in for the machine's address.
@@ -131,13 +131,19 @@ async def opened(
     try:
         yield sandbox
     except (TransportError, AttachPending, DetachPending) as error:
-        if target.store is not None and len(sandbox.manager) and await sandbox.vmm.is_gone():
-            error.add_note(
-                f"nobody listens there; if that machine has ended, give up what belonged to it with: pyblock forget {sandbox.id}"
-            )
+        await sandbox.close()  # which undoes what it can
+        if target.store is not None and (hint := await _hint(sandbox)):
+            error.add_note(hint)
         raise
     finally:
         await sandbox.close()
+
+
+async def _hint(sandbox: Sandbox) -> str:
+    """What a program that goes on would do by itself, and a command leaves to its user."""
+    if len(sandbox.manager) and await sandbox.vmm.is_gone():
+        return f"nobody listens there; if that machine has ended, give up what belonged to it with: pyblock forget {sandbox.id}"
+    return pending(sandbox)
 
 
 async def _open(sandbox: Sandbox, deadline: float | None, wait: float) -> None:
