@@ -3,7 +3,7 @@
 PYTHON := .venv/bin/python
 
 .PHONY: help setup demo test lint types c-tests py-tests bench bench-short instructions fuzz fuzz-replay sanitize-extension \
-	soak model races clean
+	soak model races sdist-check clean
 
 help:
 	@echo 'make demo    plug disks into a real guest (in memory where there is no QEMU) and out again'
@@ -16,6 +16,7 @@ help:
 	@echo 'make soak    a million operations on 10,000 sandboxes in memory, through one store (OPERATIONS=, SANDBOXES=)'
 	@echo 'make model STEPS=100000    more steps of the state machine that tests recovery against a model'
 	@echo 'make races   ten processes on one store for a minute'
+	@echo 'make sdist-check    build an sdist, install it in a fresh environment, run its own tests (TESTS=tests/unit for more)'
 	@echo 'make clean   remove what was built'
 
 # The guest's part may be missing: the demo then runs in memory, and tests that need it say so. Without Python nothing runs.
@@ -77,6 +78,9 @@ model:
 
 races:
 	PYBLOCK_LONG=1 $(PYTHON) -m pytest tests/unit/test_store_races.py -s
+
+sdist-check:
+	scripts/sdist-check $(TESTS)
 
 clean:
 	rm -rf build dist *.egg-info pyblock/*.so pyblock/_core.c .pytest_cache .mypy_cache .ruff_cache

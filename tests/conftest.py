@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -10,9 +11,14 @@ from held_store import HeldStore
 from shell import Shell
 from snapshot import Busy, MakeImage, MakeStore
 
+import pyblock
 from pyblock import Sandbox, stores
 from pyblock.hypervisors.memory import MemoryHypervisor
 from pyblock.stores.sqlite import SqliteStore
+
+# Programs that tests start use the pyblock that is tested, not what lies in their working folder: that of an unpacked sdist has no core.
+os.environ["PYTHONSAFEPATH"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(pyblock.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture

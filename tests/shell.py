@@ -15,8 +15,6 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-import pyblock
-
 PROGRAM = [sys.executable, "-c", "from pyblock.cli import main; main()"]
 OWN = "its own"  # the machine that a shell comes with
 LONG = 60.0  # seconds: nothing takes that long that ends by itself
@@ -32,7 +30,6 @@ class Shell:
         self.vm = self.machine("vm1")
         self.environment = {name: value for name, value in os.environ.items() if name not in ("PYBLOCK_VM", "PYBLOCK_SANDBOX", "COLUMNS")}
         self.environment["PYBLOCK_STATE_DIR"] = str(folder)
-        self.environment["PYTHONPATH"] = str(Path(pyblock.__file__).parents[1])  # the same, whatever else is installed
 
     def __call__(self, *arguments: str | Path, vm: str | None = OWN, patch: str = "") -> Done:
         """One command, whatever its end. `patch` is Python that runs before it."""
