@@ -155,7 +155,6 @@ class SqliteStore(Store):
         for row in rows:  # those that go come first: another may have their image, or their index, by now
             if row.state is None:
                 db.execute("DELETE FROM device WHERE sandbox = ? AND id = ?", (sandbox_id, row.device_id))
-                db.execute("DELETE FROM under WHERE sandbox = ? AND device = ?", (sandbox_id, row.device_id))
         for row in rows:
             if row.state is not None and (holder := self._write_row(db, sandbox_id, row, row.state)) is not None:
                 refused[row.device_id] = holder
@@ -181,27 +180,27 @@ class SqliteStore(Store):
             "DO UPDATE SET state = excluded.state, image = excluded.image, access = excluded.access",
             (sandbox_id, row.device_id, state, image, access),
         )
-        db.execute("DELETE FROM under WHERE sandbox = ? AND device = ?", (sandbox_id, row.device_id))
-        for lower in claim.under if claim is not None else ():
-            db.execute("INSERT INTO under VALUES (?, ?, ?, ?)", (_image(lower), access, sandbox_id, row.device_id))
+        if claim is not None and claim.under:  # most have nothing under them
+            db.execute("DELETE FROM under WHERE sandbox = ? AND device = ?", (sandbox_id, row.device_id))
+            values = [(_image(lower), access, sandbox_id, row.device_id, image) for lower in claim.under]
+            db.executemany("INSERT INTO under VALUES (?, ?, ?, ?, ?)", values)
         return None
 
     def _holder(self, db: sqlite3.Connection, sandbox_id: str, device_id: str, claim: Claim) -> ImageInUse | None:
         """Who holds a claim that this one does not fit. The same image a second time in one sandbox is that sandbox's own business."""
         against = ", ".join(str(access) for access in range(4) if not claim.fits(_claim(claim, access)))
-        same = f"SELECT sandbox, id, access FROM device WHERE image = ? AND access IN ({against})"
+        same = f"SELECT sandbox, id, access, 1 FROM device WHERE image = ?1 AND access IN ({against})"
         on_it = (
-            "SELECT device.sandbox, device.id, device.access FROM under "
-            "JOIN device ON device.sandbox = under.sandbox AND device.id = under.device "
-            f"WHERE under.image = ? AND under.access IN ({against}) AND (under.sandbox, under.device) <> (?, ?) LIMIT 1"
+            "SELECT device.sandbox, id, device.access, 0 FROM under "
+            "JOIN device ON device.sandbox = under.sandbox AND id = device AND device.image = top "
+            f"WHERE under.image = ?1 AND under.access IN ({against}) AND (device.sandbox, id) <> (?2, ?3)"
         )
-        if found := db.execute(f"{same} AND sandbox <> ? LIMIT 1", (_image(claim.identity), sandbox_id)).fetchone():
-            return self._held(db, claim, found, "it")
-        if found := db.execute(on_it, (_image(claim.identity), sandbox_id, device_id)).fetchone():
-            return self._held(db, claim, found, "what lies on it")
+        query = f"{same} AND sandbox <> ?2 UNION ALL {on_it} LIMIT 1"
+        if found := db.execute(query, (_image(claim.identity), sandbox_id, device_id)).fetchone():
+            return self._held(db, claim, found[:3], "it" if found[3] else "what lies on it")
         for lower in claim.under:
-            if found := db.execute(f"{same} AND (sandbox, id) <> (?, ?) LIMIT 1", (_image(lower), sandbox_id, device_id)).fetchone():
-                return self._held(db, claim, found, f"what lies under it ({in_words(lower)})")
+            if found := db.execute(f"{same} AND (sandbox, id) <> (?2, ?3) LIMIT 1", (_image(lower), sandbox_id, device_id)).fetchone():
+                return self._held(db, claim, found[:3], f"what lies under it ({in_words(lower)})")
         return None
 
     def _held(self, db: sqlite3.Connection, claim: Claim, found: tuple[str, str, int], what: str) -> ImageInUse:

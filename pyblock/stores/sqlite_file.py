@@ -18,7 +18,7 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -39,11 +39,14 @@ MIGRATIONS = (
     CREATE INDEX claim ON device (image, access, sandbox) WHERE image IS NOT NULL;
     INSERT INTO host VALUES ('', 0);
     """,
-    # A device's row has its claim on the image itself; these are on what lies under that image. `access` is there for the index.
+    # A device's row has its claim on the image itself (`top`); these are on what lies under that. They hold while that claim does.
     """
-    CREATE TABLE under (image TEXT NOT NULL, access INTEGER NOT NULL, sandbox TEXT NOT NULL, device TEXT NOT NULL);
+    CREATE TABLE under (image TEXT NOT NULL, access INTEGER NOT NULL, sandbox TEXT NOT NULL, device TEXT NOT NULL, top TEXT NOT NULL);
     CREATE INDEX under_image ON under (image, access);
     CREATE INDEX under_device ON under (sandbox, device);
+    CREATE TRIGGER under_goes AFTER DELETE ON device BEGIN
+        DELETE FROM under WHERE sandbox = OLD.sandbox AND device = OLD.id;
+    END;
     """,
 )
 FIRST_PAUSE = 0.0005  # seconds until a lock is tried again; a transaction holds it for less
@@ -227,7 +230,7 @@ class SqliteFile:
             db.execute("SELECT 1 FROM host, sandbox, device LIMIT 0")  # nothing is written to what is ours by name only
         db.execute("BEGIN IMMEDIATE")
         for script in MIGRATIONS[self._check(db) :]:  # another process may have been here first
-            for statement in filter(str.strip, script.split(";")):
+            for statement in _statements(script):
                 db.execute(statement)
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
@@ -242,7 +245,6 @@ class SqliteFile:
         [before] = db.execute("SELECT boot FROM host").fetchone()
         if before not in ("", boot):
             count = db.execute("DELETE FROM device").rowcount
-            db.execute("DELETE FROM under")
             db.execute("DELETE FROM sandbox")
             log.warning("%s: %d devices of an earlier boot of this host are forgotten; their machines ended with it", self.name, count)
         db.execute("UPDATE host SET boot = ?", (boot,))
@@ -279,6 +281,18 @@ def _after_fork(*, child: bool) -> None:
 
 
 os.register_at_fork(before=_before_fork, after_in_parent=partial(_after_fork, child=False), after_in_child=partial(_after_fork, child=True))
+
+
+def _statements(script: str) -> Iterator[str]:
+    """A script's statements, one by one; `executescript` would end the transaction."""
+    statement = ""
+    for part in script.split(";"):
+        statement += part
+        if sqlite3.complete_statement(statement + ";") and statement.strip():
+            yield statement
+            statement = ""
+        else:
+            statement += ";" if statement.strip() else ""
 
 
 def _patiently(work: Callable[[], Result], wait: float) -> Result:
