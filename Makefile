@@ -3,7 +3,7 @@
 PYTHON := .venv/bin/python
 
 .PHONY: help setup demo test lint types c-tests py-tests bench bench-short instructions fuzz fuzz-replay sanitize-extension \
-	soak model races sdist-check clean
+	soak soak-qemu storm model races sdist-check clean
 
 help:
 	@echo 'make demo    plug disks into a real guest (in memory where there is no QEMU) and out again'
@@ -14,6 +14,8 @@ help:
 	@echo 'make fuzz SECONDS=600    coverage-guided fuzzing of the core'
 	@echo 'make sanitize-extension    the unit tests on an extension built with the address and undefined-behaviour sanitizers'
 	@echo 'make soak    a million operations on 10,000 sandboxes in memory, through one store (OPERATIONS=, SANDBOXES=)'
+	@echo 'make soak-qemu    5,000 attaches and detaches on a real QEMU, and a flood of a million events: memory stays (PAIRS=, EVENTS=)'
+	@echo 'make storm SECONDS=600    processes on real QEMUs, stopped and killed at random; nothing is leaked, lost or doubled (SEED=)'
 	@echo 'make model STEPS=100000    more steps of the state machine that tests recovery against a model'
 	@echo 'make races   ten processes on one store for a minute'
 	@echo 'make sdist-check    build an sdist, install it in a fresh environment, run its own tests (TESTS=tests/unit for more)'
@@ -72,6 +74,14 @@ sanitize-extension:
 
 soak:
 	PYTHONPATH=tests $(PYTHON) tests/soak.py --operations $(or $(OPERATIONS),1000000) --sandboxes $(or $(SANDBOXES),10000)
+
+soak-qemu:
+	scripts/setup qemu
+	PYTHONPATH=tests $(PYTHON) tests/soak_qemu.py --pairs $(or $(PAIRS),5000) --events $(or $(EVENTS),1000000)
+
+storm:
+	scripts/setup qemu
+	PYTHONPATH=tests $(PYTHON) -m storm --seconds $(or $(SECONDS),600) $(and $(SEED),--seed $(SEED))
 
 model:
 	PYBLOCK_MODEL_STEPS=$(or $(STEPS),100000) $(PYTHON) -m pytest tests/unit/test_model.py -s

@@ -1,0 +1,664 @@
+"""The parent: it starts the processes and the machines, stops, kills and replaces them at random, and judges what is left.
+
+What happens when is drawn from the seed, so a seed repeats the plan; how far a process has got when it is killed, the host decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import itertools
+import os
+import random
+import re
+import select
+import signal
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from kit import Machine
+
+from .book import Book
+from .hog import Hog
+from .life import Life, Plan, Site
+from .notes import Ear, FindingSeen, Note, Pen
+from .witness import Images, Lists, Stored, ask_qemu, differences, read_rows, rivals
+
+SANDBOXES = ("s0", "s1", "s2", "s3")
+SLOTS = 2  # processes at once
+SHARED = ("x", "y", "z")
+HANGS = 60.0  # seconds that a call may take beyond its deadline, which is far more than any pause here
+TRAIL = 60  # lines of a failure's report
+SETS_MAX = 300  # idle sets of a paused QEMU, which closes none, before it is replaced; each costs it a descriptor of its 1,024
+AGREES = 10.0  # seconds within which what is written in the background is written
+FILES_MAX = 64  # descriptors of a process with four sandboxes at most
+GROWTH_MAX = 32 << 20  # bytes that a process may grow by after its first sandbox has settled
+# What ends a call of a client that did nothing wrong. Another error is a fault, and so is an exception that is none of pyblock's.
+MAY_END = {
+    "attach": {"ImageInUse", "DeviceConflict"},
+    "attach_many": {"ImageInUse", "DeviceConflict"},
+    "detach": set[str](),
+    "resume": set[str](),
+    "detach_many": set[str](),
+    "reconcile": set[str](),
+}
+MAY_END_ANY = {"AttachPending", "DetachPending", "StoreBusy", "VmmUnreachable", "ConnectionLost", "SandboxClosed", "CancelledError"}
+MAY_END_STICKY = {"VmmRefused", "SlotsExhausted"}
+
+
+class Violation(Exception):
+    """What must hold does not; :param kind: a word for what."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
+
+
+class Sky:
+    """A machine of the storm: where QEMU listens, whichever QEMU that is.
+
+    :ivar stopped: QEMU is.
+    """
+
+    def __init__(self, name: str, folder: Path, *, runs: bool, sticky: bool) -> None:
+        self.name = name
+        self.path = folder / f"{name}.qmp"
+        self.runs = runs
+        self._sticky = sticky
+        self.stopped = False
+        self.machine: Machine
+        self.started = 0
+
+    def start(self) -> None:
+        extra = ("-qmp", f"unix:{self.path},server=on,wait=off")
+        ports, slots = (4, 4) if self._sticky else (0, 0)
+        self.machine = Machine(guest=False, ports=ports, nvdimm_slots=slots, extra=extra)
+        self.machine.__enter__()
+        if self.runs:
+            self.machine.side.command("cont")
+        self.started += 1
+
+    def files(self) -> list[int]:
+        """Descriptors that only this process may have: QEMU's watcher waits until the pipe is nobody's."""
+        assert self.machine._process is not None and self.machine._process.stdin is not None
+        return [self.machine.side._socket.fileno(), self.machine._process.stdin.fileno()]
+
+    def stop(self) -> None:
+        if not self.stopped:
+            self.stopped = True
+            os.kill(self.machine.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        if self.stopped:
+            self.stopped = False
+            os.kill(self.machine.pid, signal.SIGCONT)
+
+    def close(self) -> None:
+        self.go_on()
+        self.machine.close()
+
+
+class Running:
+    """A process, as its parent sees it."""
+
+    def __init__(self, plan: Plan, pid: int, ear: Ear, orders: int) -> None:
+        self.plan = plan
+        self.pid = pid
+        self.ear = ear
+        self.orders = orders
+        self.stopped = False
+        self.killed: float | None = None  # when it was sent SIGKILL, or was found dead
+        self.last = time.monotonic()  # when it last said something
+        self.calls: dict[int, Note] = {}  # that are under way
+        self.opening: dict[str, float] = {}
+        self.sandboxes: set[str] = set()
+        self.ended = False  # it was told to end
+        self.pounce = 0  # how many more calls end with their work going on until it is killed just after one; 0: it is not
+        self.memory: list[int] = []
+        self.files = 0
+
+    def __str__(self) -> str:
+        return f"process {self.plan.number} (pid {self.pid})"
+
+    def order(self, text: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it has just died
+            os.write(self.orders, f"{text}\n".encode())
+
+    def stop(self) -> None:
+        if not self.stopped:
+            self.stopped = True
+            os.kill(self.pid, signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        if self.stopped:
+            self.stopped = False
+            os.kill(self.pid, signal.SIGCONT)
+
+    def measure(self) -> None:
+        try:
+            self.memory.append(int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+            self.files = max(self.files, len(os.listdir(f"/proc/{self.pid}/fd")))  # noqa: PTH208
+        except (OSError, IndexError):
+            pass  # it has just died
+
+
+class Tenure(NamedTuple):
+    """From when till when a process had a sandbox for certain."""
+
+    process: int
+    since: float
+    until: float | None
+
+
+class Options(NamedTuple):
+    """What a run is to be.
+
+    :ivar deaths: ends it before the seconds are over; 0 for no such end.
+    :ivar keep_going: notes what is wrong, and goes on.
+    """
+
+    seconds: float
+    seed: int
+    deaths: int = 0
+    keep_going: bool = False
+
+
+class Storm:
+    """:param folder: for the images, the store and the machines' sockets; short, for a unix socket's path ends at 107 bytes."""
+
+    def __init__(self, folder: Path, options: Options, say: Callable[[str], None] = print) -> None:
+        self.folder = folder
+        self.options = options
+        self.say = say
+        self.random = random.Random(options.seed)
+        self.store = folder / "state.db"
+        own = {name: [f"{name}-{letter}" for letter in "abc"] for name in SANDBOXES}
+        sticky = {name: {"s3-blk0": "virtio-blk", "s3-blk1": "virtio-blk", "s3-nv": "nvdimm"} if name == "s3" else {} for name in SANDBOXES}
+        probes = [f"{name}-probe" for name in SANDBOXES]
+        (folder / "images").mkdir()
+        self.images = Images(folder / "images", [*SHARED, *probes, *itertools.chain(*own.values()), *itertools.chain(*sticky.values())])
+        # A paused QEMU works faster; one that runs closes the descriptors that it is told to. Neither has a guest.
+        self.skies = {name: Sky(name, folder, runs=name == "s2", sticky=bool(sticky[name])) for name in SANDBOXES}
+        self.sites = {
+            name: Site(name, f"qemu:{self.skies[name].path}", "virtio-blk" if sticky[name] else "virtio-scsi", own[name], sticky[name])
+            for name in SANDBOXES
+        }
+        self.books = {name: Book() for name in SANDBOXES}
+        self.tenures: dict[str, list[Tenure]] = {name: [] for name in SANDBOXES}
+        self.to_check: list[tuple[str, Tenure]] = []
+        self.running: list[Running | None] = [None] * SLOTS
+        self.events: list[tuple[float, int, Callable[[], None]]] = []
+        self.count = itertools.count()
+        self.trail: deque[str] = deque(maxlen=20_000)
+        self.lives = self.deaths = self.watches = self.settled = self.calls = 0
+        self.ends: Counter[str] = Counter()
+        self.found: Counter[str] = Counter()
+        self.weather: Counter[str] = Counter()
+        self.most_memory = self.most_growth = self.most_files = 0
+        self.hog: Hog | None = None
+        self.unfit: set[str] = set()  # sandboxes in which something was wrong, which is gone when they have another QEMU
+        self.wrong: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        self.finishing = False
+        self.emptied: set[str] = set()  # sandboxes that were told to empty themselves, at the end
+        self.began = time.monotonic()
+
+    # The run.
+
+    def _wrong(self, kind: str, text: str) -> None:
+        """What must hold does not."""
+        violation = Violation(kind, text)
+        if not self.options.keep_going:
+            raise violation
+        self.wrong[kind] += 1
+        self.examples.setdefault(kind, self.report(violation))
+
+    def run(self) -> None:
+        """Raises Violation."""
+        try:
+            for sky in self.skies.values():
+                sky.start()
+            pipes = [file for sky in self.skies.values() for file in sky.files()]
+            self.hog = Hog(self.store, f"{self.options.seed} hog", pipes)
+            self._birth(0, {"s0", "s1"})
+            self._birth(1, {"s2", "s3"})
+            self._chaos()
+            end = self.began + self.options.seconds
+            while time.monotonic() < end and not (self.options.deaths and self.deaths >= self.options.deaths):
+                self._turn()
+            self._finish()
+        finally:
+            self._close()
+
+    def _turn(self) -> None:
+        """What happens next: notes, deaths, and what is due."""
+        wait = max(0.0, self.events[0][0] - time.monotonic()) if self.events else 0.05
+        ears = [one.ear.file for one in self._living()]
+        select.select(ears, [], [], min(wait, 0.05))
+        self._listen()
+        now = time.monotonic()
+        while self.events and self.events[0][0] <= now:
+            heapq.heappop(self.events)[2]()
+        for one in self._living():
+            for note in one.calls.values():
+                if now - note.at > max(0.0, note.limit) + HANGS:
+                    self._wrong("hang", f"{one}: a call hangs for {now - note.at:.0f} s: {note}")
+            for name, since in one.opening.items():
+                if now - since > 2 * HANGS:
+                    self._wrong("hang", f"{one}: opening {name} hangs for {now - since:.0f} s")
+
+    def _listen(self) -> None:
+        checks, self.to_check = self.to_check, []
+        for one in self._living():
+            for note in one.ear.read():
+                self._hear(one, note)
+        for slot, running in enumerate(self.running):
+            if running is not None and (done := os.waitpid(running.pid, os.WNOHANG))[0]:
+                self._bury(slot, running, os.waitstatus_to_exitcode(done[1]))
+        # What was said by the others before that has been heard by now.
+        for name, tenure in checks:
+            self._check_tenure(name, tenure)
+
+    def _finish(self) -> None:
+        """Both die once more; then one process takes everything out again, and nothing is left."""
+        self.finishing = True
+        self.events.clear()
+        self._calm()
+        for one in self._living():
+            if not one.ended:
+                self._kill(one)
+        while any(self.running):
+            self._turn()
+        self._birth(0, set(SANDBOXES), last=True)
+        while any(self.running):
+            self._turn()
+        left = [row for row in read_rows(self.store, self.images) if row.image not in self._sticky_images()]
+        if left:
+            self._wrong("left over", f"everything is detached and closed, and the store has {left}")
+        for name, sky in self.skies.items():
+            lists = ask_qemu(sky.machine, self.images)
+            backends = {drive: one for drive, one in lists.backends.items() if one.image not in self._sticky_images()}
+            if backends or lists.others:
+                self._wrong("left over", f"everything is detached and closed, and the QEMU of {name} has {backends} {lists.others}")
+
+    def _sticky_images(self) -> set[str]:
+        return {image for site in self.sites.values() for image in site.sticky}
+
+    def _close(self) -> None:
+        for one in self._living():
+            one.go_on()
+            os.kill(one.pid, signal.SIGKILL)
+            os.waitpid(one.pid, 0)
+            os.close(one.ear.file)
+            os.close(one.orders)
+        self.running = [None] * SLOTS
+        if self.hog is not None:
+            self.hog.close()
+        for sky in self.skies.values():
+            if sky.started:
+                sky.close()
+
+    # Processes.
+
+    def _living(self) -> list[Running]:
+        return [one for one in self.running if one is not None]
+
+    def _birth(self, slot: int, names: set[str], *, last: bool = False) -> None:
+        choose = self.random
+        self.lives += 1
+        ending = "empty" if last else choose.choices(("kill", "step", "pounce", "end", "long"), (35, 25, 25, 8, 7))[0]
+        step = choose.randint(0, 250) if ending == "step" else None
+        plan = Plan(self.lives, f"{self.options.seed} {self.lives}", self.store, self.images.folder, list(SHARED), step, not last)
+        notes, write = os.pipe()
+        read, orders = os.pipe()
+        os.set_blocking(notes, False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: there are none
+            pid = os.fork()
+        if pid == 0:
+            self._live(plan, names, write, read, {notes, orders})
+        os.close(write)
+        os.close(read)
+        one = Running(plan, pid, Ear(notes), orders)
+        one.sandboxes = set(names)
+        self.running[slot] = one
+        self._log(f"{one} begins with {' '.join(sorted(names))}, to {ending}" + (f" at step {step}" if step is not None else ""))
+        if ending == "pounce":
+            one.pounce = choose.randint(1, 5)
+        if ending in ("kill", "step"):
+            # A step may never be reached; in the first half second recovery is under way.
+            self._later(choose.choice((0.2, 0.5, 1.0, 2.0)) * choose.random() + (5.0 if step is not None else 0.0), lambda: self._kill(one))
+        elif ending in ("end", "long"):
+            self._later(choose.uniform(0.3, 1.5) if ending == "end" else choose.uniform(4.0, 10.0), lambda: self._end(one))
+
+    def _live(self, plan: Plan, names: set[str], write: int, read: int, others: set[int]) -> None:
+        """The child, which never returns."""
+        status = 97
+        try:
+            assert self.hog is not None
+            files = {file for one in self._living() for file in (one.ear.file, one.orders)}
+            for file in others | files | {self.hog.file} | {file for sky in self.skies.values() for file in sky.files()}:
+                os.close(file)
+            Life(plan, self.sites, write, read).run(sorted(names))
+            status = 0
+        except BaseException:
+            Pen(write).write("fault", text=traceback.format_exc()[-3000:])
+        finally:
+            os._exit(status)
+
+    def _kill(self, one: Running) -> None:
+        if one in self.running and one.killed is None:
+            one.killed = time.monotonic()
+            os.kill(one.pid, signal.SIGKILL)
+            self._log(f"{one} is killed")
+
+    def _end(self, one: Running) -> None:
+        """Ends it in good order."""
+        if one in self.running and one.killed is None:
+            one.go_on()
+            one.ended = True
+            one.order("end")
+            self._log(f"{one} is to end")
+
+    def _bury(self, slot: int, one: Running, status: int) -> None:
+        for note in one.ear.read():
+            self._hear(one, note)
+        self._log(f"{one} is dead: {status}")
+        meant = status == -signal.SIGKILL and (one.killed is not None or one.plan.step is not None)
+        if not meant and not (status == 0 and one.ended):
+            self._wrong("exit", f"{one} ended with {status}")
+        os.close(one.ear.file)
+        os.close(one.orders)
+        self.running[slot] = None
+        until = one.killed if one.killed is not None else one.last
+        for name in SANDBOXES:
+            self.tenures[name] = [
+                each._replace(until=until) if each.process == one.plan.number and each.until is None else each
+                for each in self.tenures[name][-50:]
+            ]
+        if status:
+            self.deaths += 1
+        self._weigh(one)
+        if self.finishing:
+            return
+        names = one.sandboxes
+        for name in sorted(names):
+            sky = self.skies[name]
+            worn = name in self.unfit or self._is_worn(sky)
+            if self.random.random() < (0.3 if self.sites[name].sticky else 0.03) or worn:
+                self._replace(name)
+        other = next(iter(self._living()), None)
+        choose = self.random
+        if other is not None and other.killed is None and not other.ended and len(names) > 1 and (len(names) > 2 or choose.random() < 0.3):
+            name = choose.choice(sorted(names))
+            if len(other.sandboxes) < 3:
+                names = names - {name}
+                other.sandboxes.add(name)
+                other.opening[name] = time.monotonic()
+                other.order(f"open {name}")
+                self._log(f"{other} is to take over {name}")
+        self._birth(slot, names)
+
+    def _is_worn(self, sky: Sky) -> bool:
+        if sky.runs:
+            return False
+        self._calm()
+        return len(ask_qemu(sky.machine, self.images).idle) > SETS_MAX
+
+    def _replace(self, name: str) -> None:
+        """Another QEMU at the same address; nobody has the sandbox open."""
+        sky = self.skies[name]
+        sky.close()
+        sky.start()
+        self.unfit.discard(name)
+        self.books[name].replace_machine()
+        self.weather["QEMU started anew"] += 1
+        self._log(f"the QEMU of {name} is started anew")
+
+    def _weigh(self, one: Running) -> None:
+        if not one.memory:
+            return
+        growth = max(one.memory) - one.memory[0]
+        self.most_memory = max(self.most_memory, *one.memory)
+        self.most_growth, self.most_files = max(self.most_growth, growth), max(self.most_files, one.files)
+        if growth > GROWTH_MAX:
+            self._wrong("memory", f"{one} grew by {growth / 2**20:.1f} MiB; {GROWTH_MAX >> 20} are allowed")
+        if one.files > FILES_MAX:
+            self._wrong("descriptors", f"{one} had {one.files} descriptors open; {FILES_MAX} are allowed")
+
+    # What happens to them.
+
+    def _later(self, seconds: float, what: Callable[[], None]) -> None:
+        heapq.heappush(self.events, (time.monotonic() + seconds, next(self.count), what))
+
+    def _chaos(self) -> None:
+        """Something happens, and then again."""
+        choose = self.random
+        what = choose.choices((self._stop_process, self._stop_qemu, self._watch, self._intrude, self._squeeze), (2, 3, 3, 1, 1))[0]
+        what()
+        self._later(choose.expovariate(10.0), self._chaos)
+
+    def _stop_process(self) -> None:
+        if living := [one for one in self._living() if one.killed is None and not one.stopped]:
+            one = self.random.choice(living)
+            seconds = self.random.choice((0.01, 0.05, 0.4)) * self.random.random()
+            one.stop()
+            self._log(f"{one} is stopped for {seconds * 1000:.0f} ms")
+            self.weather["process stopped"] += 1
+            self._later(seconds, lambda: one.go_on() if one in self.running else None)
+
+    def _squeeze(self) -> None:
+        """One is stopped, maybe in the middle of a transaction; when it goes on, another, which may have waited for that, is killed."""
+        living = [one for one in self._living() if one.killed is None and not one.stopped and not one.ended]
+        if len(living) == SLOTS:
+            one, other = self.random.sample(living, 2)
+            seconds, more = 0.05 * self.random.random(), 0.01 * self.random.random()
+            one.stop()
+            self._log(f"{one} is stopped for {seconds * 1000:.0f} ms, and {other} to be killed {more * 1000:.1f} ms later")
+            self.weather["squeezed"] += 1
+            self._later(seconds, lambda: one.go_on() if one in self.running else None)
+            self._later(seconds + more, lambda: self._kill(other))
+
+    def _stop_qemu(self) -> None:
+        name = self.random.choice(SANDBOXES)
+        sky, number = self.skies[name], self.skies[name].started
+        seconds = self.random.choice((0.005, 0.02, 0.1, 0.6)) * self.random.random()
+        sky.stop()
+        self._log(f"the QEMU of {name} is stopped for {seconds * 1000:.0f} ms")
+        self.weather["QEMU stopped"] += 1
+        self._later(seconds, lambda: sky.go_on() if sky.started == number else None)
+
+    def _intrude(self) -> None:
+        living = [one for one in self._living() if one.killed is None and not one.ended]
+        if len(living) == SLOTS and not self.finishing:
+            one, other = self.random.sample(living, 2)
+            if other.sandboxes:
+                name = self.random.choice(sorted(other.sandboxes))
+                one.order(f"intrude {name}")
+                self.weather["tried to open another's"] += 1
+
+    def _calm(self) -> None:
+        for sky in self.skies.values():
+            sky.go_on()
+        for one in self._living():
+            one.go_on()
+
+    def _watch(self) -> None:
+        """What is open in every QEMU at one moment: no writer beside another, and nothing of which the store does not know."""
+        for sky in self.skies.values():
+            sky.go_on()
+        before = {name: ask_qemu(sky.machine, self.images) for name, sky in self.skies.items()}
+        rows = {(row.sandbox, row.drive): row for row in read_rows(self.store, self.images)}
+        after = {name: ask_qemu(sky.machine, self.images) for name, sky in self.skies.items()}
+        self.watches += 1
+        # What both lists have and what did not leave in between was there at the moment between them.
+        there = [
+            (name, drive, opened)
+            for name, lists in before.items()
+            for drive, opened in lists.backends.items()
+            if after[name].backends.get(drive) == opened and drive not in lists.gone | after[name].gone
+        ]
+        known: list[Stored] = []
+        for name, drive, opened in there:
+            row = rows.get((name, drive))
+            if row is None and not self.books[name].replaced:
+                self._wrong("unclaimed", f"{name}: QEMU has {drive} open ({opened}), of which the store knew nothing at that moment")
+            if row is not None:
+                if row.image != opened.image:
+                    self._wrong("wrong image", f"{name}: QEMU has {opened} open as {drive}, and {row.image} is claimed for it: {row}")
+                known.append(row)
+        if wrong := rivals(known):
+            self._wrong("two writers", f"at one moment, in two QEMUs: {wrong[0]}")
+        if wrong := rivals(list(rows.values())):
+            self._wrong("two claims", wrong[0])
+        for one in self._living():
+            if one.memory:
+                one.measure()
+
+    # What they say.
+
+    def _log(self, text: str) -> None:
+        self.trail.append(f"{time.monotonic():.4f} -- {text}")
+
+    def _hear(self, one: Running, note: Note) -> None:
+        one.last = note.at
+        self.trail.append(f"{note} [{one.plan.number}]")
+        book = self.books.get(note.sandbox)
+        match note.what:
+            case "fault":
+                self._wrong("fault", f"{one}: {note.text}")
+            case "begin":
+                one.calls[note.call] = note
+                assert book is not None
+                book.begin(note)
+            case "end":
+                begun = one.calls.pop(note.call)
+                assert book is not None
+                book.end(note)
+                self._judge(one, note, note.at - begun.at)
+            case "opening":
+                one.opening[note.sandbox] = note.at
+            case "opened":
+                tenure = Tenure(one.plan.number, note.at, None)
+                self.tenures[note.sandbox].append(tenure)
+                self.to_check.append((note.sandbox, tenure))
+            case "settled":
+                one.opening.pop(note.sandbox, None)
+                self._settle(one, note)
+            case "closing":
+                self.tenures[note.sandbox] = [
+                    each._replace(until=note.at) if each.process == one.plan.number and each.until is None else each
+                    for each in self.tenures[note.sandbox]
+                ]
+                self._judge_findings(note.sandbox, note.findings)
+
+    def _judge(self, one: Running, note: Note, took: float) -> None:
+        if one.pounce and (note.result == "AttachPending" or (note.result and self.random.random() < 0.1)):
+            one.pounce -= 1
+            if not one.pounce:
+                self._later(self.random.choice((0.0, 0.001, 0.004)) * self.random.random(), lambda: self._kill(one))
+        self.calls += 1
+        self.ends[f"{note.kind} {note.result or 'ok'}"] += 1
+        allowed = note.result in MAY_END[note.kind] | MAY_END_ANY or (note.sticky and note.result in MAY_END_STICKY)
+        if note.result and not allowed:
+            self._wrong(f"{note.kind} {note.result}", f"{one}: a call that should not ended so: {note}")
+        if note.result == "ImageInUse" and not any(image in SHARED for image in note.images):
+            self._wrong("false ImageInUse", f"{one}: nobody else has the image: {note}")
+        if took > max(0.0, note.limit) + HANGS:
+            self._wrong("late", f"{one}: took {took:.1f} s: {note}")
+        self._judge_findings(note.sandbox, note.findings)
+
+    def _judge_findings(self, name: str, findings: list[FindingSeen]) -> None:
+        for one in findings:
+            self.found[f"{one.found} {one.outcome}"] += 1
+            if one.found == "orphan":
+                self._wrong("orphan", f"{name}: QEMU has something that nobody knows: {one}")
+            if one.found == "lost" and not self.books[name].replaced:
+                self._wrong("false lost", f"{name}: reported lost, and its QEMU never lost it: {one}")
+
+    def _check_tenure(self, name: str, tenure: Tenure) -> None:
+        for other in self.tenures[name]:
+            if other.process != tenure.process and other.since <= tenure.since and (other.until is None or other.until > tenure.since):
+                self._wrong("two owners", f"{name} was opened by process {tenure.process} while process {other.process} had it open")
+
+    def _settle(self, one: Running, note: Note) -> None:
+        """A sandbox was opened and is at rest until it is told to go on: everything is compared."""
+        name, picture, sky = note.sandbox, note.picture, self.skies[note.sandbox]
+        assert picture is not None
+        if one.killed is not None:  # it may have gone since; who opens it next will say the same
+            return
+        self._calm()
+        self._judge_findings(name, picture.findings)
+        wrong = [f"{name}: {text}" for text in self.books[name].settle(picture.devices)]
+        if picture.probe is None or picture.probe[0] != picture.probe[1]:
+            wrong.append(f"{name}: one more image was given an index as (given, lowest free): {picture.probe}")
+        end = time.monotonic() + AGREES
+        while True:
+            lists = ask_qemu(sky.machine, self.images)
+            rows = read_rows(self.store, self.images)
+            differs = differences(picture.devices, picture.indexes, [row for row in rows if row.sandbox == name], lists)
+            differs += self._idle_sets(sky, lists)
+            if not differs or wrong or time.monotonic() > end:
+                break
+            time.sleep(0.01)
+            if os.waitid(os.P_PID, one.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return
+        wrong += [f"{name}: {text}" for text in differs] + rivals(rows)
+        if wrong:
+            seen = [f"the sandbox: {picture}", *map(str, rows), str(lists)]
+            kind = re.sub(r"\b(s\d|[0-9a-f]{16}|s\d-\w+|[xyz]|\d+)\b", "_", wrong[0].partition("\n")[0].partition(" (")[0])[:80]
+            self._wrong(kind, "\n  ".join([f"{one}, {name} has settled, and it does not fit:", *wrong, *seen]))
+            self.unfit.add(name)
+            return self._kill(one)
+        self.settled += 1
+        one.measure()
+        one.order(f"{'empty' if self.finishing else 'go'} {name}")
+        if self.finishing:
+            self.emptied.add(name)
+            if len(self.emptied) == len(SANDBOXES):
+                one.ended = True
+                one.order("end")
+
+    def _idle_sets(self, sky: Sky, lists: Lists) -> list[str]:
+        return [f"QEMU, which runs, has sets of descriptors that nothing uses: {lists.idle}"] if sky.runs and lists.idle else []
+
+    # What is said of it.
+
+    def summary(self) -> list[str]:
+        seconds = time.monotonic() - self.began
+        return [
+            f"{seconds:.0f} s, seed {self.options.seed}: {self.lives} processes, {self.deaths} killed, {self.calls:,} calls, "
+            f"{self.settled} sandboxes compared after opening, {self.watches} looks at all QEMUs at once",
+            "calls: " + ", ".join(f"{kind} {count:,}" for kind, count in sorted(self.ends.items())),
+            "weather: " + ", ".join(f"{kind} {count}" for kind, count in sorted(self.weather.items())),
+            "recovery found: " + (", ".join(f"{kind} {count}" for kind, count in sorted(self.found.items())) or "nothing"),
+            *(f"WRONG {count} times: {kind}" for kind, count in self.wrong.most_common()),
+            f"a process: at most {self.most_memory / 2**20:.1f} MiB, {self.most_growth / 2**20:.1f} more than when its first sandbox "
+            f"had settled, {self.most_files} descriptors",
+        ]
+
+    def report(self, violation: BaseException) -> str:
+        """Readable: what differs, the seed, and the last that was done."""
+        text = str(violation) or repr(violation)
+        named = [name for name in SANDBOXES if name in text]
+        lines = [line for line in self.trail if not named or " -- " in line or any(f" {name} " in line for name in named)]
+        return "\n".join(
+            [
+                f"VIOLATION after {self.deaths} deaths and {self.calls:,} calls, seed {self.options.seed}: {text}",
+                "the last of it:",
+                *lines[-TRAIL:],
+            ]
+        )
+
+
+@contextlib.contextmanager
+def storm(options: Options, say: Callable[[str], None] = print) -> Iterator[Storm]:
+    """A storm in a folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="storm-", dir="/tmp") as folder:
+        yield Storm(Path(folder), options, say)
