@@ -77,7 +77,7 @@ soak:
 
 soak-qemu:
 	scripts/setup qemu
-	PYTHONPATH=tests $(PYTHON) tests/soak_qemu.py --pairs $(or $(PAIRS),5000) --events $(or $(EVENTS),1000000)
+	PYTHONPATH=.:tests $(PYTHON) tests/soak_qemu.py --pairs $(or $(PAIRS),5000) --events $(or $(EVENTS),1000000)
 
 storm:
 	scripts/setup qemu
