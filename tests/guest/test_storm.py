@@ -267,7 +267,7 @@ def test_the_book() -> None:
 def test_the_witness(tmp_path: Path, start_machine: Callable[..., Machine]) -> None:
     """Images are told by inode, whether they were opened by path or handed over; a set of descriptors that nothing uses is seen."""
     images = Images(tmp_path, ["a", "b"])
-    machine = start_machine(guest=False)
+    machine = start_machine(guest=False, nvdimm_slots=1)
     assert ask_qemu(machine, images) == ({}, set(), [], [], set())
 
     def hand_over(name: str) -> int:
@@ -291,6 +291,12 @@ def test_the_witness(tmp_path: Path, start_machine: Callable[..., Machine]) -> N
     lists = ask_qemu(machine, images)
     assert lists.backends == {"drive-1": Open("a", False), "drive-2": Open("b", True)}
     assert not (lists.idle or lists.devices or lists.others)
+    # What is mapped as memory is told by the mapping.
+    number = machine.side.command("query-fdsets")[0]["fds"][0]["fd"]
+    memory = {"qom-type": "memory-backend-file", "id": "drive-3", "mem-path": f"/proc/self/fd/{number}", "size": 1 << 20, "share": True}
+    machine.side.command("object-add", memory)
+    assert ask_qemu(machine, images).backends["drive-3"] == Open("a", False)
+    machine.side.command("object-del", id="drive-3")
     machine.side.command("device_add", {"driver": "scsi-hd", "id": "drive-1", "drive": "drive-1", "bus": "scsi0.0"})
     assert ask_qemu(machine, images).devices == {"drive-1"}
     machine.side.command("device_del", id="drive-1")

@@ -604,7 +604,7 @@ class Storm:
             rows = read_rows(self.store, self.images)
             differs = differences(picture.devices, picture.indexes, [row for row in rows if row.sandbox == name], lists)
             differs += self._idle_sets(sky, lists)
-            if not differs or wrong or time.monotonic() > end:
+            if not differs or time.monotonic() > end:
                 break
             time.sleep(0.01)
             if os.waitid(os.P_PID, one.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:

@@ -102,7 +102,9 @@ def _memory(machine: Machine, images: Images, name: str) -> Open:
         return Open("", True)
     if path.startswith("/proc/"):
         for line in Path(f"/proc/{machine.pid}/maps").read_text().splitlines():
-            if (mapped := images.name(line.split(None, 5)[-1])) and "/" not in mapped and line.split()[1][2] == "s":
+            _, access, *_, file = line.split(None, 5)
+            mapped = images.name(file.strip())
+            if access.endswith("s") and mapped != file.strip():
                 return Open(mapped, read_only)
     return Open(images.name(path), read_only)
 
