@@ -4,6 +4,7 @@ here must end in its violation.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import socket
@@ -25,8 +26,9 @@ from storm.witness import Images, Open, ask_qemu
 
 from pyblock.allotment import Allotment
 from pyblock.errors import ImageInUse
-from pyblock.hypervisors import qemu
+from pyblock.host import OpenedImage, open_image
 from pyblock.hypervisors.qemu import QemuHypervisor
+from pyblock.hypervisors.qemu_descriptors import DescriptorSets, Passed
 from pyblock.ledger import Ledger
 from pyblock.recovery import Difference, Found, Recovery
 from pyblock.stores.base import Claim, Row
@@ -134,15 +136,16 @@ def leave_a_backend(patch: Patch) -> None:
 
 def open_another_image(patch: Patch) -> None:
     """What is opened is not what was claimed."""
-    recipe = qemu._recipe
+    pass_image = DescriptorSets.pass_image
 
-    def other(drive: Any) -> Any:
-        made = recipe(drive)
-        if drive.file.endswith("s1-a"):
-            made.add[1]["file"]["filename"] = drive.file[:-1] + "b"
-        return made
+    async def other(sets: DescriptorSets, drive_id: str, image: OpenedImage) -> Passed | None:
+        if not image.path.endswith("s1-a"):
+            return await pass_image(sets, drive_id, image)
+        read_only = fcntl.fcntl(image.fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        with open_image(image.path[:-1] + "b", read_only=read_only) as another:
+            return await pass_image(sets, drive_id, another)
 
-    patch.setattr(qemu, "_recipe", other)
+    patch.setattr(DescriptorSets, "pass_image", other)
 
 
 def see_no_owner(patch: Patch) -> None:
@@ -167,9 +170,9 @@ def lose_what_is_there(patch: Patch) -> None:
 def leak_descriptors(patch: Patch) -> None:
     plug = QemuHypervisor.plug
 
-    async def leaky(vmm: QemuHypervisor, drive: Any) -> None:
+    async def leaky(vmm: QemuHypervisor, drive: Any, image: OpenedImage) -> None:
         os.dup(1)
-        await plug(vmm, drive)
+        await plug(vmm, drive, image)
 
     patch.setattr(QemuHypervisor, "plug", leaky)
 
@@ -178,9 +181,9 @@ def leak_memory(patch: Patch) -> None:
     plug = QemuHypervisor.plug
     leaked = []
 
-    async def leaky(vmm: QemuHypervisor, drive: Any) -> None:
+    async def leaky(vmm: QemuHypervisor, drive: Any, image: OpenedImage) -> None:
         leaked.append(b"\1" * (1 << 20))
-        await plug(vmm, drive)
+        await plug(vmm, drive, image)
 
     patch.setattr(QemuHypervisor, "plug", leaky)
 
