@@ -153,6 +153,26 @@ def decode(text: bytes, *, where: str) -> SandboxState:
         raise InvalidState(f"{where} is not a saved sandbox: {error}; it is left as it is") from error
 
 
+class _DriveID(msgspec.Struct):
+    id: str = msgspec.field(name="ID", default="")
+
+
+class _DriveOnly(msgspec.Struct):
+    drive: _DriveID | None = msgspec.field(name="BlockDrive", default=None)
+
+
+_drive_only = msgspec.json.Decoder(_DriveOnly)
+
+
+def drive_id_of(device: bytes) -> str:
+    """The drive ID in a device's row, "" where it has none, or cannot be read: that is said by whoever takes the device up."""
+    try:
+        drive = _drive_only.decode(device).drive
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return ""
+    return drive.id if drive is not None else ""
+
+
 def decode_rows(sandbox: bytes, devices: Iterable[bytes], *, where: str) -> SandboxState:
     """Reads what a store has: a sandbox without its devices (b"" for nothing), and the devices. Raises as `decode`."""
     state = decode(sandbox, where=where) if sandbox else SandboxState(devices=[])

@@ -63,12 +63,14 @@ class Inventory(msgspec.Struct, frozen=True):
     :ivar held: drive ID to what is there, for all that is named as drives are, and for no other.
     :ivar files: the host's paths that its disks use.
     :ivar images: what its disks have open, as far as the VMM can tell.
+    :ivar machine: what two addresses of one machine have in common; "" where that cannot be told.
     """
 
     disks: list[FoundDisk] = []
     held: dict[str, Held] = {}
     files: frozenset[str] = frozenset()
     images: frozenset[Identity] = frozenset()
+    machine: str = ""
 
 
 class Hypervisor(Protocol):

@@ -9,7 +9,9 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Collection
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from pyblock.drivers import NVDIMM, VIRTIO_BLK, VIRTIO_SCSI
 from pyblock.errors import ImageReplaced, PyblockError, SlotsExhausted, UnknownDriver, VmmRefused
@@ -18,7 +20,7 @@ from pyblock.hypervisors.base import Inventory, SteppedHypervisor
 from pyblock.hypervisors.qemu_descriptors import DescriptorSets, Passed, has_open, set_behind
 from pyblock.hypervisors.qemu_inventory import KATA_MEMORY, KATA_NVDIMM, LUNS, memory_modules, nodes, take_listing, user_of
 from pyblock.hypervisors.qemu_tree import Slot, Tree, bus_numbers, properties, read_tree
-from pyblock.hypervisors.qmp import QmpSession
+from pyblock.hypervisors.qmp import QmpSession, qemu_process
 from pyblock.model import BlockDrive
 from pyblock.operation import log
 
@@ -61,6 +63,10 @@ def _device(drive: BlockDrive) -> dict[str, Any]:
     return device
 
 
+class _Uuid(msgspec.Struct):
+    UUID: Annotated[str, msgspec.Meta(max_length=64)]
+
+
 class QemuHypervisor(SteppedHypervisor):
     """:param address: the path of the machine's QMP socket. QEMU serves one client at a time there; give pyblock a monitor of its own."""
 
@@ -91,7 +97,14 @@ class QemuHypervisor(SteppedHypervisor):
         before = self._descriptors.drive_ids
         listing = await take_listing(self._qmp, await self._look(), known)
         self._descriptors.learn(listing.sets, listing.unused, before)
-        return listing.inventory
+        return msgspec.structs.replace(listing.inventory, machine=await self._machine())
+
+    async def _machine(self) -> str:
+        """What two monitors of this machine have in common: QEMU's process, or its UUID where the peer is something in between."""
+        if process := qemu_process(self._qmp.peer):
+            return process
+        uuid = (await self._qmp.ask(_Uuid, "query-uuid")).UUID
+        return f"uuid {uuid}" if uuid.strip("0-") else ""
 
     async def is_gone(self) -> bool:
         return self._qmp.is_gone()

@@ -246,11 +246,26 @@ class QmpSession:
                 future.set_exception(error)
 
 
+def qemu_process(pid: int) -> str:
+    """What tells a process from all others of this boot, if it is a QEMU and can be looked at; else ""."""
+    try:
+        program = os.readlink(f"/proc/{pid}/exe").rpartition("/")[2]  # noqa: PTH115
+        started = _stat(pid)[19]
+    except (OSError, IndexError):
+        return ""
+    return f"process {pid} {started}" if "qemu" in program or "kvm" in program else ""
+
+
+def _stat(pid: int) -> list[str]:
+    """The words of /proc/PID/stat from the state on, which is the third; the name before it may hold anything."""
+    with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123 - of a file of one line
+        return file.read().rpartition(")")[2].split()
+
+
 def _why_silent(pid: int) -> str:
     """What keeps a monitor from greeting, as far as can be told from here."""
     try:
-        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123 - of a file of one line
-            state = file.read().rpartition(")")[2].split()[0]
+        state = _stat(pid)[0]
     except (OSError, IndexError):
         state = ""
     if state in ("T", "t"):

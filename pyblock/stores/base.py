@@ -99,6 +99,15 @@ class Store(Protocol):
         :param all_or_none: with a row that would be left out, nothing is written.
         """
 
+    async def meet(self, sandbox_id: str, machine: str, deadline: float | None = None) -> None:
+        """Writes down which machine answers for a sandbox that this process owns: a text that two addresses of one machine have in common.
+
+        Raises SandboxConflict when the same one answers for another sandbox.
+        """
+
+    async def drives_of_others(self, sandbox_id: str, machine: str, deadline: float | None = None) -> set[str]:
+        """The drive IDs of all other sandboxes whose machine may be this one: it is the same, or nobody knows ("")."""
+
     async def read(self, sandbox_id: str, deadline: float | None = None) -> Stored:
         """What it has of one sandbox. Raises UnknownSandbox."""
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pyblock.errors import ImageInUse, SandboxBusy, SandboxConflict, StoreError, UnknownSandbox
 from pyblock.lineage import Identity, in_words
+from pyblock.state import drive_id_of
 from pyblock.stores.base import Claim, Row, Store, Stored
 from pyblock.stores.owner import OwnerLock
 from pyblock.stores.sqlite_file import SqliteFile
@@ -62,6 +63,17 @@ class SqliteStore(Store):
         except _Refused as refused:
             return refused.errors
 
+    async def meet(self, sandbox_id: str, machine: str, deadline: float | None = None) -> None:
+        await self._file.transact(lambda db: self._meet(db, sandbox_id, machine), deadline)
+
+    async def drives_of_others(self, sandbox_id: str, machine: str, deadline: float | None = None) -> set[str]:
+        def work(db: sqlite3.Connection) -> set[str]:
+            others = "SELECT id FROM sandbox WHERE id <> ?1 AND (machine = '' OR ?2 = '' OR machine = ?2)"
+            rows = db.execute(f"SELECT state FROM device WHERE sandbox IN ({others})", (sandbox_id, machine))
+            return {drive_id for (state,) in rows if (drive_id := drive_id_of(state))}
+
+        return await self._file.transact(work, deadline, writes=False)
+
     async def read(self, sandbox_id: str, deadline: float | None = None) -> Stored:
         return await self._file.transact(lambda db: self._read(db, sandbox_id), deadline, writes=False)
 
@@ -91,7 +103,7 @@ class SqliteStore(Store):
             self._take_machine(db, sandbox_id, vm)
         row = db.execute("SELECT vm, owner, owner_text FROM sandbox WHERE id = ?", (sandbox_id,)).fetchone()
         if row is None:
-            db.execute("INSERT INTO sandbox VALUES (?, ?, NULL, '', x'')", (sandbox_id, vm or None))
+            db.execute("INSERT INTO sandbox (id, vm, owner_text, state) VALUES (?, ?, '', x'')", (sandbox_id, vm or None))
         else:
             had, owner, text = row
             if (owner == number and sandbox_id in self._mine) or (owner is not None and owner != number and lock.lives(owner)):
@@ -115,6 +127,21 @@ class SqliteStore(Store):
         if not empty or (owner is not None and self._lives(owner)):
             raise SandboxConflict(f"the machine {vm} belongs to sandbox {other!r} in the {self._file.name}, not to {sandbox_id!r}")
         db.execute("DELETE FROM sandbox WHERE id = ?", (other,))
+
+    def _meet(self, db: sqlite3.Connection, sandbox_id: str, machine: str) -> None:
+        self._check_owned(db, sandbox_id)
+        row = db.execute("SELECT id, vm, owner FROM sandbox WHERE machine = ? AND id <> ?", (machine, sandbox_id)).fetchone()
+        if row is not None:
+            other, vm, owner = row
+            if (owner is not None and self._lives(owner)) or db.execute(
+                "SELECT 1 FROM device WHERE sandbox = ? LIMIT 1", (other,)
+            ).fetchone():
+                raise SandboxConflict(
+                    f"the machine of sandbox {sandbox_id!r} is that of sandbox {other!r}, which has another address for it ({vm}); "
+                    "one machine belongs to one sandbox"
+                )
+            db.execute("UPDATE sandbox SET machine = '' WHERE id = ?", (other,))
+        db.execute("UPDATE sandbox SET machine = ? WHERE id = ?", (machine, sandbox_id))
 
     def _register(self, db: sqlite3.Connection) -> tuple[OwnerLock, int]:
         """The lock that shows that this process lives, and its number; a new one is this process's when the transaction is committed."""
@@ -148,9 +175,7 @@ class SqliteStore(Store):
     def _write(
         self, db: sqlite3.Connection, sandbox_id: str, rows: Sequence[Row], state: bytes | None, *, all_or_none: bool
     ) -> dict[str, ImageInUse]:
-        number = self._owner[1] if self._owner is not None and self._owner[0] is self._file.lock else None
-        if db.execute("SELECT 1 FROM sandbox WHERE id = ? AND owner = ?", (sandbox_id, number)).fetchone() is None:
-            raise StoreError(f"{self._file.name}: sandbox {sandbox_id!r} is not this process's any more; nothing was changed")
+        self._check_owned(db, sandbox_id)
         refused: dict[str, ImageInUse] = {}
         for row in rows:  # those that go come first: another may have their image, or their index, by now
             if row.state is None:
@@ -165,6 +190,11 @@ class SqliteStore(Store):
         if self._given_up:
             self._give_up(db)
         return refused
+
+    def _check_owned(self, db: sqlite3.Connection, sandbox_id: str) -> None:
+        number = self._owner[1] if self._owner is not None and self._owner[0] is self._file.lock else None
+        if db.execute("SELECT 1 FROM sandbox WHERE id = ? AND owner = ?", (sandbox_id, number)).fetchone() is None:
+            raise StoreError(f"{self._file.name}: sandbox {sandbox_id!r} is not this process's any more; nothing was changed")
 
     def _write_row(self, db: sqlite3.Connection, sandbox_id: str, row: Row, state: bytes) -> ImageInUse | None:
         claim = row.claim

@@ -48,6 +48,11 @@ MIGRATIONS = (
         DELETE FROM under WHERE sandbox = OLD.sandbox AND device = OLD.id;
     END;
     """,
+    # What two addresses of one machine have in common, '' where nobody knows.
+    """
+    ALTER TABLE sandbox ADD COLUMN machine TEXT NOT NULL DEFAULT '';
+    CREATE INDEX machine ON sandbox (machine) WHERE machine <> '';
+    """,
 )
 FIRST_PAUSE = 0.0005  # seconds until a lock is tried again; a transaction holds it for less
 LAST_PAUSE = 0.02
