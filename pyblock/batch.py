@@ -77,8 +77,14 @@ class Batch:
             done = await asyncio.gather(*(self._detach(device) for device in self._attached.values()), return_exceptions=True)
             self._errors.extend(error for error in done if isinstance(error, BaseException))
 
-        # In a task of its own: another cancellation must not leave what was attached without an owner.
-        await over(asyncio.ensure_future(undo()))
+        # In a task of its own: another cancellation must not leave what was attached without an owner. The first one waits for it, too:
+        # the sandbox, which is perhaps being closed, must not cut off what is half undone.
+        undoing = asyncio.ensure_future(undo())
+        try:
+            await over(undoing)
+        except asyncio.CancelledError:
+            await over(undoing)
+            raise
 
 
 def raise_first(errors: list[BaseException]) -> None:

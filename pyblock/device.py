@@ -7,8 +7,9 @@ may follow what; docs draw their diagram from it.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pyblock.errors import (
     AttachCountExhausted,
@@ -19,6 +20,7 @@ from pyblock.errors import (
     SandboxClosed,
     StoreBusy,
     TransportError,
+    VmmRefused,
 )
 from pyblock.operation import Operation
 
@@ -62,6 +64,7 @@ LIFE: dict[tuple[Phase, Event], Phase] = {
     (Phase.ATTACHING, Event.UNKNOWN): Phase.ATTACH_PENDING,
     (Phase.ATTACH_PENDING, Event.DETACH): Phase.DETACHING,
     (Phase.ATTACH_PENDING, Event.GONE): Phase.DETACHED,
+    (Phase.ATTACH_PENDING, Event.KEPT): Phase.ATTACHED,
     (Phase.ATTACHED, Event.DETACH): Phase.DETACHING,
     (Phase.ATTACHED, Event.LOST): Phase.DETACHED,
     (Phase.ATTACHED, Event.UNKNOWN): Phase.ATTACH_PENDING,
@@ -75,6 +78,8 @@ LIFE: dict[tuple[Phase, Event], Phase] = {
 
 # In these phases an index, an ID, a slot and an address are taken.
 HOLDING = frozenset(Phase) - {Phase.DETACHED}
+# In these nobody knows what the VMM has, or nobody was told.
+PENDING = frozenset({Phase.ATTACH_PENDING, Phase.DETACH_PENDING})
 
 
 class Unsettled(Exception):
@@ -101,6 +106,12 @@ class DeviceReceiver(Protocol):
     def check(self) -> None:
         """Raises SandboxClosed unless it takes anything on."""
 
+    def touch(self, device: BlockDevice) -> None:
+        """Takes note that the device stands otherwise than it is written down."""
+
+    def doubt(self) -> None:
+        """Has the machine asked what it has before it is next changed, and what is then found pending settled."""
+
     def drop(self, device: BlockDevice) -> None:
         """Takes note that the device has one user less."""
 
@@ -121,7 +132,7 @@ class DeviceReceiver(Protocol):
         """
 
     async def record(self, device: BlockDevice | GenericDevice, deadline: float | None = None) -> None:
-        """Writes down how the device stands, and returns when that is done. Raises StoreError."""
+        """Writes down how the device stands, sets its `said_attached`, and returns when that is done. Raises StoreError."""
 
     async def note(self, device: BlockDevice) -> None:
         """The same for what need not be waited for: tries once, and else has it written in the background. Raises nothing."""
@@ -136,6 +147,9 @@ class DeviceReceiver(Protocol):
     async def unplug(self, drive: BlockDrive) -> None:
         """Removes whatever the VMM has of a drive; returns when the VMM says that it is gone. Unsettled: not known; other errors: it is
         kept."""
+
+    async def locate(self, drive: BlockDrive) -> None:
+        """Fills in the addresses really used of a drive that the VMM has. Raises TransportError."""
 
     def nudge(self, drive: BlockDrive) -> None:
         """Has a removal that is under way asked for once more."""
@@ -153,9 +167,12 @@ class BlockDevice:
     :ivar attach_count: attaches that no detach stands against yet.
     :ivar ref_count: how many users the manager has given it to.
     :ivar saved: the saved state it came from, kept for what pyblock does not know; None otherwise.
+    :ivar said_attached: what is written down, if anything is, says that it is attached: before a removal is asked for it must not.
     """
 
-    __slots__ = ("_operation", "attach_count", "drive", "id", "identity", "info", "phase", "ref_count", "saved", "under")
+    __slots__ = (
+        "_operation", "attach_count", "drive", "id", "identity", "info", "phase", "ref_count", "said_attached", "saved", "under",
+    )  # fmt: skip
 
     def __init__(self, device_id: str, info: DeviceInfo, identity: Identity | None = None, under: tuple[Identity, ...] = ()) -> None:
         self.id = device_id
@@ -167,6 +184,7 @@ class BlockDevice:
         self.attach_count = 0
         self.ref_count = 0
         self.saved: DeviceState | None = None
+        self.said_attached = False
         self._operation: Operation | None = None
 
     def __repr__(self) -> str:
@@ -190,17 +208,18 @@ class BlockDevice:
             raise self._pending("settle it with detach first")
         self.drive = receiver.reserve(self)
         self._move(Event.ATTACH)
-        operation = self._operation = Operation(lambda op: self._plug(receiver, op, deadline))
+        operation = Operation(undoing=True)  # should its caller go away
+        self._start(operation, self._plug(receiver, operation, deadline))
         try:
-            await self._result(operation, deadline, "the deadline passed; it will be undone as soon as the VMM answers")
+            await self._result(receiver, operation, deadline, "the deadline passed; it will be undone as soon as the VMM answers")
         except asyncio.CancelledError:
             if operation.succeeded and not operation.abandoned and self.attached:  # in the very moment of the cancellation
                 if self.attach_count > 1:
                     self.attach_count -= 1
                     await receiver.note(self)
                 else:
-                    undo = self._remove(receiver, None)
-                    undo.abandoned = undo.undoing = True
+                    self._give_up(receiver)
+                    self._remove(receiver, None, Operation(abandoned=True, undoing=True))
             raise
 
     async def detach(self, receiver: DeviceReceiver, deadline: float | None) -> bool:
@@ -210,8 +229,11 @@ class BlockDevice:
         or the connection breaks: everything stays taken, calling again resumes, and a late confirmation finishes the job by itself.
         """
         operation = self._operation
-        if operation is not None and operation.abandoned and self.phase is Phase.DETACHING:
-            if operation.begun:
+        if operation is not None and operation.abandoned and (operation.removing or self.phase in (Phase.DETACHING, Phase.DETACH_PENDING)):
+            operation.undoing = False  # somebody wants it gone, and is to hear of that
+            if self.phase in PENDING:
+                self._move(Event.DETACH)
+            if operation.removing:
                 receiver.nudge(self.held)
         else:
             await self._turn(deadline)
@@ -221,24 +243,23 @@ class BlockDevice:
             if self.phase is Phase.ATTACHED and self.attach_count > 1:
                 await self._count(receiver, -1, deadline)
                 return True
-            operation = self._remove(receiver, deadline)
-        await self._result(operation, deadline, "the VMM did not confirm the removal before the deadline; call detach again to resume")
+            if self.phase in PENDING:
+                self._move(Event.DETACH)
+            operation = self._remove(receiver, deadline, Operation())
+        why = "the VMM did not confirm the removal before the deadline; call detach again to resume"
+        await self._result(receiver, operation, deadline, why)
         return False
 
     def free(self, receiver: DeviceReceiver) -> None:
         """Takes note that the VMM has nothing of it; nothing may be under way. What it took is given back, and the device ends."""
         self._free(receiver, Event.LOST if self.phase is Phase.ATTACHED else Event.GONE, late=True)
 
-    def reclaim(self, receiver: DeviceReceiver) -> Operation:
-        """Has whatever the VMM has of it removed, for nobody in particular; nothing may be under way."""
-        operation = self._remove(receiver, None)
-        operation.abandoned = True
-        return operation
+    def reclaim(self, receiver: DeviceReceiver, *, whole: bool) -> Operation:
+        """Has whatever the VMM has of it removed, for nobody in particular; nothing may be under way.
 
-    def finish(self) -> None:
-        """Takes note that the VMM has it whole and will not let it go: its attach is thereby finished."""
-        self._move(Event.KEPT)
-        self.attach_count = max(1, self.attach_count)
+        :param whole: the VMM has all of it. If it then does not let go of a device that nobody has, its attach is thereby finished.
+        """
+        return self._remove(receiver, None, Operation(abandoned=True), whole=whole)
 
     @property
     def operation(self) -> Operation | None:
@@ -267,14 +288,32 @@ class BlockDevice:
                     raise StoreBusy(text) from None
                 raise self._pending("the deadline passed while an earlier operation on it was under way") from None
 
-    async def _result(self, operation: Operation, deadline: float | None, why: str) -> None:
-        try:
-            await operation.result(deadline)
-        except TimeoutError:
-            # In the very moment of the deadline; until it has begun, the work keeps to the deadline itself.
-            if operation.done or not operation.begun:
-                return await operation.result(None)
-            raise self._pending(why) from None
+    def _start(self, operation: Operation, work: Coroutine[Any, Any, None]) -> None:
+        self._operation = operation  # before the work, which may be over at once, takes it away
+        operation.start(work)
+
+    async def _result(self, receiver: DeviceReceiver, operation: Operation, deadline: float | None, why: str) -> None:
+        while True:
+            try:
+                return await operation.result(deadline)
+            except TimeoutError:
+                if operation.done:  # in the very moment of the deadline
+                    return await operation.result(None)
+                if operation.begun:
+                    self._give_up(receiver)
+                    raise self._pending(why) from None
+                deadline = None  # until it has begun, the work keeps to the deadline itself
+            except asyncio.CancelledError:
+                if operation.abandoned and operation.begun:
+                    self._give_up(receiver)
+                raise
+
+    def _give_up(self, receiver: DeviceReceiver) -> None:
+        """Takes note that its caller was told that the outcome is open, or has gone: an attach is then to be undone, not to be finished."""
+        self._unsure()
+        if self.phase is Phase.ATTACH_PENDING:
+            self.attach_count = 0
+            receiver.touch(self)
 
     async def _count(self, receiver: DeviceReceiver, more: int, deadline: float | None) -> None:
         receiver.check()
@@ -283,7 +322,8 @@ class BlockDevice:
             if more < 0:
                 receiver.drop(self)
             return
-        operation = self._operation = Operation(lambda op: self._recount(receiver, op, more, deadline))
+        operation = Operation()
+        self._start(operation, self._recount(receiver, operation, more, deadline))
         try:
             await operation.result(None)  # it keeps to the deadline
         except asyncio.CancelledError:
@@ -311,54 +351,57 @@ class BlockDevice:
         finally:
             self._operation = None
 
-    def _remove(self, receiver: DeviceReceiver, deadline: float | None) -> Operation:
+    def _remove(self, receiver: DeviceReceiver, deadline: float | None, operation: Operation, *, whole: bool = False) -> Operation:
+        """Starts the removal. Without a detach, an attach that is pending stays that: it is undone."""
         unsure = self.phase is not Phase.ATTACHED
-        self._move(Event.DETACH)
-        self._operation = Operation(lambda op: self._detach(receiver, op, deadline, unsure=unsure))
-        return self._operation
+        if not unsure:
+            self._move(Event.DETACH)
+        self._start(operation, self._detach(receiver, operation, deadline, unsure=unsure, whole=whole))
+        return operation
 
     async def _plug(self, receiver: DeviceReceiver, operation: Operation, deadline: float | None) -> None:
-        operation.undoing = True  # should its caller go away
         try:
+            if not await self._come(receiver, operation, deadline):
+                return
+            trouble = await self._written(receiver) if self.phase is Phase.ATTACHING else None
+            if self.phase is Phase.ATTACHED:
+                return
             try:
-                await receiver.claim(self, deadline)
-                self._begin(receiver, operation, deadline)
-                await receiver.plug(self)
-            except Unsettled as unsettled:
-                self._move(Event.UNKNOWN)
-                raise self._unknown(unsettled.error) from unsettled.error
-            except BaseException as error:
-                cut_off = isinstance(error, asyncio.CancelledError)
-                if cut_off and operation.begun:
-                    self._move(Event.UNKNOWN)
-                    raise self._pending("it was cut off before the VMM answered") from None
-                self._free(receiver, Event.UNDONE, late=False)
-                await receiver.note(self)
-                if cut_off:
-                    raise self._unwritten() from None
-                raise
-            self._move(Event.PLUGGED)
-            self.attach_count = 1
-            try:
-                trouble = await self._written(receiver) if not operation.abandoned else None
-            except asyncio.CancelledError:  # the sandbox is being closed; whoever opens it next may find the intent only
-                self.attach_count = 0
-                self._move(Event.UNKNOWN)
-                await receiver.note(self)
-                raise self._pending("it was cut off before it was written down") from None
-            if operation.abandoned or trouble is not None:
-                self.attach_count = 0
-                self._move(Event.DETACH)
-                try:
-                    await self._unplug(receiver, operation)
-                except PyblockError as error:
-                    if trouble is None:
-                        raise
-                    trouble.add_note(f"undoing it failed too: {error}")
+                await self._take_out(receiver, operation, None, unsure=True)
+            except PyblockError as error:
+                if trouble is None:
+                    raise
+                trouble.add_note(f"undoing it failed too: {error}")
             if trouble is not None:
                 raise trouble
         finally:
             self._operation = None
+
+    async def _come(self, receiver: DeviceReceiver, operation: Operation, deadline: float | None) -> bool:
+        """Claims it and plugs it in. False when nobody waits for it any more before the VMM was touched: nothing is then left of it."""
+        try:
+            await receiver.claim(self, deadline)
+            if wanted := not operation.abandoned:
+                self._begin(receiver, operation, deadline)
+                await receiver.plug(self)
+        except Unsettled as unsettled:
+            self._unsure()
+            raise self._unknown(unsettled.error) from unsettled.error
+        except BaseException as error:
+            cut_off = isinstance(error, asyncio.CancelledError)
+            if operation.begun and not isinstance(error, PyblockError):
+                raise self._broken(error) from _cause(error)
+            await self._undone(receiver)
+            if cut_off:
+                raise self._unwritten() from None
+            raise
+        if not wanted:
+            await self._undone(receiver)
+        return wanted
+
+    async def _undone(self, receiver: DeviceReceiver) -> None:
+        self._free(receiver, Event.UNDONE if self.phase is Phase.ATTACHING else Event.GONE, late=False)
+        await receiver.note(self)
 
     def _begin(self, receiver: DeviceReceiver, operation: Operation, deadline: float | None) -> None:
         """From here on the VMM is touched. Raises StoreBusy when writing took all the time there was."""
@@ -367,44 +410,81 @@ class BlockDevice:
         operation.begun = True
 
     async def _written(self, receiver: DeviceReceiver) -> Exception | None:
-        """The trouble with writing down that it is attached: should this process die then, nobody would know of it."""
+        """Writes down that it is attached; the trouble with that, if there is any: should this process die then, nobody would know of it.
+
+        It is attached afterwards, or given up: because of the trouble, or by its caller meanwhile.
+        """
+        self._move(Event.PLUGGED)
+        self.attach_count = 1
         try:
             await receiver.record(self)
+        except asyncio.CancelledError:  # the sandbox is being closed; whoever opens it next may find the intent only
+            self._give_up(receiver)
+            await receiver.note(self)
+            raise self._pending("it was cut off before it was written down") from None
         except Exception as error:
+            self._give_up(receiver)
             return error
         return None
 
-    async def _detach(self, receiver: DeviceReceiver, operation: Operation, deadline: float | None, *, unsure: bool) -> None:
+    async def _detach(self, receiver: DeviceReceiver, operation: Operation, deadline: float | None, *, unsure: bool, whole: bool) -> None:
         try:
-            try:
-                if not unsure:  # else it is written down already
-                    await receiver.record(self, deadline)
-                self._begin(receiver, operation, deadline)
-            except BaseException as error:
-                self._move(Event.UNKNOWN if unsure else Event.KEPT)
-                await receiver.note(self)  # what is written for others may have taken this along
-                if isinstance(error, asyncio.CancelledError):
-                    raise self._unwritten() from None
-                raise
-            await self._unplug(receiver, operation, unsure=unsure)
+            await self._take_out(receiver, operation, deadline, unsure=unsure)
+        except VmmRefused as error:
+            # A refusal of a later step says that the device is gone.
+            if whole and not self.attach_count and error.step in ("device-del", "device-gone"):
+                operation.removing = False  # a detach that comes now asks anew
+                await self._finish(receiver)
+            raise
         finally:
             self._operation = None
 
-    async def _unplug(self, receiver: DeviceReceiver, operation: Operation, *, unsure: bool = False) -> None:
+    async def _finish(self, receiver: DeviceReceiver) -> None:
+        """The VMM has it whole and does not let it go: so it is attached."""
+        await receiver.locate(self.held)
+        self._move(Event.KEPT)
+        self.attach_count = 1
+        await receiver.note(self)
+
+    async def _take_out(self, receiver: DeviceReceiver, operation: Operation, deadline: float | None, *, unsure: bool) -> None:
+        """Writes down that it is to go, unless that is written, and has the VMM remove what it has.
+
+        :param unsure: it is not known to be attached, so that it is pending when this comes to nothing.
+        """
+        try:
+            if not unsure or self.said_attached:
+                await receiver.record(self, deadline)
+            self._begin(receiver, operation, deadline)
+        except BaseException as error:
+            if unsure:
+                self._unsure()
+                receiver.doubt()  # else nothing would settle it
+            else:
+                self._move(Event.KEPT)
+            await receiver.note(self)  # what is written for others may have taken this along
+            if isinstance(error, asyncio.CancelledError):
+                raise (self._broken(error) if unsure else self._unwritten()) from None
+            raise
+        if operation.abandoned:
+            self._unsure()
+        operation.removing = True
+        await self._unplug(receiver, operation, unsure=unsure)
+
+    async def _unplug(self, receiver: DeviceReceiver, operation: Operation, *, unsure: bool) -> None:
         try:
             await receiver.unplug(self.held)
         except Unsettled as unsettled:
-            self._move(Event.UNKNOWN)
+            self._unsure()
             raise self._unknown(unsettled.error) from unsettled.error
-        except asyncio.CancelledError:
-            self._move(Event.UNKNOWN)
-            raise self._pending("it was cut off before the VMM answered") from None
-        except BaseException as error:
-            known = self.attach_count and not (unsure and isinstance(error, TransportError))
-            self._move(Event.KEPT if known else Event.UNKNOWN)
-            if known:
+        except PyblockError as error:
+            if self.attach_count and not (unsure and isinstance(error, TransportError)):
+                self._move(Event.KEPT)
                 await receiver.note(self)
+            else:
+                self._unsure()
             raise
+        except BaseException as error:
+            raise self._broken(error) from _cause(error)
         self._free(receiver, Event.GONE, late=operation.abandoned and not operation.undoing)
         await receiver.note(self)
 
@@ -418,12 +498,24 @@ class BlockDevice:
     def _move(self, event: Event) -> None:
         self.phase = LIFE[self.phase, event]
 
+    def _unsure(self) -> None:
+        """The outcome is not known, or nobody hears of it."""
+        if self.phase not in PENDING:
+            self._move(Event.UNKNOWN)
+
     def _pending(self, why: str) -> AttachPending | DetachPending:
         going = self.phase in (Phase.DETACHING, Phase.DETACH_PENDING)
         what = DetachPending if going else AttachPending
         drive = f" (index {self.drive.index}, drive {self.drive.id})" if self.drive else ""
         stands = "attached, but not written down yet" if self.phase is Phase.ATTACHED else str(self.phase)
         return what(f"device {self.id}{drive} is {stands}, and what it took stays taken: {why}")
+
+    def _broken(self, error: BaseException) -> BaseException:
+        """What to raise for what ended in the middle: nobody knows how far it got."""
+        self._unsure()
+        if isinstance(error, asyncio.CancelledError):
+            return self._pending("it was cut off before the VMM answered")
+        return self._pending(f"what was to do it failed: {error!r:.200}") if isinstance(error, Exception) else error
 
     def _unwritten(self) -> SandboxClosed:
         return SandboxClosed(f"device {self.id}: the sandbox was closed before the VMM was touched; nothing was changed")
@@ -433,3 +525,8 @@ class BlockDevice:
             return self._pending(str(error))
         error.add_note(f"the VMM may still hold part of device {self.id}; what it took stays taken until detach has settled it")
         return error
+
+
+def _cause(error: BaseException) -> BaseException | None:
+    """What is shown as the cause of what `_broken` makes of an error."""
+    return error if isinstance(error, Exception) else None

@@ -199,13 +199,16 @@ class TransportError(PyblockError):
     :ivar sent: the request, or part of it, may have reached the VMM, so nobody knows whether it was carried out.
     """
 
-    def __init__(self, message: str, *, sent: bool = False) -> None:
+    def __init__(self, message: str, *, sent: bool = True) -> None:
         super().__init__(message)
         self.sent = sent
 
 
 class VmmUnreachable(TransportError):
     """No connection to the VMM could be made; nothing was sent."""
+
+    def __init__(self, message: str, *, sent: bool = False) -> None:
+        super().__init__(message, sent=sent)
 
 
 class VmmProtocolError(TransportError):
@@ -214,9 +217,6 @@ class VmmProtocolError(TransportError):
 
 class ConnectionLost(TransportError):
     """The connection broke while an answer was awaited."""
-
-    def __init__(self, message: str, *, sent: bool = True) -> None:
-        super().__init__(message, sent=sent)
 
 
 class StoreError(PyblockError):

@@ -51,18 +51,27 @@ class Ledger:
         if not self._touched and self._state is None:
             return
         taken: dict[str, int] = {}
+        said: list[tuple[BlockDevice, bool]] = []
         pending = self._state
 
         def rows() -> list[Row]:
             taken.clear()
             taken.update(self._touched)
+            said.clear()
+            found = []
             for device_id in taken:
                 self._refused.pop(device_id, None)  # of an earlier try
-            return [row for device_id in taken if (row := self._row_by_id(device_id)) is not None]
+                if (row := self._row_by_id(device_id)) is not None:
+                    found.append(row)
+                    if isinstance(device := self._manager.get(device_id), BlockDevice):
+                        said.append((device, device.attached))
+            return found
 
         refused = await self._store.write(self._sandbox_id, rows, deadline, state=pending)
         if self._state is pending:
             self._state = None
+        for device, attached in said:
+            device.said_attached = attached
         for device_id, stamp in taken.items():
             if self._touched.get(device_id) == stamp:  # it was not touched again while the store was writing
                 del self._touched[device_id]

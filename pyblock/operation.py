@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
 
 from pyblock.errors import InvalidTimeout
@@ -40,41 +40,48 @@ class Operation:
     :ivar abandoned: nobody does.
     :ivar undoing: the work, once abandoned, undoes itself and should be given the time for that.
     :ivar begun: it has got as far as the VMM. Until then it keeps to its caller's deadline by itself, and changes nothing when it fails.
+    :ivar removing: it has asked the VMM for a removal.
     """
 
-    __slots__ = ("_task", "_waiters", "abandoned", "begun", "undoing")
+    __slots__ = ("_task", "_waiters", "abandoned", "begun", "removing", "undoing")
 
-    def __init__(self, work: Callable[[Operation], Coroutine[Any, Any, None]]) -> None:
-        """Starts `work`. Whoever it belongs to keeps the operation until it is over: the event loop holds its tasks weakly."""
-        self.abandoned = False
-        self.undoing = False
+    def __init__(self, *, abandoned: bool = False, undoing: bool = False) -> None:
+        self.abandoned = abandoned
+        self.undoing = undoing
         self.begun = False
+        self.removing = False
         self._waiters = 0
-        self._task = asyncio.get_running_loop().create_task(work(self))
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Starts the work, which may be over before this returns (asyncio's eager tasks): whoever it belongs to has the operation by then,
+        and keeps it until it is over, for the event loop holds its tasks weakly."""
+        self._task = asyncio.get_running_loop().create_task(work)
         self._task.add_done_callback(self._over)
 
     @property
     def done(self) -> bool:
-        return self._task.done()
+        return self._task is not None and self._task.done()
 
     @property
     def succeeded(self) -> bool:
         """True when it is over and raised nothing."""
-        return self._task.done() and not self._task.cancelled() and self._task.exception() is None
+        task = self._task
+        return task is not None and task.done() and not task.cancelled() and task.exception() is None
 
     def cancel(self) -> None:
         """Ends the work where it stands; what it was about is then left with an unknown outcome."""
-        self._task.cancel()
+        self._work.cancel()
 
     async def settled(self, deadline: float | None) -> None:
         """Returns when the operation is over, however it ended. Raises TimeoutError when the deadline passes first."""
         async with asyncio.timeout_at(deadline):
-            await asyncio.wait([self._task])
+            await asyncio.wait([self._work])
 
     async def watch(self, deadline: float | None) -> None:
         """Returns, or raises, what the work did, for one whose coming and going changes nothing. Raises TimeoutError."""
         await self.settled(deadline)
-        self._task.result()
+        self._work.result()
 
     async def result(self, deadline: float | None) -> None:
         """Returns, or raises, what the work did. A deadline (TimeoutError) or cancellation gives the work up as abandoned."""
@@ -82,11 +89,16 @@ class Operation:
         self._waiters += 1
         try:
             await self.settled(deadline)  # no shield: from Python 3.14 on that reports an error after a cancelled wait to the event loop
-            self._task.result()
+            self._work.result()
         finally:
             self._waiters -= 1
-            if not self._waiters and not self._task.done():
+            if not self._waiters and not self.done:
                 self.abandoned = True
+
+    @property
+    def _work(self) -> asyncio.Task[None]:
+        assert self._task is not None  # nobody knows of an operation that was not started
+        return self._task
 
     def _over(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None and self.abandoned:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from pyblock.allotment import Allotment
 from pyblock.device import BlockDevice, DeviceReceiver, Forgotten, Unsettled
-from pyblock.errors import CallerError, PyblockError, SandboxClosed, TransportError, UnknownDriver, VmmUnreachable
+from pyblock.errors import CallerError, InvalidState, PyblockError, SandboxClosed, TransportError, UnknownDriver, VmmUnreachable
 from pyblock.formats import RAW
 from pyblock.host import open_claimed
-from pyblock.hypervisors.base import Hypervisor
+from pyblock.hypervisors.base import Hypervisor, fault, typed
 from pyblock.manager import Device, DeviceManager
 from pyblock.model import BlockDrive
 from pyblock.operation import Operation, deadline_after, log
@@ -93,7 +93,7 @@ class Receiver(DeviceReceiver):
 
     def release(self, device: BlockDevice, drive: BlockDrive, *, late: bool, counted: bool) -> None:
         """Gives back what `reserve` and `claim` took; see DeviceReceiver."""
-        self._vmm.vacate(drive)
+        self._vacate(drive)
         self._allotment.release(drive)
         if self._ledger is not None:
             self._ledger.touch(device.id)
@@ -108,6 +108,15 @@ class Receiver(DeviceReceiver):
             self.manager.drop(device)
         else:
             self.manager.tidy(device)
+
+    def touch(self, device: BlockDevice) -> None:
+        """See DeviceReceiver."""
+        if self._ledger is not None:
+            self._ledger.touch(device.id)
+
+    def doubt(self) -> None:
+        """See DeviceReceiver."""
+        self._recovery.doubt()
 
     def drop(self, device: Device) -> None:
         """Takes note that a device has one user less."""
@@ -124,7 +133,8 @@ class Receiver(DeviceReceiver):
         """See DeviceReceiver."""
         try:
             async with asyncio.timeout_at(deadline):
-                await self._vmm.place(device.held)
+                with typed(f"choosing a place for device {device.id}"):
+                    await self._vmm.place(device.held)
         except TimeoutError:
             raise VmmUnreachable(f"the VMM of sandbox {self.id} did not say before the deadline which places are free") from None
         if self._ledger is not None:
@@ -161,6 +171,11 @@ class Receiver(DeviceReceiver):
                 except (TransportError, Unsettled):
                     self._recovery.doubt()
                     raise
+                except PyblockError:
+                    raise
+                except Exception as error:
+                    self._recovery.doubt()
+                    raise Unsettled(fault(f"plugging in drive {drive.id}", error)) from error
 
     async def unplug(self, drive: BlockDrive) -> None:
         """See DeviceReceiver."""
@@ -169,10 +184,23 @@ class Receiver(DeviceReceiver):
         except (TransportError, Unsettled):
             self._recovery.doubt()
             raise
+        except PyblockError:
+            raise
+        except Exception as error:
+            self._recovery.doubt()
+            raise Unsettled(fault(f"unplugging drive {drive.id}", error)) from error
+
+    async def locate(self, drive: BlockDrive) -> None:
+        """See DeviceReceiver."""
+        with typed(f"locating drive {drive.id}"):
+            await self._vmm.locate(drive)
 
     def nudge(self, drive: BlockDrive) -> None:
         """See DeviceReceiver."""
-        self._vmm.nudge(drive)
+        try:
+            self._vmm.nudge(drive)
+        except Exception as error:
+            log.warning("sandbox %s: drive %s was not asked for again: %r", self.id, drive.id, error)
 
     # The past and the end of a sandbox.
 
@@ -188,6 +216,7 @@ class Receiver(DeviceReceiver):
                 where = f"{store!r}, sandbox {self.id!r}"
                 devices, allotment, kept = self._restored(decode_rows(stored.state, stored.devices, where=where), where=where)
                 self._recognize(devices)
+                self._adopt(devices, where=where)
                 self._take_in(devices, allotment, kept)
                 for device in self.manager:
                     if device.saved is None:
@@ -204,16 +233,20 @@ class Receiver(DeviceReceiver):
             raise CallerError(f"sandbox {self.id} has {len(self.manager)} devices; a state is loaded into one without")
         devices, allotment, kept = self._restored(state, where=where, share=share)
         self._recognize(devices)
-        if self._ledger is not None:
-            self._loading = True  # nothing is attached until it is known whether these come in
-            try:
+        adopted: list[BlockDrive] = []
+        self._loading = True  # nothing is attached until it is known whether these come in
+        try:
+            adopted = self._adopt(devices, where=where)
+            if self._ledger is not None:
                 await self._ledger.replace(devices, self._row(devices, allotment, kept))
-            except BaseException:
-                if allotment is self._allotment:
-                    self._allotment = Allotment(allotment.capacity, allotment.given)
-                raise
-            finally:
-                self._loading = False
+        except BaseException:
+            for drive in adopted:
+                self._vacate(drive)
+            if allotment is self._allotment:
+                self._allotment = Allotment(allotment.capacity, allotment.given)
+            raise
+        finally:
+            self._loading = False
         self._take_in(devices, allotment, kept)
 
     def _recognize(self, devices: list[Device]) -> None:
@@ -234,8 +267,31 @@ class Receiver(DeviceReceiver):
         self._allotment, self._kept = allotment, kept
         self._recovery.doubt()  # the machine's own disks are asked for anew
         for device in devices:
-            if isinstance(device, BlockDevice) and device.drive is not None and device.drive.slot is not None:
-                self._vmm.adopt(device.drive)
+            if isinstance(device, BlockDevice):
+                device.said_attached = device.attached
+
+    def _adopt(self, devices: list[Device], *, where: str) -> list[BlockDrive]:
+        """Has the adapter take the places of drives that were plugged in before; all of them or none. Raises InvalidState."""
+        adopted: list[BlockDrive] = []
+        for device in devices:
+            drive = device.drive if isinstance(device, BlockDevice) else None
+            if drive is None or drive.slot is None:
+                continue
+            try:
+                self._vmm.adopt(drive)
+            except Exception as error:
+                for one in adopted:
+                    self._vacate(one)
+                raise InvalidState(f"{where}: device {device.id} cannot be at {drive.slot!r}: {error}; it is left as it is") from error
+            adopted.append(drive)
+        return adopted
+
+    def _vacate(self, drive: BlockDrive) -> None:
+        """Whatever an adapter makes of it, what is gone is free."""
+        try:
+            self._vmm.vacate(drive)
+        except Exception as error:
+            log.warning("sandbox %s: the place of drive %s may stay taken in the adapter: %r", self.id, drive.id, error)
 
     def _row(self, devices: list[Device], allotment: Allotment, kept: Kept | None) -> bytes:
         """What the store keeps of the sandbox beside its devices; b"" for nothing."""
@@ -252,7 +308,7 @@ class Receiver(DeviceReceiver):
             if self._ledger is not None:
                 self._ledger.touch(device.id)
             if isinstance(device, BlockDevice) and device.drive is not None:
-                self._vmm.vacate(device.drive)
+                self._vacate(device.drive)
         self.manager.clear()
         self._allotment = Allotment(self._allotment.capacity, self._allotment.given)
         self._kept = self._late = None

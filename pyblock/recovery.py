@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from pyblock.device import BlockDevice, Phase, Unsettled
-from pyblock.errors import PyblockError, SandboxClosed, TransportError, VmmRefused, VmmUnreachable
-from pyblock.hypervisors.base import CONNECT_TIMEOUT, Held, Inventory
+from pyblock.errors import PyblockError, SandboxClosed, TransportError, VmmUnreachable
+from pyblock.hypervisors.base import CONNECT_TIMEOUT, Held, Inventory, typed
 from pyblock.manager import DeviceManager
 from pyblock.model import BlockDrive
 from pyblock.operation import Operation, log
@@ -87,7 +87,11 @@ class Seen(NamedTuple):
     phase: Phase
 
 
-_FOUND = {Phase.ATTACHED: Found.LOST, Phase.ATTACH_PENDING: Found.ATTACH, Phase.DETACH_PENDING: Found.DETACH}
+def _found(device: BlockDevice) -> Found:
+    """What a device is that does not stand as it should. One that nobody has is to be undone, whatever is pending."""
+    if device.phase is Phase.ATTACHED:
+        return Found.LOST
+    return Found.DETACH if device.attach_count else Found.ATTACH
 
 
 def at_rest(manager: DeviceManager) -> list[Seen]:
@@ -109,7 +113,7 @@ def differences(before: Collection[Seen], ours: Collection[str], inventory: Inve
         elsewhere = held is None and drive.imported and drive.file in inventory.files
         if phase is Phase.ATTACHED and (elsewhere or (held is not None and held.device)):
             continue
-        found.append(Difference(_FOUND[phase], drive, drive.id, device, held, elsewhere))
+        found.append(Difference(_found(device), drive, drive.id, device, held, elsewhere))
     found += [
         Difference(Found.ORPHAN, None, name, None, held) for name, held in inventory.held.items() if name not in ours and not held.cold
     ]
@@ -244,7 +248,10 @@ class Recovery:
         ours = receiver.allotment.drive_ids
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                inventory = await receiver.vmm.inventory({seen.drive.id for seen in before})
+                with typed(f"sandbox {receiver.id}: asking the VMM which disks it has"):
+                    inventory = await receiver.vmm.inventory({seen.drive.id for seen in before})
+                    if not isinstance(inventory, Inventory):
+                        raise TypeError(f"{inventory!r:.100} is no Inventory")
         except TimeoutError:
             raise VmmUnreachable(f"the VMM of sandbox {receiver.id} did not answer within {CONNECT_TIMEOUT:g} s") from None
         self._renamed = receiver.allotment.learn(inventory, ours) or self._renamed
@@ -269,7 +276,7 @@ class Recovery:
         if one.held is None and not one.elsewhere:
             device.free(self._receiver)
             return partial(self._freed, device)
-        return partial(self._removed, one, device, device.reclaim(self._receiver))
+        return partial(self._removed, device.reclaim(self._receiver, whole=one.held is not None and one.held.whole))
 
     async def _settle(self, one: Difference, step: Callable[[], Awaitable[Outcome]] | None) -> Finding:
         try:
@@ -277,31 +284,23 @@ class Recovery:
         except PyblockError as error:
             device = one.device
             if device is not None and device.phase is Phase.ATTACHED:
-                return _finding(one, Outcome.FINISHED if one.found is Found.ATTACH else Outcome.KEPT, str(error))
+                if one.found is not Found.LOST:
+                    return _finding(one, Outcome.FINISHED if one.found is Found.ATTACH else Outcome.KEPT, str(error))
+                self.doubt()  # it is not there, whatever kept it from being taken down
             return _finding(one, Outcome.PENDING, str(error))
 
     async def _freed(self, device: BlockDevice) -> Outcome:
         await self._receiver.note(device)
         return Outcome.FREED
 
-    async def _removed(self, one: Difference, device: BlockDevice, operation: Operation) -> Outcome:
-        try:
-            await operation.watch(None)
-        except VmmRefused as error:
-            # An attach that cannot be undone is there, so it is attached. A refusal of a later step says that the device is gone.
-            kept = one.held is not None and one.held.whole and error.step in ("device-del", "device-gone")
-            if one.found is Found.ATTACH and kept and device.phase is Phase.DETACH_PENDING:
-                await self._receiver.vmm.locate(device.held)
-                if device.phase is Phase.DETACH_PENDING and device.operation is None:  # nobody had a go at it meanwhile
-                    device.finish()
-                    await self._receiver.note(device)
-            raise
+    async def _removed(self, operation: Operation) -> Outcome:
+        await operation.watch(None)
         return Outcome.REMOVED
 
     async def _remove_orphan(self, one: Difference) -> Outcome:
         assert one.held is not None  # an orphan is something that is there
         try:
-            await self._receiver.vmm.unplug(BlockDrive(one.drive_id, 0, 0, 0, one.held.kind, ""))
+            await self._receiver.unplug(BlockDrive(one.drive_id, 0, 0, 0, one.held.kind, ""))
         except Unsettled as unsettled:
             raise unsettled.error from unsettled
         self.doubt()  # its ID and place are free, which asking again tells

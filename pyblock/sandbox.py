@@ -25,7 +25,7 @@ from pyblock.errors import (
     UnknownDevice,
 )
 from pyblock.hypervisors import open_hypervisor
-from pyblock.hypervisors.base import Hypervisor
+from pyblock.hypervisors.base import Hypervisor, typed
 from pyblock.index import BlockIndex
 from pyblock.manager import Device, DeviceManager
 from pyblock.model import DeviceInfo
@@ -331,7 +331,9 @@ class Sandbox(Receiver):
         Raises MachineAnswers unless its socket is absent or nobody listens there; StoreError.
         """
         self.check()
-        if not await self._vmm.is_gone():
+        with typed(f"sandbox {self.id}: finding out whether its machine is gone"):
+            gone = await self._vmm.is_gone()
+        if not gone:
             raise MachineAnswers(f"sandbox {self.id}: its machine {self._vmm.address} still answers; detach its devices, or end it first")
         await self._cut_off()
         given_up = self._clear()

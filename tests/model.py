@@ -74,12 +74,14 @@ class Vm(MemoryHypervisor):
 
     :ivar met: (step, drive ID, kind of fault), in order.
     :ivar kept: drives whose removal was refused since they were last seen attached.
+    :ivar gone: drives that were removed since they were last seen pending.
     """
 
     def __init__(self, label: str) -> None:
         super().__init__(label)
         self.met: list[tuple[str, str, str]] = []
         self.kept: set[str] = set()
+        self.gone: set[str] = set()
 
     @property
     def healthy(self) -> bool:
@@ -91,10 +93,13 @@ class Vm(MemoryHypervisor):
             faults.popleft()  # no machine refuses to remove what it does not have
         if faults and not self.dead:
             fault = faults[0]
-            self.met.append((step, drive.id, f"{fault.kind} {'done' if fault.done else 'undone'}" if fault.kind == "lose" else fault.kind))
+            how = f" {'done' if fault.done else 'undone'}" if fault.kind in ("lose", "break") else ""
+            self.met.append((step, drive.id, fault.kind + how))
             if fault.kind == "refuse" and step in LETTING_GO:
                 self.kept.add(drive.id)
         await super()._step(step, drive, do)
+        if step == "backend-del":
+            self.gone.add(drive.id)
 
     def die(self) -> None:
         self.dead = True
@@ -578,8 +583,9 @@ class World:
             known.unsure = True
             if 0 in known.counts:
                 known.counts |= {1}
-            if isinstance(error.__cause__, pyblock.ConnectionLost) and not self.at_work(call.box):
-                assert not call.box.open._recovery._asked, "a connection was lost, and the machine is not asked again"
+            last = call.met[-1][2] if call.met else ""  # else it may have been asked again, and be settled
+            if last.startswith(("lose", "break")) and not self.at_work(call.box):
+                assert not call.box.open._recovery._asked, "nobody knows what the machine has, and it is not asked again"
 
     def _attached_many(self, call: Call, error: BaseException | None) -> None:
         for image in call.images:
@@ -697,6 +703,7 @@ class World:
             elif device.phase in PENDING:
                 assert calls or known.unsure, f"image {image} is pending"
                 box.doubtful.add(device.held.id)
+                box.vm.gone.discard(device.held.id)
             elif device.phase is Phase.ATTACHED:
                 self._look_attached(box, device, known, calls)
             else:
@@ -710,7 +717,8 @@ class World:
 
     def _look_attached(self, box: Box, device: BlockDevice, known: Known, calls: bool) -> None:
         drive_id = device.held.id
-        assert drive_id not in box.doubtful or drive_id in box.vm.kept, "a pending device became attached though nobody kept it"
+        if drive_id not in box.vm.gone:  # else it may have been plugged in again under the same ID
+            assert drive_id not in box.doubtful or drive_id in box.vm.kept, "a pending device became attached though nobody kept it"
         box.doubtful.discard(drive_id)
         box.vm.kept.discard(drive_id)
         box.told.discard(device.id)

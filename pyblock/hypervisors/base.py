@@ -7,8 +7,9 @@ and the backend may go only after the VMM has confirmed that the device is gone.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
-from typing import Protocol
+from collections.abc import Awaitable, Collection, Iterator
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 import msgspec
 
@@ -19,7 +20,33 @@ from pyblock.host import OpenedImage
 from pyblock.lineage import Identity
 from pyblock.model import BlockDrive
 
+Result = TypeVar("Result")
+
 CONNECT_TIMEOUT = 30.0  # seconds that making a connection may take when the caller's own deadline is later
+
+
+def fault(doing: str, error: Exception) -> PyblockError:
+    """What an adapter raised, as one of ours; what is none (an answer of a form that nobody thought of, a mistake in an adapter) is a
+    VmmProtocolError with that as its cause."""
+    if isinstance(error, PyblockError):
+        return error
+    wrong = VmmProtocolError(
+        f"{doing} failed with {error!r:.200}: the VMM answered in another form than its protocol's, or its adapter is at fault"
+    )
+    wrong.__cause__ = error
+    return wrong
+
+
+@contextmanager
+def typed(doing: str) -> Iterator[None]:
+    """Has the body raise errors of ours only. For what changes nothing in the machine; what may is Unsettled."""
+    try:
+        yield
+    except Exception as error:
+        wrong = fault(doing, error)
+        if wrong is error:
+            raise
+        raise wrong from error
 
 
 class FoundDisk(msgspec.Struct, frozen=True):
@@ -155,53 +182,33 @@ class SteppedHypervisor(Hypervisor, Protocol):
         """Removes the backend; content when there is none."""
 
     async def plug(self, drive: BlockDrive, image: OpenedImage) -> None:
-        sent = False
+        await _sorted("adding the backend", drive, self.backend_add(drive, image), sent=False)
         try:
-            await self.backend_add(drive, image)
-            sent = True
-            await self.device_add(drive)
-        except TransportError as error:
-            if sent or error.sent:
-                raise Unsettled(error) from error
-            raise
+            await _sorted("adding the device", drive, self.device_add(drive), sent=True)
         except PyblockError as error:
-            if sent:
-                await self._undo(drive, error)
-            raise
-        except Exception as error:  # a fault of ours, not of the VMM
-            if sent:
-                raise Unsettled(VmmProtocolError(f"drive {drive.id}: {error!r}")) from error
+            await self._undo(drive, error)
             raise
         try:
             await self.locate(drive)
         except Exception as error:  # it is plugged in: whatever went wrong, the VMM has it
-            raise Unsettled(error if isinstance(error, PyblockError) else VmmProtocolError(f"drive {drive.id}: {error!r}")) from error
+            raise _unsettled("locating it", drive, error) from error
 
     async def _undo(self, drive: BlockDrive, error: PyblockError) -> None:
         try:
             await self.backend_del(drive)
-        except PyblockError as trouble:
-            error.add_note(f"undoing it failed too: {trouble}")
+        except Exception as trouble:
+            error.add_note(f"undoing it failed too: {trouble if isinstance(trouble, PyblockError) else repr(trouble)}")
             raise Unsettled(error) from error
 
     async def unplug(self, drive: BlockDrive) -> None:
-        try:
-            there = await self.device_del(drive)
-        except TransportError as error:
-            if error.sent:
-                raise Unsettled(error) from error
-            raise
-        try:
-            if there:
-                await self.device_gone(drive)
-            elif drive.imported:
-                await self._check_names(drive)
-        except TransportError as error:
-            raise Unsettled(error) from error
+        if await _sorted("asking for the removal", drive, self.device_del(drive), sent=False):
+            await _sorted("waiting for the removal", drive, self.device_gone(drive), sent=True)
+        elif drive.imported:
+            await _sorted("looking for it under other names", drive, self._check_names(drive), sent=True)
         try:
             await self.backend_del(drive)
-        except PyblockError as error:  # the device is gone, its backend is not: not attached any more, but not free either
-            raise Unsettled(error) from error
+        except Exception as error:  # the device is gone, its backend is not: not attached any more, but not free either
+            raise _unsettled("removing the backend", drive, error) from error
 
     async def _check_names(self, drive: BlockDrive) -> None:
         """Raises VmmRefused when the machine has nothing under the names that an imported drive may have, but its image under another: to
@@ -215,3 +222,24 @@ class SteppedHypervisor(Hypervisor, Protocol):
                 request=drive.id,
                 reply="in use under another name",
             )
+
+
+async def _sorted(doing: str, drive: BlockDrive, step: Awaitable[Result], *, sent: bool) -> Result:
+    """Runs a step after whose refusal all is as it was before it. Whatever is no refusal may have been carried out.
+
+    :param sent: something was sent before; else the error tells.
+    """
+    try:
+        return await step
+    except TransportError as error:
+        if not (sent or error.sent):
+            raise
+        raise Unsettled(error) from error
+    except PyblockError:
+        raise
+    except Exception as error:
+        raise _unsettled(doing, drive, error) from error
+
+
+def _unsettled(doing: str, drive: BlockDrive, error: Exception) -> Unsettled:
+    return Unsettled(fault(f"drive {drive.id}: {doing}", error))

@@ -28,9 +28,10 @@ _PCI_PATH = re.compile(r"([0-9a-f]{2})/([0-9a-f]{2})")
 
 class Fault(msgspec.Struct, frozen=True):
     """What befalls a step once: `refuse` (the VMM says no), `delay` (it takes `seconds`), `hold` (it waits for `let_go`), `lose` (the
-    connection breaks before the reply; `done` tells whether the request had been carried out)."""
+    connection breaks before the reply), `break` (the adapter fails with what is no error of pyblock's, a KeyError). Of the last two `done`
+    tells whether the request had been carried out."""
 
-    kind: Literal["refuse", "delay", "hold", "lose"]
+    kind: Literal["refuse", "delay", "hold", "lose", "break"]
     seconds: float = 0.0
     done: bool = True
 
@@ -106,7 +107,7 @@ class MemoryHypervisor(SteppedHypervisor):
 
     def adopt(self, drive: BlockDrive) -> None:
         if drive.kind is VIRTIO_BLK and drive.slot is not None:
-            self._slots |= 1 << int(drive.slot)
+            self._slots |= 1 << _number(drive.slot)
 
     def recognize(self, drive: BlockDrive) -> None:
         if drive.kind is VIRTIO_BLK:
@@ -127,9 +128,9 @@ class MemoryHypervisor(SteppedHypervisor):
         drive.slot = str(lowest)
 
     def vacate(self, drive: BlockDrive) -> None:
-        if drive.slot is not None:
-            self._slots &= ~(1 << int(drive.slot))
-            drive.slot = None
+        if drive.kind is VIRTIO_BLK and drive.slot is not None:
+            self._slots &= ~(1 << _number(drive.slot))
+        drive.slot = None
 
     async def backend_add(self, drive: BlockDrive, image: OpenedImage) -> None:
         image.close()  # it notes the path only, and any number may be held back here
@@ -168,7 +169,7 @@ class MemoryHypervisor(SteppedHypervisor):
         elif drive.kind is VIRTIO_MMIO:
             drive.guest_match = f"/{drive.predicted_name.removeprefix('/dev/')}"
         elif drive.slot is not None:
-            bridge, slot = divmod(int(drive.slot), BRIDGE_SLOTS)
+            bridge, slot = divmod(_number(drive.slot), BRIDGE_SLOTS)
             drive.pci_path = f"{bridge + 2:02x}/{slot:02x}"
             drive.guest_match = f"0000:00:{bridge + 2:02x}.0/0000:{bridge + 1:02x}:{slot:02x}.0"
 
@@ -223,10 +224,21 @@ class MemoryHypervisor(SteppedHypervisor):
             self._gates = self._gates or {}
             await self._gates.setdefault(step, asyncio.Event()).wait()
         elif not fault.done:
+            if fault.kind == "break":
+                raise KeyError(f"told to break before {step}")
             raise ConnectionLost(f"the connection broke before {step} of drive {drive.id} was carried out")
         do()
         if fault.kind == "lose":
             raise ConnectionLost(f"the connection broke before {step} of drive {drive.id} was answered")
+        if fault.kind == "break":
+            raise KeyError(f"told to break after {step}")
+
+
+def _number(slot: str) -> int:
+    """Raises InvalidValue for what is no slot of such a machine."""
+    if slot.isascii() and slot.isdigit() and len(slot) < 4 and int(slot) < BRIDGES * BRIDGE_SLOTS:
+        return int(slot)
+    raise InvalidValue(f"slot {slot!r} is not in 0 … {BRIDGES * BRIDGE_SLOTS - 1}")
 
 
 def open_memory(address: str) -> MemoryHypervisor:

@@ -5,15 +5,29 @@ The file is the machine: an empty one is a machine that was just started, and on
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+import msgspec
+
+from pyblock.drivers import DRIVERS
 from pyblock.errors import VmmProtocolError, VmmUnreachable
 from pyblock.hypervisors.base import Inventory
 from pyblock.hypervisors.memory import MemoryHypervisor
 from pyblock.model import BlockDrive
+
+
+class _Contents(msgspec.Struct):
+    """What the file holds: see MemoryHypervisor."""
+
+    backends: dict[str, str] = {}
+    devices: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        for place in self.devices.values():
+            if place.partition(" ")[0] not in DRIVERS:
+                raise ValueError(f"a device is at {place[:40]!r}, which no driver begins")
 
 
 class FileMachine(MemoryHypervisor):
@@ -53,13 +67,12 @@ class FileMachine(MemoryHypervisor):
                 f"machine in memory {str(self._path)!r}: {error.strerror}; an empty file there would be a new machine"
             ) from error
         try:
-            have = json.loads(text or b'{"backends": {}, "devices": {}}')
-            self.backends, self.devices = dict(have["backends"]), dict(have["devices"])
-        except (ValueError, KeyError, TypeError) as error:
+            have = msgspec.json.decode(text or b"{}", type=_Contents)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise VmmProtocolError(f"file {str(self._path)!r} is no machine in memory: {error!r}") from error
-        self._places = set(self.devices.values())
+        self.backends, self.devices, self._places = have.backends, have.devices, set(have.devices.values())
 
     def _write(self) -> None:
         new = self._path.with_name(self._path.name + ".new")
-        new.write_text(json.dumps({"backends": self.backends, "devices": self.devices}, indent=1))
+        new.write_bytes(msgspec.json.format(msgspec.json.encode(_Contents(self.backends, self.devices)), indent=1))
         new.replace(self._path)

@@ -102,7 +102,8 @@ class DescriptorSets:
         self._sets[drive_id] = passed.set
         if is_open_as(self._qmp.peer, passed.descriptor, image) is False:
             self.remove(drive_id)
-            raise VmmProtocolError(f"QMP socket {self._qmp.path!r}: QEMU got another file than {image.path!r} for drive {drive_id}")
+            text = f"QMP socket {self._qmp.path!r}: QEMU got another file than {image.path!r} for drive {drive_id}"
+            raise VmmProtocolError(text, sent=False)
         return passed
 
     def note(self, drive_id: str, number: int | None) -> None:

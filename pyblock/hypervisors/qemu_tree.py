@@ -169,7 +169,7 @@ async def properties(qmp: QmpSession, path: str) -> dict[str, str]:
     except VmmRefused:
         return {}
     if "type" not in listed:  # every object has that
-        raise VmmProtocolError(f"QMP socket {qmp.path!r}: the list of {path} is none, for it has no type", sent=True)
+        raise VmmProtocolError(f"QMP socket {qmp.path!r}: the list of {path} is none, for it has no type")
     return listed
 
 
@@ -230,7 +230,7 @@ async def _pci_device(qmp: QmpSession, tree: Tree, path: str, kind: str, hop: Ho
 
 def _further(qmp: QmpSession, route: tuple[Hop, ...], hop: Hop) -> tuple[Hop, ...]:
     if len(route) >= _DEPTH_MAX:
-        raise VmmProtocolError(f"QMP socket {qmp.path!r}: its PCI tree has over {_DEPTH_MAX} bridges in a row", sent=True)
+        raise VmmProtocolError(f"QMP socket {qmp.path!r}: its PCI tree has over {_DEPTH_MAX} bridges in a row")
     return (*route, hop)
 
 

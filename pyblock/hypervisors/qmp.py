@@ -93,7 +93,7 @@ class QmpSession:
             answer: Reply = decoder.decode(raw)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             text = f"QMP socket {self.path!r}: the reply to {command} is none: {shown(str(error))}"
-            raise VmmProtocolError(text, sent=True) from error
+            raise VmmProtocolError(text) from error
         return answer
 
     def send(self, command: str, arguments: Mapping[str, Any]) -> None:
@@ -160,10 +160,10 @@ class QmpSession:
             raise self._given_up(connection, VmmUnreachable(self._silence(connection))) from None
         except ConnectionLost as error:
             text = f"QMP socket {self.path!r}: it hung up before the QMP greeting was over"
-            raise self._given_up(connection, VmmProtocolError(text)) from error
+            raise self._given_up(connection, VmmProtocolError(text, sent=False)) from error
         except VmmRefused as error:
             text = f"QMP socket {self.path!r}: what answers does not speak QMP ({error})"
-            raise self._given_up(connection, VmmProtocolError(text)) from error
+            raise self._given_up(connection, VmmProtocolError(text, sent=False)) from error
         except PyblockError as error:
             error = self._given_up(connection, error)
             if isinstance(error, VmmProtocolError):

@@ -194,7 +194,7 @@ class Connection:
         if not request.begun:
             return VmmUnreachable(f"{self._where}: the connection ended before {request.command} was sent ({error})")
         if isinstance(error, VmmProtocolError):
-            return VmmProtocolError(f"{error}; {request.command} was not answered", sent=True)
+            return VmmProtocolError(f"{error}; {request.command} was not answered")
         return ConnectionLost(f"{self._where}: the connection broke before {request.command} was answered ({error})")
 
     def _writable(self) -> None:
@@ -290,7 +290,7 @@ class Connection:
                 request.late(message.returned)
         elif (message.error is msgspec.UNSET) == (message.returned is msgspec.UNSET):
             text = f"{self._where}: the reply to {request.command} has to say either what it returns or what is wrong"
-            _fail(future, VmmProtocolError(text, sent=True))
+            _fail(future, VmmProtocolError(text))
         elif message.error is not msgspec.UNSET:
             _fail(future, _refused(request, message.error))
         elif message.returned is not msgspec.UNSET:

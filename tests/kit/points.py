@@ -6,10 +6,14 @@ They are counted where they pass, not listed, so a step that is new is one more 
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import signal
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from pyblock.hypervisors.qmp import QmpSession
@@ -59,3 +63,60 @@ class Points:
             return db, lock
 
         SqliteFile._connected = watched  # type: ignore[method-assign, assignment]
+
+
+class TurningPoints(Points):
+    """Fewer steps, at each of which the event loop turns, so that others come in between: every transaction of the store, and every
+    command that changes the machine, before and after. At one of them `give_up` is called.
+
+    :param path: the store. What is sent to the machine while the store says otherwise is found in `unsaid`.
+    """
+
+    def __init__(self, path: Path, last: int | None, at: int | None, give_up: Callable[[], None]) -> None:
+        self.unsaid: list[str] = []
+        self._path = path
+        self._at = at
+        self._give_up = give_up
+        super().__init__(last)
+
+    async def turn(self, name: str) -> None:
+        if len(self.reached) == self._at:
+            self._give_up()
+        self.reach(name)
+        for _ in range(3):
+            await asyncio.sleep(0)
+
+    def _watch_qmp(self) -> None:
+        execute = QmpSession.execute
+
+        async def watched(session: QmpSession, command: str, arguments: Mapping[str, Any] | None = None, **more: Any) -> Any:
+            if command.startswith(LOOKING):
+                return await execute(session, command, arguments, **more)
+            await self.turn(f"before {command}")
+            self._compare(command, arguments or {})
+            try:
+                return await execute(session, command, arguments, **more)
+            finally:
+                await self.turn(f"after {command}")
+
+        QmpSession.execute = watched  # type: ignore[method-assign, assignment]
+
+    def _watch_sql(self) -> None:
+        transact = SqliteFile.transact
+
+        async def watched(file: SqliteFile, *arguments: Any, **more: Any) -> Any:
+            await self.turn("before a transaction")
+            result = await transact(file, *arguments, **more)
+            await self.turn("after a transaction")
+            return result
+
+        SqliteFile.transact = watched  # type: ignore[method-assign, assignment]
+
+    def _compare(self, command: str, arguments: Mapping[str, Any]) -> None:
+        """The store must say that what this command is about is on its way in or out."""
+        drive = arguments.get("node-name") or arguments.get("id")
+        with closing(sqlite3.connect(f"file:{self._path}?mode=ro", uri=True)) as db:
+            rows = [json.loads(state) for (state,) in db.execute("SELECT state FROM device")]
+        said = [row["Pyblock"]["Phase"] for row in rows if row["BlockDrive"]["ID"] == drive]
+        if said not in (["attach-pending"], ["detach-pending"]):
+            self.unsaid.append(f"{command} {drive} while the store says {said or 'nothing'}")

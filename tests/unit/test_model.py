@@ -45,7 +45,18 @@ wishes = st.builds(
 )
 steps = st.sampled_from(MemoryHypervisor.STEPS)
 faults = st.sampled_from(
-    [Fault("refuse"), Fault("refuse"), Fault("delay"), Fault("hold"), Fault("hold"), Fault("lose", done=True), Fault("lose", done=False)]
+    [
+        *(
+            Fault("refuse"),
+            Fault("refuse"),
+            Fault("delay"),
+            Fault("hold"),
+            Fault("hold"),
+            Fault("lose", done=True),
+            Fault("lose", done=False),
+        ),
+        *(Fault("break", done=True), Fault("break", done=False)),
+    ]
 )
 kinds = st.sampled_from(["attach", "attach", "detach", "detach", "attach_many"])
 
@@ -187,7 +198,7 @@ class Model(RuleBasedStateMachine):
         world, calm = self.world, self.world.calm(box)
         process, before = world.process(box), (snapshot(box.open), machine(box.vm))
         expected = sorted(
-            (Found.LOST if device.phase is Phase.ATTACHED else Found(f"unfinished {device.phase.removesuffix('-pending')}"), device.id)
+            (Found.LOST if device.phase is Phase.ATTACHED else Found.DETACH if device.attach_count else Found.ATTACH, device.id)
             for device in box.blocks
             if device.phase in PENDING or (device.phase is Phase.ATTACHED and device.held.id not in box.vm.devices)
         )
@@ -466,7 +477,7 @@ REACHED = (
     "died while detaching",
     "died with half a disk in the machine",
     "finished late, and calling again was quiet",
-    *(f"met {kind} at " for kind in ("refuse", "delay", "hold", "lose done", "lose undone")),
+    *(f"met {kind} at " for kind in ("refuse", "delay", "hold", "lose done", "lose undone", "break done", "break undone")),
     "recovered: lost",
     "recovered: unfinished attach",
     "recovered: unfinished detach",

@@ -116,11 +116,12 @@ async def test_a_detach_that_begins_while_an_attach_is_being_finished(store: Hel
         vm.fail("device-gone", Fault("hold"))
         reconciling = asyncio.create_task(sandbox.reconcile(timeout=None))
         await until(lambda: gate.reached)
-        detach = asyncio.create_task(sandbox.detach("a"))
-        await reached(vm, "device-gone")
+        detach = asyncio.create_task(sandbox.detach("a"))  # waits for its turn
+        await asyncio.sleep(0)
         gate.let_go()
-        assert [(one.found, one.outcome) for one in await reconciling] == [(Found.ATTACH, Outcome.PENDING)]
-        assert facts(sandbox)["a"][0] == Phase.DETACHING
+        assert [(one.found, one.outcome) for one in await reconciling] == [(Found.ATTACH, Outcome.FINISHED)]
+        await reached(vm, "device-gone")
+        assert facts(sandbox)["a"] == (Phase.DETACHING, 1)
         vm.let_go("device-gone")
         await detach
         nothing_left(sandbox)

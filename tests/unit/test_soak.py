@@ -103,9 +103,9 @@ def write_after_death(patch: Patch) -> None:
     """Whoever is cut off writes that down, as the dead cannot."""
     detach = BlockDevice._detach
 
-    async def talkative(device: BlockDevice, receiver: Any, operation: Any, deadline: float | None, *, unsure: bool) -> None:
+    async def talkative(device: BlockDevice, receiver: Any, operation: Any, deadline: float | None, **more: bool) -> None:
         try:
-            await detach(device, receiver, operation, deadline, unsure=unsure)
+            await detach(device, receiver, operation, deadline, **more)
         except BaseException:
             await receiver.note(device)
             raise
