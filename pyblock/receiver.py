@@ -215,7 +215,6 @@ class Receiver(DeviceReceiver):
             if stored.devices or stored.state:
                 where = f"{store!r}, sandbox {self.id!r}"
                 devices, allotment, kept = self._restored(decode_rows(stored.state, stored.devices, where=where), where=where)
-                self._recognize(devices)
                 self._adopt(devices, where=where)
                 self._take_in(devices, allotment, kept)
                 for device in self.manager:
@@ -232,7 +231,6 @@ class Receiver(DeviceReceiver):
         if len(self.manager) or self._loading:
             raise CallerError(f"sandbox {self.id} has {len(self.manager)} devices; a state is loaded into one without")
         devices, allotment, kept = self._restored(state, where=where, share=share)
-        self._recognize(devices)
         adopted: list[BlockDrive] = []
         self._loading = True  # nothing is attached until it is known whether these come in
         try:
@@ -248,11 +246,6 @@ class Receiver(DeviceReceiver):
         finally:
             self._loading = False
         self._take_in(devices, allotment, kept)
-
-    def _recognize(self, devices: list[Device]) -> None:
-        for device in devices:
-            if isinstance(device, BlockDevice) and device.drive is not None and device.drive.imported and device.drive.guest_match is None:
-                self._vmm.recognize(device.drive)
 
     def _restored(self, state: SandboxState, *, where: str, share: bool = False) -> tuple[list[Device], Allotment, Kept | None]:
         """What a saved state says. Raises StateError; nothing is changed by it but the allotment, if that was unused."""
@@ -275,9 +268,13 @@ class Receiver(DeviceReceiver):
         adopted: list[BlockDrive] = []
         for device in devices:
             drive = device.drive if isinstance(device, BlockDevice) else None
-            if drive is None or drive.slot is None:
+            if drive is None:
                 continue
             try:
+                if drive.imported and drive.guest_match is None:
+                    self._vmm.recognize(drive)
+                if drive.slot is None:
+                    continue
                 self._vmm.adopt(drive)
             except Exception as error:
                 for one in adopted:

@@ -141,12 +141,14 @@ async def test_a_database_of_before(make_store: MakeStore, make_image: MakeImage
     with closing(sqlite3.connect(store.path)) as new, closing(sqlite3.connect(old)) as db:
         db.executescript(sqlite_file.MIGRATIONS[0])
         db.execute("DELETE FROM host")
-        for table, wide in (("host", 2), ("sandbox", 5), ("device", 5)):
-            db.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * wide)})", new.execute(f"SELECT * FROM {table}"))
+        for table in ("host", "sandbox", "device"):
+            columns = ", ".join(name for _, name, *_ in db.execute(f"PRAGMA table_info({table})"))
+            for row in new.execute(f"SELECT {columns} FROM {table}"):
+                db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
         db.execute(f"PRAGMA application_id = {sqlite_file.APPLICATION_ID}")
         db.execute("PRAGMA user_version = 1")
         db.commit()
-    kept = {table: rows(old)[table] for table in ("sandbox", "device")}
+    kept = {table: rows(old)[table] for table in ("device",)}
     taken_up = make_store(old)
     with pytest.raises(ImageInUse, match="'one'"):
         async with Sandbox("two", MemoryHypervisor(), store=taken_up) as other:
