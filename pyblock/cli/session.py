@@ -190,7 +190,7 @@ async def _asked(
     except TimeoutError:
         raise VmmUnreachable(
             f"the VMM of sandbox {sandbox.id} at {sandbox.vmm.address} did not say before the deadline (--timeout) which disks it has; "
-            "is it stopped, or its socket in use?"
+            "give it longer, or see whether it is stopped or its socket in use"
         ) from None
 
 
