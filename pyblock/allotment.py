@@ -6,8 +6,8 @@ A drive takes one of each, or nothing. The machine's own disks have theirs as we
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 from pyblock.device import BlockDevice
 from pyblock.drivers import DRIVERS, FAMILIES, NVDIMM, Driver, Family
@@ -44,6 +44,7 @@ class Allotment:
         "_offsets",
         "_ordinals",
         "_planned",
+        "_watches",
         "capacity",
         "given",
         "index",
@@ -60,6 +61,7 @@ class Allotment:
         self._drive_ids: set[str] = set()
         self._foreign_ids = NO_IDS  # of the machine's own disks, and of orphans
         self._foreign = NO_INDEXES  # indexes whose address one of these sits at
+        self._watches: tuple[set[str], ...] = ()
         self._planned: dict[str, Place] | None = None  # device ID to what a batch took for it
         self._imported: Sequence[BlockDrive] = ()  # whose names wait for the offset of their family
 
@@ -76,6 +78,16 @@ class Allotment:
     def drive_ids(self) -> frozenset[str]:
         """The drive IDs that are given out."""
         return frozenset(self._drive_ids)
+
+    @contextmanager
+    def watched(self) -> Iterator[set[str]]:
+        """The drive IDs that are given out, and those that are given out meanwhile, whatever becomes of them."""
+        seen = set(self._drive_ids)
+        self._watches = (*self._watches, seen)
+        try:
+            yield seen
+        finally:
+            self._watches = tuple(one for one in self._watches if one is not seen)
 
     def learn(self, found: Inventory, ours: Collection[str] = NO_IDS) -> list[BlockDrive]:
         """Takes what the machine's own disks use: IDs, indexes of SCSI addresses, and names, unless their offset is known already. What
@@ -160,6 +172,8 @@ class Allotment:
             self._give_back(kind.family, place)
             raise
         self._drive_ids.add(drive_id)
+        for seen in self._watches:
+            seen.add(drive_id)
         offset = self._offsets.get(kind.family.prefix, kind.offset) if self._offsets else kind.offset
         format_ = (info.options.get("fstype") if info.options else None) or "raw"
         return BlockDrive(drive_id, index, ordinal, offset, kind, info.path, format_, info.read_only, info.serial, share=info.share)

@@ -118,6 +118,14 @@ class Ledger:
                 raise _named(refused[device.id], device)
         self._state = None
 
+    async def meet(self, machine: str) -> None:
+        """Writes down which machine answers. Raises SandboxConflict, StoreError."""
+        await self._store.meet(self._sandbox_id, machine)
+
+    async def drives_of_others(self, machine: str) -> set[str]:
+        """The drive IDs that other sandboxes may have in this machine. Raises StoreError."""
+        return await self._store.drives_of_others(self._sandbox_id, machine)
+
     async def close(self, deadline: float | None) -> None:
         """Writes what was touched, and gives the sandbox's ownership up. Raises StoreError; it is then given up when the process ends."""
         if self._later is not None:

@@ -40,7 +40,7 @@ class Receiver(DeviceReceiver):
     :param allotment: what it gives out.
     """
 
-    __slots__ = ("_allotment", "_kept", "_lanes", "_late", "_ledger", "_loading", "_open", "_recovery", "_vmm", "id", "manager")
+    __slots__ = ("_allotment", "_kept", "_lanes", "_late", "_ledger", "_loading", "_met", "_open", "_recovery", "_vmm", "id", "manager")
 
     def __init__(self, sandbox_id: str, vmm: Hypervisor, manager: DeviceManager, allotment: Allotment) -> None:
         self.id = sandbox_id
@@ -52,6 +52,7 @@ class Receiver(DeviceReceiver):
         self._lanes: asyncio.Semaphore | None = None  # of the event loop that it is open in
         self._ledger: Ledger | None = None
         self._loading = False
+        self._met = ""  # the machine, as its adapter tells it from others
         self._open = False
         self._recovery = Recovery(self)
 
@@ -202,6 +203,16 @@ class Receiver(DeviceReceiver):
         except Exception as error:
             log.warning("sandbox %s: drive %s was not asked for again: %r", self.id, drive.id, error)
 
+    async def meet(self, machine: str) -> None:
+        """Takes note of which machine answers. Raises SandboxConflict when the same one answers for another sandbox of the store."""
+        if self._ledger is not None and machine and machine != self._met:
+            await self._ledger.meet(machine)
+            self._met = machine
+
+    async def drives_of_others(self, machine: str) -> set[str]:
+        """The drive IDs that other sandboxes of the store may have in this machine."""
+        return await self._ledger.drives_of_others(machine) if self._ledger is not None else set()
+
     # The past and the end of a sandbox.
 
     async def _take_up(self, store: Store) -> None:
@@ -223,7 +234,7 @@ class Receiver(DeviceReceiver):
         except BaseException:
             await store.close_sandbox(self.id)
             raise
-        self._ledger = Ledger(store, self.id, self.manager)
+        self._ledger, self._met = Ledger(store, self.id, self.manager), ""
 
     async def _load(self, state: SandboxState, *, where: str, share: bool = False) -> None:
         """Takes in a saved state, and has the store keep it; all of it or nothing. See Sandbox.restore."""

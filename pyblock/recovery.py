@@ -103,7 +103,8 @@ def at_rest(manager: DeviceManager) -> list[Seen]:
 def differences(before: Collection[Seen], ours: Collection[str], inventory: Inventory) -> list[Difference]:
     """Where `before`, as far as it still holds, and the VMM's inventory differ; nothing is changed.
 
-    :param ours: the drive IDs that are, or were when the VMM was asked, the sandbox's own.
+    :param ours: the drive IDs that are, or were while the VMM was asked, the sandbox's own, and those that other sandboxes of the store
+        may have in this machine.
     """
     found: list[Difference] = []
     for device, drive, phase in before:
@@ -245,17 +246,19 @@ class Recovery:
     async def _differences(self) -> list[Difference]:
         receiver = self._receiver
         before = at_rest(receiver.manager)
-        ours = receiver.allotment.drive_ids
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                with typed(f"sandbox {receiver.id}: asking the VMM which disks it has"):
-                    inventory = await receiver.vmm.inventory({seen.drive.id for seen in before})
-                    if not isinstance(inventory, Inventory):
-                        raise TypeError(f"{inventory!r:.100} is no Inventory")
+                with receiver.allotment.watched() as ours:  # what comes and goes while the VMM is being asked may be in its answer
+                    with typed(f"sandbox {receiver.id}: asking the VMM which disks it has"):
+                        inventory = await receiver.vmm.inventory({seen.drive.id for seen in before})
+                        if not isinstance(inventory, Inventory):
+                            raise TypeError(f"{inventory!r:.100} is no Inventory")
+                    await receiver.meet(inventory.machine)
+                    others = await receiver.drives_of_others(inventory.machine) if inventory.held.keys() - ours else set()
         except TimeoutError:
             raise VmmUnreachable(f"the VMM of sandbox {receiver.id} did not answer within {CONNECT_TIMEOUT:g} s") from None
         self._renamed = receiver.allotment.learn(inventory, ours) or self._renamed
-        return differences(before, ours | receiver.allotment.drive_ids, inventory)
+        return differences(before, ours | others, inventory)
 
     def _settle_all(self, found: list[Difference], doubts: int, *, orphans: bool) -> list[asyncio.Task[Finding]]:
         """Begins to settle all of it; what can be settled at once is."""
