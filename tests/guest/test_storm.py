@@ -20,8 +20,9 @@ from kit.initramfs import KitMissing
 from kit.machine import find_qemu
 from storm.__main__ import main
 from storm.book import Book
+from storm.judge import Options, Violation
 from storm.notes import DeviceSeen, Note
-from storm.weather import Options, Storm, Violation
+from storm.weather import Storm
 from storm.witness import Images, Open, ask_qemu
 
 from pyblock.allotment import Allotment

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 from kit import KitMissing
 
-from .weather import Options, Violation, storm
+from .judge import Options, Violation
+from .weather import storm
 
 
 def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = print) -> int:
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
     given = parser.parse_args(arguments)
     seed = given.seed if given.seed is not None else int(os.environ.get("PYBLOCK_SEED") or random.SystemRandom().randrange(1_000_000))
     say(f"seed {seed} (PYBLOCK_SEED={seed} repeats the plan)")
-    with storm(Options(given.seconds, seed, given.deaths, given.keep_going), say) as one:
+    with storm(Options(given.seconds, seed, given.deaths, given.keep_going)) as one:
         try:
             one.run()
         except KitMissing as missing:

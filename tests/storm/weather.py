@@ -1,4 +1,4 @@
-"""The parent: it starts the processes and the machines, stops, kills and replaces them at random, and judges what is left.
+"""The parent: it starts the processes and the machines, stops, kills and replaces them at random, and compares what is left.
 
 What happens when is drawn from the seed, so a seed repeats the plan; how far a process has got when it is killed, the host decides.
 """
@@ -17,207 +17,48 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from kit import Machine
-
-from .book import Book
 from .hog import Hog
+from .judge import HANGS, SANDBOXES, SHARED, Judge, Options, Tenure
 from .life import Life, Plan, Site
-from .notes import Ear, FindingSeen, Note, Pen
-from .witness import Images, Lists, Stored, ask_qemu, differences, read_rows, rivals
+from .notes import Ear, Note, Pen
+from .running import Running
+from .sky import Sky
+from .witness import Images, Stored, ask_qemu, differences, read_rows, rivals
 
-SANDBOXES = ("s0", "s1", "s2", "s3")
 SLOTS = 2  # processes at once
-SHARED = ("x", "y", "z")
-HANGS = 60.0  # seconds that a call may take beyond its deadline, which is far more than any pause here
-TRAIL = 60  # lines of a failure's report
-SETS_MAX = 300  # idle sets of a paused QEMU, which closes none, before it is replaced; each costs it a descriptor of its 1,024
 AGREES = 10.0  # seconds within which what is written in the background is written
-FILES_MAX = 64  # descriptors of a process with four sandboxes at most
-GROWTH_MAX = 32 << 20  # bytes that a process may grow by after its first sandbox has settled
-# What ends a call of a client that did nothing wrong. Another error is a fault, and so is an exception that is none of pyblock's.
-MAY_END = {
-    "attach": {"ImageInUse", "DeviceConflict"},
-    "attach_many": {"ImageInUse", "DeviceConflict"},
-    "detach": set[str](),
-    "resume": set[str](),
-    "detach_many": set[str](),
-    "reconcile": set[str](),
-}
-MAY_END_ANY = {"AttachPending", "DetachPending", "StoreBusy", "VmmUnreachable", "ConnectionLost", "SandboxClosed", "CancelledError"}
-MAY_END_STICKY = {"VmmRefused", "SlotsExhausted"}
+SETS_MAX = 300  # idle sets of a paused QEMU, which closes none, before it is replaced; each costs it a descriptor of its 1,024
 
 
-class Violation(Exception):
-    """What must hold does not; :param kind: a word for what."""
-
-    def __init__(self, kind: str, text: str) -> None:
-        super().__init__(text)
-        self.kind = kind
-
-
-class Sky:
-    """A machine of the storm: where QEMU listens, whichever QEMU that is.
-
-    :ivar stopped: QEMU is.
-    """
-
-    def __init__(self, name: str, folder: Path, *, runs: bool, sticky: bool) -> None:
-        self.name = name
-        self.path = folder / f"{name}.qmp"
-        self.runs = runs
-        self._sticky = sticky
-        self.stopped = False
-        self.machine: Machine
-        self.started = 0
-
-    def start(self) -> None:
-        extra = ("-qmp", f"unix:{self.path},server=on,wait=off")
-        ports, slots = (4, 4) if self._sticky else (0, 0)
-        self.machine = Machine(guest=False, ports=ports, nvdimm_slots=slots, extra=extra)
-        self.machine.__enter__()
-        if self.runs:
-            self.machine.side.command("cont")
-        self.started += 1
-
-    def files(self) -> list[int]:
-        """Descriptors that only this process may have: QEMU's watcher waits until the pipe is nobody's."""
-        assert self.machine._process is not None and self.machine._process.stdin is not None
-        return [self.machine.side._socket.fileno(), self.machine._process.stdin.fileno()]
-
-    def stop(self) -> None:
-        if not self.stopped:
-            self.stopped = True
-            os.kill(self.machine.pid, signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        if self.stopped:
-            self.stopped = False
-            os.kill(self.machine.pid, signal.SIGCONT)
-
-    def close(self) -> None:
-        self.go_on()
-        self.machine.close()
-
-
-class Running:
-    """A process, as its parent sees it."""
-
-    def __init__(self, plan: Plan, pid: int, ear: Ear, orders: int) -> None:
-        self.plan = plan
-        self.pid = pid
-        self.ear = ear
-        self.orders = orders
-        self.stopped = False
-        self.killed: float | None = None  # when it was sent SIGKILL, or was found dead
-        self.last = time.monotonic()  # when it last said something
-        self.calls: dict[int, Note] = {}  # that are under way
-        self.opening: dict[str, float] = {}
-        self.sandboxes: set[str] = set()
-        self.ended = False  # it was told to end
-        self.pounce = 0  # how many more calls end with their work going on until it is killed just after one; 0: it is not
-        self.memory: list[int] = []
-        self.files = 0
-
-    def __str__(self) -> str:
-        return f"process {self.plan.number} (pid {self.pid})"
-
-    def order(self, text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it has just died
-            os.write(self.orders, f"{text}\n".encode())
-
-    def stop(self) -> None:
-        if not self.stopped:
-            self.stopped = True
-            os.kill(self.pid, signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        if self.stopped:
-            self.stopped = False
-            os.kill(self.pid, signal.SIGCONT)
-
-    def measure(self) -> None:
-        try:
-            self.memory.append(int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
-            self.files = max(self.files, len(os.listdir(f"/proc/{self.pid}/fd")))  # noqa: PTH208
-        except (OSError, IndexError):
-            pass  # it has just died
-
-
-class Tenure(NamedTuple):
-    """From when till when a process had a sandbox for certain."""
-
-    process: int
-    since: float
-    until: float | None
-
-
-class Options(NamedTuple):
-    """What a run is to be.
-
-    :ivar deaths: ends it before the seconds are over; 0 for no such end.
-    :ivar keep_going: notes what is wrong, and goes on.
-    """
-
-    seconds: float
-    seed: int
-    deaths: int = 0
-    keep_going: bool = False
-
-
-class Storm:
+class Storm(Judge):
     """:param folder: for the images, the store and the machines' sockets; short, for a unix socket's path ends at 107 bytes."""
 
-    def __init__(self, folder: Path, options: Options, say: Callable[[str], None] = print) -> None:
-        self.folder = folder
-        self.options = options
-        self.say = say
+    def __init__(self, folder: Path, options: Options) -> None:
         self.random = random.Random(options.seed)
-        self.store = folder / "state.db"
         own = {name: [f"{name}-{letter}" for letter in "abc"] for name in SANDBOXES}
         sticky = {name: {"s3-blk0": "virtio-blk", "s3-blk1": "virtio-blk", "s3-nv": "nvdimm"} if name == "s3" else {} for name in SANDBOXES}
         probes = [f"{name}-probe" for name in SANDBOXES]
         (folder / "images").mkdir()
-        self.images = Images(folder / "images", [*SHARED, *probes, *itertools.chain(*own.values()), *itertools.chain(*sticky.values())])
+        images = Images(folder / "images", [*SHARED, *probes, *itertools.chain(*own.values()), *itertools.chain(*sticky.values())])
+        super().__init__(options, folder / "state.db", images)
         # A paused QEMU works faster; one that runs closes the descriptors that it is told to. Neither has a guest.
         self.skies = {name: Sky(name, folder, runs=name == "s2", sticky=bool(sticky[name])) for name in SANDBOXES}
         self.sites = {
             name: Site(name, f"qemu:{self.skies[name].path}", "virtio-blk" if sticky[name] else "virtio-scsi", own[name], sticky[name])
             for name in SANDBOXES
         }
-        self.books = {name: Book() for name in SANDBOXES}
-        self.tenures: dict[str, list[Tenure]] = {name: [] for name in SANDBOXES}
-        self.to_check: list[tuple[str, Tenure]] = []
         self.running: list[Running | None] = [None] * SLOTS
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.count = itertools.count()
-        self.trail: deque[str] = deque(maxlen=20_000)
-        self.lives = self.deaths = self.watches = self.settled = self.calls = 0
-        self.ends: Counter[str] = Counter()
-        self.found: Counter[str] = Counter()
-        self.weather: Counter[str] = Counter()
-        self.most_memory = self.most_growth = self.most_files = 0
         self.hog: Hog | None = None
         self.unfit: set[str] = set()  # sandboxes in which something was wrong, which is gone when they have another QEMU
-        self.wrong: Counter[str] = Counter()
-        self.examples: dict[str, str] = {}
         self.finishing = False
         self.emptied: set[str] = set()  # sandboxes that were told to empty themselves, at the end
-        self.began = time.monotonic()
 
     # The run.
-
-    def _wrong(self, kind: str, text: str) -> None:
-        """What must hold does not."""
-        violation = Violation(kind, text)
-        if not self.options.keep_going:
-            raise violation
-        self.wrong[kind] += 1
-        self.examples.setdefault(kind, self.report(violation))
 
     def run(self) -> None:
         """Raises Violation."""
@@ -421,17 +262,6 @@ class Storm:
         self.weather["QEMU started anew"] += 1
         self._log(f"the QEMU of {name} is started anew")
 
-    def _weigh(self, one: Running) -> None:
-        if not one.memory:
-            return
-        growth = max(one.memory) - one.memory[0]
-        self.most_memory = max(self.most_memory, *one.memory)
-        self.most_growth, self.most_files = max(self.most_growth, growth), max(self.most_files, one.files)
-        if growth > GROWTH_MAX:
-            self._wrong("memory", f"{one} grew by {growth / 2**20:.1f} MiB; {GROWTH_MAX >> 20} are allowed")
-        if one.files > FILES_MAX:
-            self._wrong("descriptors", f"{one} had {one.files} descriptors open; {FILES_MAX} are allowed")
-
     # What happens to them.
 
     def _later(self, seconds: float, what: Callable[[], None]) -> None:
@@ -523,9 +353,6 @@ class Storm:
 
     # What they say.
 
-    def _log(self, text: str) -> None:
-        self.trail.append(f"{time.monotonic():.4f} -- {text}")
-
     def _hear(self, one: Running, note: Note) -> None:
         one.last = note.at
         self.trail.append(f"{note} [{one.plan.number}]")
@@ -542,6 +369,7 @@ class Storm:
                 assert book is not None
                 book.end(note)
                 self._judge(one, note, note.at - begun.at)
+                self._pounce(one, note)
             case "opening":
                 one.opening[note.sandbox] = note.at
             case "opened":
@@ -558,34 +386,12 @@ class Storm:
                 ]
                 self._judge_findings(note.sandbox, note.findings)
 
-    def _judge(self, one: Running, note: Note, took: float) -> None:
+    def _pounce(self, one: Running, note: Note) -> None:
+        """Kills it just after a call whose work goes on."""
         if one.pounce and (note.result == "AttachPending" or (note.result and self.random.random() < 0.1)):
             one.pounce -= 1
             if not one.pounce:
                 self._later(self.random.choice((0.0, 0.001, 0.004)) * self.random.random(), lambda: self._kill(one))
-        self.calls += 1
-        self.ends[f"{note.kind} {note.result or 'ok'}"] += 1
-        allowed = note.result in MAY_END[note.kind] | MAY_END_ANY or (note.sticky and note.result in MAY_END_STICKY)
-        if note.result and not allowed:
-            self._wrong(f"{note.kind} {note.result}", f"{one}: a call that should not ended so: {note}")
-        if note.result == "ImageInUse" and not any(image in SHARED for image in note.images):
-            self._wrong("false ImageInUse", f"{one}: nobody else has the image: {note}")
-        if took > max(0.0, note.limit) + HANGS:
-            self._wrong("late", f"{one}: took {took:.1f} s: {note}")
-        self._judge_findings(note.sandbox, note.findings)
-
-    def _judge_findings(self, name: str, findings: list[FindingSeen]) -> None:
-        for one in findings:
-            self.found[f"{one.found} {one.outcome}"] += 1
-            if one.found == "orphan":
-                self._wrong("orphan", f"{name}: QEMU has something that nobody knows: {one}")
-            if one.found == "lost" and not self.books[name].replaced:
-                self._wrong("false lost", f"{name}: reported lost, and its QEMU never lost it: {one}")
-
-    def _check_tenure(self, name: str, tenure: Tenure) -> None:
-        for other in self.tenures[name]:
-            if other.process != tenure.process and other.since <= tenure.since and (other.until is None or other.until > tenure.since):
-                self._wrong("two owners", f"{name} was opened by process {tenure.process} while process {other.process} had it open")
 
     def _settle(self, one: Running, note: Note) -> None:
         """A sandbox was opened and is at rest until it is told to go on: everything is compared."""
@@ -625,40 +431,9 @@ class Storm:
                 one.ended = True
                 one.order("end")
 
-    def _idle_sets(self, sky: Sky, lists: Lists) -> list[str]:
-        return [f"QEMU, which runs, has sets of descriptors that nothing uses: {lists.idle}"] if sky.runs and lists.idle else []
-
-    # What is said of it.
-
-    def summary(self) -> list[str]:
-        seconds = time.monotonic() - self.began
-        return [
-            f"{seconds:.0f} s, seed {self.options.seed}: {self.lives} processes, {self.deaths} killed, {self.calls:,} calls, "
-            f"{self.settled} sandboxes compared after opening, {self.watches} looks at all QEMUs at once",
-            "calls: " + ", ".join(f"{kind} {count:,}" for kind, count in sorted(self.ends.items())),
-            "weather: " + ", ".join(f"{kind} {count}" for kind, count in sorted(self.weather.items())),
-            "recovery found: " + (", ".join(f"{kind} {count}" for kind, count in sorted(self.found.items())) or "nothing"),
-            *(f"WRONG {count} times: {kind}" for kind, count in self.wrong.most_common()),
-            f"a process: at most {self.most_memory / 2**20:.1f} MiB, {self.most_growth / 2**20:.1f} more than when its first sandbox "
-            f"had settled, {self.most_files} descriptors",
-        ]
-
-    def report(self, violation: BaseException) -> str:
-        """Readable: what differs, the seed, and the last that was done."""
-        text = str(violation) or repr(violation)
-        named = [name for name in SANDBOXES if name in text]
-        lines = [line for line in self.trail if not named or " -- " in line or any(f" {name} " in line for name in named)]
-        return "\n".join(
-            [
-                f"VIOLATION after {self.deaths} deaths and {self.calls:,} calls, seed {self.options.seed}: {text}",
-                "the last of it:",
-                *lines[-TRAIL:],
-            ]
-        )
-
 
 @contextlib.contextmanager
-def storm(options: Options, say: Callable[[str], None] = print) -> Iterator[Storm]:
+def storm(options: Options) -> Iterator[Storm]:
     """A storm in a folder of its own."""
     with tempfile.TemporaryDirectory(prefix="storm-", dir="/tmp") as folder:
-        yield Storm(Path(folder), options, say)
+        yield Storm(Path(folder), options)
