@@ -9,6 +9,7 @@ import contextlib
 import os
 import random
 from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ class Life:
                     self.places[name].to_be_emptied = True
                     self.places[name].go.set()
                 case "intrude":
-                    self._begin(self._intrude(self.sites[name]))
+                    self._begin(name, self._intrude(self.sites[name]))
                 case "end":
                     for place in self.places.values():
                         place.leave()
@@ -133,17 +134,18 @@ class Life:
 
     def _open(self, name: str) -> None:
         self.places[name] = Place(self, self.sites[name], random.Random(f"{self.plan.seed} {name} {self.random.random()}"))
-        self._begin(self.places[name].run())
+        self._begin(name, self.places[name].run())
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+    def _begin(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self.tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(partial(self._ended, name))
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, name: str, task: asyncio.Task[None]) -> None:
         self.tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self.pen.write("fault", text=f"{type(error).__name__}: {error}")
+            why = f" from {error.__cause__!r}" if error.__cause__ is not None else ""
+            self.pen.write("fault", name, text=f"{type(error).__name__}: {error}{why}")
 
     async def _intrude(self, site: Site) -> None:
         """Opens a sandbox that is another's, if it can."""

@@ -13,6 +13,7 @@ import random
 import re
 import select
 import signal
+import sqlite3
 import tempfile
 import time
 import traceback
@@ -253,11 +254,15 @@ class Storm(Judge):
         return len(ask_qemu(sky.machine, self.images).idle) > SETS_MAX
 
     def _replace(self, name: str) -> None:
-        """Another QEMU at the same address; nobody has the sandbox open."""
+        """Another QEMU at the same address; nobody has the sandbox open. Where something was wrong, the store begins anew too."""
         sky = self.skies[name]
         sky.close()
         sky.start()
-        self.unfit.discard(name)
+        if name in self.unfit:
+            self.unfit.discard(name)
+            with contextlib.closing(sqlite3.connect(self.store, timeout=30)) as db:
+                db.execute("DELETE FROM device WHERE sandbox = ?", (name,))
+                db.commit()
         self.books[name].replace_machine()
         self.weather["QEMU started anew"] += 1
         self._log(f"the QEMU of {name} is started anew")
@@ -359,7 +364,9 @@ class Storm(Judge):
         book = self.books.get(note.sandbox)
         match note.what:
             case "fault":
-                self._wrong("fault", f"{one}: {note.text}")
+                self._wrong("fault", f"{one}, {note.sandbox}: {note.text}")
+                self.unfit.update({note.sandbox} & set(SANDBOXES))
+                self._kill(one)
             case "begin":
                 one.calls[note.call] = note
                 assert book is not None
