@@ -17,7 +17,7 @@ from pyblock.errors import InvalidID, InvalidIndex, InvalidState, PyblockError
 from pyblock.formats import RAW
 from pyblock.generic import GenericDevice
 from pyblock.host import identity_of, is_file
-from pyblock.lineage import Lineage, lineage_of
+from pyblock.lineage import Identity, lineage_of
 from pyblock.manager import NO_OPTIONS, Device, DeviceManager
 from pyblock.model import BlockDrive, DeviceInfo, check_device_id
 from pyblock.naming import scsi_address
@@ -120,7 +120,8 @@ def device_from_state(state: DeviceState, default: Driver, *, where: str, share:
         check_device_id(state.id)
         if state.ref_count < 0 or state.attach_count < 0:
             raise InvalidState(f"AttachCount {state.attach_count} or RefCount {state.ref_count} is negative")
-        if max(state.ref_count, state.attach_count) >= _UNSIGNED or not all(-_SIGNED <= n < _SIGNED for n in (state.major, state.minor)):
+        fits = -_SIGNED <= state.major < _SIGNED and -_SIGNED <= state.minor < _SIGNED
+        if not fits or state.ref_count >= _UNSIGNED or state.attach_count >= _UNSIGNED:
             raise InvalidState("a count, or Major:Minor, is a number of more than 64 bits, which the original cannot read")
         return _generic(state) if state.type == GENERIC else _block(_readable(state), default, share=share)
     except (InvalidState, InvalidID, InvalidIndex) as error:
@@ -173,24 +174,26 @@ def _block(state: DeviceState, default: Driver, *, share: bool) -> BlockDevice:
         path, driver.name, read_only, serial, state.id, state.dev_type, state.major, state.minor, options, share,
         notes.format if notes else None,
     )  # fmt: skip
-    found = _lineage(notes, state, path, driver)
-    device = BlockDevice(state.id, info, found.identity, found.claims) if found is not None else BlockDevice(state.id, info)
+    identity = (notes.identity if notes is not None else None) or _identity(state, path, driver)
+    if identity is None or identity[0] == "file":  # nothing lies under a file
+        device = BlockDevice(state.id, info, identity)
+    else:
+        lineage = lineage_of(identity)
+        device = BlockDevice(state.id, info, lineage.identity, lineage.claims)
     device.ref_count, device.attach_count, device.phase, device.drive = state.ref_count, state.attach_count, phase, drive
     if not ours:
         device.saved = state
     return device
 
 
-def _lineage(notes: DeviceNotes | None, state: DeviceState, path: str, driver: Driver) -> Lineage | None:
+def _identity(state: DeviceState, path: str, driver: Driver) -> Identity | None:
     """What the image is. The original wrote a path of it and, for a block special, its numbers.
 
     Those hold, whatever the path leads to now and here; but a file that is mounted as pmem has the numbers of its loop device.
     """
-    identity = notes.identity if notes is not None else None
-    if identity is None and state.dev_type == "b" and state.major > 0 <= state.minor and driver is not NVDIMM and not is_file(path):
-        identity = ("block", state.major, state.minor)
-    identity = identity or identity_of(path)
-    return lineage_of(identity) if identity is not None else None
+    if state.dev_type == "b" and state.major > 0 <= state.minor and driver is not NVDIMM and not is_file(path):
+        return ("block", state.major, state.minor)
+    return identity_of(path)
 
 
 def _is_our_own(state: DeviceState, drive: DriveState | None, driver: Driver) -> bool:
