@@ -22,7 +22,7 @@ from pyblock.hypervisors.base import Hypervisor
 from pyblock.index import BlockIndex
 from pyblock.manager import Device, DeviceManager
 from pyblock.receiver import GRACE
-from pyblock.recovery import SETTLE_TIME, Finding
+from pyblock.recovery import Finding
 
 if TYPE_CHECKING:
     from pyblock.state import SandboxState
@@ -55,10 +55,12 @@ class Sandbox:
         block_offset: int | None = None,
         store: Store | Literal["host"] | None = "host",
         recover: bool = True,
+        open_timeout: float | None = None,
     ) -> None:
         self._sandbox = door.Sandbox(
-            sandbox_id, vm, driver=driver, capacity=capacity, block_offset=block_offset, store=store, recover=recover
-        )
+            sandbox_id, vm, driver=driver, capacity=capacity, block_offset=block_offset, store=store, recover=recover,
+            open_timeout=open_timeout,
+        )  # fmt: skip
         self._portal: BlockingPortal | None = None
         self._pid = -1  # of the process that opened it
         self._stack = ExitStack()
@@ -143,7 +145,7 @@ class Sandbox:
         """See pyblock.Sandbox.recovered."""
         return self._sandbox.recovered
 
-    def reconcile(self, *, dry_run: bool = False, orphans: bool = False, timeout: float | None = SETTLE_TIME) -> list[Finding]:
+    def reconcile(self, *, dry_run: bool = False, orphans: bool = False, timeout: float | None = door.RECONCILE_TIME) -> list[Finding]:
         """See pyblock.Sandbox.reconcile."""
         return self._call(partial(self._sandbox.reconcile, dry_run=dry_run, orphans=orphans, timeout=timeout))
 

@@ -19,6 +19,7 @@ PyblockError
 │   ├── IndexTaken             reserving an index that is taken
 │   ├── IndexFree              releasing an index that is free
 │   ├── SandboxClosed          the sandbox was closed, or not opened yet
+│   ├── WrongEventLoop         the sandbox was opened in another event loop
 │   ├── SandboxBusy            the sandbox belongs to another process that lives
 │   ├── MachineAnswers         what belongs to a machine that still answers cannot be given up
 │   ├── SandboxConflict        the store knows the sandbox, or its machine, in a form that does not fit the request
@@ -39,6 +40,7 @@ PyblockError
 │   └── ConnectionLost           the connection broke while an answer was awaited
 ├── StoreError                 the store could not be read or written: full, read-only, an I/O error
 │   └── StoreBusy                another process held its lock past the deadline
+├── DeadlinePassed             the caller's deadline passed before anything was changed (also a TimeoutError)
 ├── AttachPending              attach: the outcome is unknown, everything stays taken
 └── DetachPending              detach: not confirmed before the deadline, everything stays taken
 """
@@ -125,6 +127,10 @@ class IndexFree(CallerError):
 
 class SandboxClosed(CallerError):
     """The sandbox was closed, or is not open yet."""
+
+
+class WrongEventLoop(CallerError):
+    """A sandbox is used in another event loop, or another thread's, than the one that it was opened in."""
 
 
 class SandboxBusy(CallerError):
@@ -225,6 +231,10 @@ class StoreError(PyblockError):
 
 class StoreBusy(StoreError):
     """Another process held the store's lock past the deadline."""
+
+
+class DeadlinePassed(PyblockError, TimeoutError):
+    """The deadline that the caller gave passed before anything was changed. Whether it was too short or the VMM hangs cannot be told."""
 
 
 class AttachPending(PyblockError):

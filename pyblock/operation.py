@@ -11,7 +11,7 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
-from pyblock.errors import InvalidTimeout
+from pyblock.errors import DeadlinePassed, InvalidTimeout
 
 log = logging.getLogger("pyblock")
 log.addHandler(logging.NullHandler())  # a library is silent until its user sets a handler
@@ -20,13 +20,32 @@ log.addHandler(logging.NullHandler())  # a library is silent until its user sets
 TIMEOUT_MAX = 1e9  # seconds, 30 years: beyond it a clock's fractions are lost
 
 
+class Deadline(float):
+    """An event loop's time in seconds, which remembers how many seconds the caller gave: for errors.
+
+    :ivar given: those seconds.
+    """
+
+    __slots__ = ("given",)
+
+    given: float
+
+
+def passed(deadline: float | None, doing: str) -> DeadlinePassed:
+    """What to raise when a caller's deadline has passed and nothing was changed."""
+    which = f"deadline of {deadline.given:g} s" if isinstance(deadline, Deadline) else "deadline"
+    return DeadlinePassed(f"the {which} that was given passed while {doing}; nothing was changed")
+
+
 def deadline_after(timeout: float | None) -> float | None:
     """The event loop's time that many seconds from now; None (no deadline) stays None. Raises InvalidTimeout unless 0 <= timeout <= 1e9."""
     if timeout is None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout <= TIMEOUT_MAX:
         raise InvalidTimeout(f"timeout {timeout!r} is not a number of seconds that is 0 or more; None waits without end")
-    return asyncio.get_running_loop().time() + timeout
+    deadline = Deadline(asyncio.get_running_loop().time() + timeout)
+    deadline.given = timeout
+    return deadline
 
 
 async def over(future: asyncio.Future[Any]) -> None:

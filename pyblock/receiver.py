@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from pyblock.allotment import Allotment
 from pyblock.device import BlockDevice, DeviceReceiver, Forgotten, Unsettled
-from pyblock.errors import CallerError, InvalidState, PyblockError, SandboxClosed, TransportError, UnknownDriver, VmmUnreachable
+from pyblock.errors import CallerError, InvalidState, PyblockError, SandboxClosed, TransportError, UnknownDriver, WrongEventLoop
 from pyblock.formats import RAW
 from pyblock.host import open_claimed
 from pyblock.hypervisors.base import Hypervisor, fault, typed
 from pyblock.manager import Device, DeviceManager
 from pyblock.model import BlockDrive
-from pyblock.operation import Operation, deadline_after, log
+from pyblock.operation import Operation, log, passed
 from pyblock.recovery import Recovery
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ class Receiver(DeviceReceiver):
     :param allotment: what it gives out.
     """
 
-    __slots__ = ("_allotment", "_kept", "_lanes", "_late", "_ledger", "_loading", "_met", "_open", "_recovery", "_vmm", "id", "manager")
+    __slots__ = (
+        "_allotment", "_kept", "_lanes", "_late", "_ledger", "_loading", "_loop", "_met", "_open", "_recovery", "_vmm", "id", "manager",
+    )  # fmt: skip
 
     def __init__(self, sandbox_id: str, vmm: Hypervisor, manager: DeviceManager, allotment: Allotment) -> None:
         self.id = sandbox_id
@@ -54,6 +56,7 @@ class Receiver(DeviceReceiver):
         self._loading = False
         self._met = ""  # the machine, as its adapter tells it from others
         self._open = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # while it is open, the one that it was opened in
         self._recovery = Recovery(self)
 
     @property
@@ -72,9 +75,21 @@ class Receiver(DeviceReceiver):
         return [device.operation for device in self.manager if isinstance(device, BlockDevice) and device.operation is not None]
 
     def check(self) -> None:
-        """See DeviceReceiver."""
+        """See DeviceReceiver. Raises WrongEventLoop as well."""
         if not self._open:
             raise SandboxClosed(f"sandbox {self.id} is not open; use it inside 'with'")
+        self._check_loop()
+
+    def _check_loop(self) -> None:
+        """What its operations wait for happens in the event loop that it was opened in. To look at it from outside of any is harmless."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        if self._loop is not None and self._loop is not loop:
+            raise WrongEventLoop(
+                f"sandbox {self.id} was opened in another event loop; use it there, or share a pyblock.blocking.Sandbox between threads"
+            )
 
     def reserve(self, device: BlockDevice) -> BlockDrive:
         """Takes index, ordinal and drive ID for a device; see DeviceReceiver."""
@@ -137,7 +152,7 @@ class Receiver(DeviceReceiver):
                 with typed(f"choosing a place for device {device.id}"):
                     await self._vmm.place(device.held)
         except TimeoutError:
-            raise VmmUnreachable(f"the VMM of sandbox {self.id} did not say before the deadline which places are free") from None
+            raise passed(deadline, f"the VMM of sandbox {self.id} was being asked which places are free") from None
         if self._ledger is not None:
             await self._ledger.claim(device.id, deadline)
 
@@ -215,12 +230,12 @@ class Receiver(DeviceReceiver):
 
     # The past and the end of a sandbox.
 
-    async def _take_up(self, store: Store) -> None:
+    async def _take_up(self, store: Store, deadline: float | None) -> None:
         """Becomes the sandbox's owner, and takes up what the store knows of it."""
         from pyblock.ledger import Ledger  # noqa: PLC0415
         from pyblock.state import decode_rows  # noqa: PLC0415
 
-        stored = await store.open_sandbox(self.id, self._vmm.address)
+        stored = await store.open_sandbox(self.id, self._vmm.address, deadline)
         try:
             self._clear()  # of an earlier opening; the store knows what came of it
             if stored.devices or stored.state:
@@ -332,13 +347,21 @@ class Receiver(DeviceReceiver):
         for operation in operations:
             await operation.settled(None)
 
-    async def _give_up(self) -> None:
+    async def _disconnect(self, deadline: float | None) -> None:
+        try:
+            async with asyncio.timeout_at(deadline):
+                with typed(f"sandbox {self.id}: ending the connection to its VMM"):
+                    await self._vmm.close()
+        except (PyblockError, TimeoutError) as error:
+            log.warning("sandbox %s: the connection to its VMM did not end as it should: %s", self.id, error or "its time was up")
+
+    async def _give_up(self, deadline: float | None) -> None:
         """Writes what is not written yet, and has the sandbox be nobody's."""
         ledger, self._ledger = self._ledger, None
         self._lanes = None
         if ledger is None:
             return
         try:
-            await ledger.close(deadline_after(GRACE))
+            await ledger.close(deadline)
         except PyblockError as error:
             log.warning("sandbox %s: what was not written yet, recovery will find: %s", self.id, error)

@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from pyblock.device import BlockDevice, Phase, Unsettled
-from pyblock.errors import PyblockError, SandboxClosed, TransportError, VmmUnreachable
+from pyblock.errors import DeadlinePassed, PyblockError, SandboxClosed, TransportError, VmmUnreachable
 from pyblock.hypervisors.base import CONNECT_TIMEOUT, Held, Inventory, typed
 from pyblock.manager import DeviceManager
 from pyblock.model import BlockDrive
-from pyblock.operation import Operation, log
+from pyblock.operation import Operation, log, passed
 from pyblock.shared import Ended, SharedWork
 
 if TYPE_CHECKING:
     from pyblock.receiver import Receiver
 
-SETTLE_TIME = 2.0  # seconds that opening and reconcile wait for removals; those that take longer go on by themselves
+SETTLE_TIME = 2.0  # seconds that opening waits for removals; those that take longer go on by themselves
 
 
 class Found(StrEnum):
@@ -150,7 +150,7 @@ class Recovery:
     async def ask(self, deadline: float | None) -> None:
         """Asks the machine, unless that was done, and begins to settle what differs. All who wait for it share one question.
 
-        Raises TransportError when it does not answer (nothing is then changed), SandboxClosed.
+        Raises TransportError when it does not answer, DeadlinePassed (nothing is then changed), SandboxClosed.
         """
         if self._asked:
             return
@@ -158,7 +158,7 @@ class Recovery:
             async with asyncio.timeout_at(deadline):
                 await self._asking.join(self._ask)
         except TimeoutError:
-            raise VmmUnreachable(f"the VMM of sandbox {self._receiver.id} did not say before the deadline which disks it has") from None
+            raise self._passed(deadline) from None
         except Ended:
             raise self._closed() from None
 
@@ -172,22 +172,30 @@ class Recovery:
         if tasks:
             await asyncio.wait(tasks)
 
-    async def reconcile(self, *, dry_run: bool = False, orphans: bool = False, timeout: float | None = SETTLE_TIME) -> list[Finding]:
+    async def reconcile(
+        self, deadline: float | None, *, patience: float | None = None, dry_run: bool = False, orphans: bool = False
+    ) -> list[Finding]:
         """Asks the machine now, settles what differs, and returns what it found.
 
+        :param deadline: event-loop time in seconds; removals that take longer go on by themselves.
+        :param patience: seconds that removals are waited for at most.
         :param dry_run: settles nothing.
         :param orphans: removes what is named as ours and is known to nobody.
-        :param timeout: seconds that removals may take; those that take longer go on by themselves.
-        Raises TransportError when the machine does not answer; nothing is then changed.
+        Raises TransportError when the machine does not answer, DeadlinePassed; nothing is then changed.
         """
         doubts = self._doubts
-        found = await self._question()
+        try:
+            async with asyncio.timeout_at(deadline):
+                found = await self._question()
+        except TimeoutError:
+            raise self._passed(deadline) from None
         if dry_run:
             return [_finding(one, Outcome.LEFT) for one in found]
         tasks = self._settle_all(found, doubts, orphans=orphans)
         await self._recognize()
         if tasks:
-            await asyncio.wait(tasks, timeout=timeout)
+            left = None if deadline is None else max(0.0, deadline - asyncio.get_running_loop().time())
+            await asyncio.wait(tasks, timeout=min((each for each in (left, patience) if each is not None), default=None))
         findings = [
             task.result()
             if task.done() and not task.cancelled()
@@ -239,6 +247,9 @@ class Recovery:
         if self._ended or task.cancelled():
             raise self._closed()
         return task.result()
+
+    def _passed(self, deadline: float | None) -> DeadlinePassed:
+        return passed(deadline, f"the VMM of sandbox {self._receiver.id} was being asked which disks it has")
 
     def _closed(self) -> SandboxClosed:
         return SandboxClosed(f"sandbox {self._receiver.id} was closed while its VMM was being asked for its disks")

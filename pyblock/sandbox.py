@@ -43,6 +43,8 @@ CAPACITY = 65536
 CAPACITY_MAX = 1 << 20
 TIMEOUT = 60.0  # seconds: the deadline of attach and detach unless the caller gives another
 OPEN_TIME = 10.0  # seconds that opening a sandbox waits for its VMM to say what it has
+RECONCILE_TIME = 10.0  # seconds: the deadline of reconcile unless the caller gives another
+CLOSE_TIME = 2 * GRACE  # seconds that closing a sandbox takes at most
 
 SANDBOX_ID_MAX = 128
 
@@ -59,14 +61,16 @@ class Sandbox(Receiver):
     :param store: where it is written down what is plugged in; "host": this host's store, unless the machine ends with this process
         (`memory:`); None: nowhere, and no image is claimed.
     :param recover: open also asks the VMM what it has and settles what differs; else that waits for the first attach, detach or reconcile.
+    :param open_timeout: seconds for all of opening; None: 60 s for the store, whose lock another process may have, and 10 s for the VMM.
 
     Opening (`async with`) makes this process the owner, and takes up what the store knows. Raises SandboxBusy, SandboxConflict,
     StateError, StoreError. A VMM that does not answer is no error then: what is known stays as it is, and it is asked again later.
 
-    Everything runs in the event loop in which it is first used; it is not safe to share between threads (pyblock.blocking is).
+    Everything runs in the event loop in which it was opened; another one gets WrongEventLoop. It is not safe to share between threads
+    (pyblock.blocking is).
     """
 
-    __slots__ = ("__weakref__", "_batches", "_recover", "_saving", "_store")
+    __slots__ = ("__weakref__", "_batches", "_open_timeout", "_recover", "_saving", "_store")
 
     def __init__(
         self,
@@ -78,6 +82,7 @@ class Sandbox(Receiver):
         block_offset: int | None = None,
         store: Store | Literal["host"] | None = "host",
         recover: bool = True,
+        open_timeout: float | None = None,
     ) -> None:
         if not _is_sandbox_id(sandbox_id):
             raise InvalidID(f"sandbox ID {sandbox_id!r} is not 1 to 128 of A-Z a-z 0-9 _ . - beginning with a letter or digit")
@@ -90,23 +95,25 @@ class Sandbox(Receiver):
         self._saving: asyncio.Future[None] | None = None  # the last save, which may still be under way
         self._store = store
         self._recover = recover
+        self._open_timeout = open_timeout
 
     def __repr__(self) -> str:
         return f"<Sandbox {self.id} {len(self.manager)} devices, {len(self.index)} indexes taken>"
 
     async def __aenter__(self) -> Self:
+        if self._open:
+            self._check_loop()
         store = self._find_store()
+        deadline = deadline_after(self._open_timeout)
         if store is not None:
-            await self._take_up(store)
-        self._open = True
+            await self._take_up(store, deadline)
+        self._open, self._loop = True, asyncio.get_running_loop()
         self._recovery.begin()
         if self._recover and len(self.manager):
             try:
-                async with asyncio.timeout(OPEN_TIME):
-                    await self._recovery.reconcile()
-            except (PyblockError, TimeoutError) as error:
-                why = str(error) or f"no answer within {OPEN_TIME:g} s"
-                log.warning("sandbox %s: its VMM could not be asked what it has: %s", self.id, why)
+                await self._recovery.reconcile(deadline_after(OPEN_TIME) if deadline is None else deadline, patience=SETTLE_TIME)
+            except PyblockError as error:
+                log.warning("sandbox %s: its VMM could not be asked what it has: %s", self.id, error)
             except BaseException:
                 await self.close()
                 raise
@@ -177,8 +184,8 @@ class Sandbox(Receiver):
         :param format: "raw": the image is plugged in whatever it begins with; None: one that begins like qcow2, vmdk, LUKS or another
             container is refused, for it is not plugged in as what it is.
         :param timeout: seconds, None for no deadline.
-        Raises CallerError (ImageInUse among them), CapacityError, StoreError (nothing was changed), VmmRefused, TransportError (everything
-        was undone), AttachPending (the outcome is not known yet; see BlockDevice.attach).
+        Raises CallerError (ImageInUse among them), CapacityError, StoreError, DeadlinePassed (nothing was changed), VmmRefused,
+        TransportError (everything was undone), AttachPending (the outcome is not known yet; see BlockDevice.attach).
         """
         info = self._info(image, driver=driver, read_only=read_only, serial=serial, device_id=device_id, share=share, format=format)
         deadline = deadline_after(timeout)
@@ -246,8 +253,8 @@ class Sandbox(Receiver):
 
         :param device: a device of this sandbox, or its ID.
         :param timeout: seconds, None for no deadline.
-        Raises UnknownDevice, NotAttached; StoreError (the VMM was not touched); VmmRefused (it stays attached); DetachPending (not
-        confirmed: everything stays taken, and calling again is safe, also after a late confirmation has finished the job).
+        Raises UnknownDevice, NotAttached; StoreError, DeadlinePassed (nothing was changed); VmmRefused (it stays attached); DetachPending
+        (not confirmed: everything stays taken, and calling again is safe, also after a late confirmation has finished the job).
         """
         self.check()
         deadline = deadline_after(timeout)
@@ -296,6 +303,7 @@ class Sandbox(Receiver):
         """
         from pyblock.stores import json_file  # noqa: PLC0415
 
+        self.check()
         state = await asyncio.to_thread(json_file.read, path)
         await self.restore(state, where=f"state file {os.fspath(path)!r}", share=share)
 
@@ -310,7 +318,7 @@ class Sandbox(Receiver):
         """Restores a decoded state; see `load`."""
         await self._load(state, where=where, share=share)
 
-    async def reconcile(self, *, dry_run: bool = False, orphans: bool = False, timeout: float | None = SETTLE_TIME) -> list[Finding]:
+    async def reconcile(self, *, dry_run: bool = False, orphans: bool = False, timeout: float | None = RECONCILE_TIME) -> list[Finding]:
         """Asks the VMM now what it has, settles what differs from what is known, and returns the differences.
 
         A device that the VMM has no more is lost, and what it took is free; an unfinished attach is undone, or finished where the VMM
@@ -318,12 +326,11 @@ class Sandbox(Receiver):
 
         :param dry_run: changes nothing.
         :param orphans: removes orphans.
-        :param timeout: seconds that removals may take; those that take longer are pending, and go on by themselves.
-        Raises TransportError when the VMM does not answer; nothing is then changed.
+        :param timeout: seconds for all of it, None for no deadline; removals that take longer are pending, and go on by themselves.
+        Raises DeadlinePassed or TransportError when the VMM does not answer; nothing is then changed.
         """
         self.check()
-        deadline_after(timeout)
-        return await self._recovery.reconcile(dry_run=dry_run, orphans=orphans, timeout=timeout)
+        return await self._recovery.reconcile(deadline_after(timeout), dry_run=dry_run, orphans=orphans)
 
     async def forget(self) -> list[str]:
         """Gives up everything that belongs to a machine which no longer exists: devices, indexes, claims. Returns the devices' IDs.
@@ -343,31 +350,40 @@ class Sandbox(Receiver):
 
     async def settle(self, timeout: float = GRACE) -> None:
         """Waits, so many seconds at most, until attaches that nobody waits for any more are undone, and saves are written."""
+        self._check_loop()
+        await self._settle(timeout)
+
+    async def _settle(self, timeout: float) -> None:
         undoing = [operation.settled(None) for operation in self.running if operation.abandoned and operation.undoing]
         if self._saving is not None:
             undoing.append(over(self._saving))
         if undoing:
-            await asyncio.wait([asyncio.ensure_future(one) for one in undoing], timeout=timeout)
+            await asyncio.wait([asyncio.ensure_future(one) for one in undoing], timeout=max(0.0, timeout))
 
     async def close(self) -> None:
         """Ends the connection to the VMM; the machine keeps what it has. Attaches that nobody waits for any more, and batches that are
-        under way, are first undone, within 5 s; what is then still under way is left pending."""
+        under way, are first undone, within 5 s; what is then still under way is left pending. Takes 10 s at most."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._check_loop()
+        loop = asyncio.get_running_loop()
+        undone, over_ = loop.time() + GRACE, loop.time() + CLOSE_TIME
         try:
             if batches := self._batches:
                 for task in batches:
                     task.cancel()
                 await asyncio.wait(batches, timeout=GRACE)
-            await self.settle()
+            await self._settle(undone - loop.time())
         finally:
             self._open = False
             try:
                 await self._recovery.end()
                 await self._cut_off()
             finally:
+                self._loop = None
                 try:
-                    await self._vmm.close()
+                    await self._disconnect(over_)
                 finally:
-                    await self._give_up()
+                    await self._give_up(over_)
 
     def _info(
         self,
