@@ -50,10 +50,10 @@ class Batch:
         except BaseException:
             for task in tasks:
                 task.cancel()
-            await self._take_back(tasks)
+            await self.take_back(tasks)
             raise
         if self._errors:
-            await self._take_back(tasks)
+            await self.take_back(tasks)
             raise_first(self._errors)
         return [self._attached[position] for position in range(count)]
 
@@ -69,11 +69,12 @@ class Batch:
             if self._progress is not None:
                 self._progress(device)
 
-    async def _take_back(self, tasks: Sequence[asyncio.Future[None]]) -> None:
+    async def take_back(self, tasks: Sequence[asyncio.Future[None]] = ()) -> None:
         """Undoes what was attached when the tasks are over. Trouble goes behind the errors; what does not end in time is pending."""
 
         async def undo() -> None:
-            await asyncio.wait(tasks)
+            if tasks:
+                await asyncio.wait(tasks)
             done = await asyncio.gather(*(self._detach(device) for device in self._attached.values()), return_exceptions=True)
             self._errors.extend(error for error in done if isinstance(error, BaseException))
 

@@ -22,7 +22,7 @@ from pyblock.errors import (
     TransportError,
     VmmRefused,
 )
-from pyblock.operation import Operation
+from pyblock.operation import Operation, over
 
 if TYPE_CHECKING:
     from pyblock.generic import GenericDevice
@@ -213,13 +213,8 @@ class BlockDevice:
         try:
             await self._result(receiver, operation, deadline, "the deadline passed; it will be undone as soon as the VMM answers")
         except asyncio.CancelledError:
-            if operation.succeeded and not operation.abandoned and self.attached:  # in the very moment of the cancellation
-                if self.attach_count > 1:
-                    self.attach_count -= 1
-                    await receiver.note(self)
-                else:
-                    self._give_up(receiver)
-                    self._remove(receiver, None, Operation(abandoned=True, undoing=True))
+            if operation.succeeded and not operation.abandoned:  # in the very moment of the cancellation
+                await over(asyncio.ensure_future(self._take_back(receiver)))
             raise
 
     async def detach(self, receiver: DeviceReceiver, deadline: float | None) -> bool:
@@ -328,9 +323,23 @@ class BlockDevice:
             await operation.result(None)  # it keeps to the deadline
         except asyncio.CancelledError:
             if more > 0 and operation.succeeded and not operation.abandoned:  # in the very moment of the cancellation
-                self.attach_count -= more
-                await receiver.note(self)
+                await over(asyncio.ensure_future(self._take_back(receiver)))
             raise
+
+    async def _take_back(self, receiver: DeviceReceiver) -> None:
+        """Takes back an attach that succeeded when nobody was there any more to hear of it; returns when that is written down, or will be.
+
+        Others may have had their turn since: a detach of theirs may be counting, and the disk may be lost.
+        """
+        await self._turn(None)
+        if self.phase is not Phase.ATTACHED:
+            return
+        if self.attach_count > 1:
+            self.attach_count -= 1
+        else:
+            self._give_up(receiver)
+            self._remove(receiver, None, Operation(abandoned=True, undoing=True))
+        await receiver.note(self)
 
     async def _recount(self, receiver: DeviceReceiver, operation: Operation, more: int, deadline: float | None) -> None:
         self.attach_count += more
@@ -485,7 +494,7 @@ class BlockDevice:
             raise
         except BaseException as error:
             raise self._broken(error) from _cause(error)
-        self._free(receiver, Event.GONE, late=operation.abandoned and not operation.undoing)
+        self._free(receiver, Event.GONE, late=operation.left and not operation.undoing)
         await receiver.note(self)
 
     def _free(self, receiver: DeviceReceiver, event: Event, *, late: bool) -> None:

@@ -57,15 +57,16 @@ class Operation:
     """A task and whether somebody still waits for it.
 
     :ivar abandoned: nobody does.
+    :ivar left: somebody went away before it was over, and may ask again what became of it.
     :ivar undoing: the work, once abandoned, undoes itself and should be given the time for that.
     :ivar begun: it has got as far as the VMM. Until then it keeps to its caller's deadline by itself, and changes nothing when it fails.
     :ivar removing: it has asked the VMM for a removal.
     """
 
-    __slots__ = ("_task", "_waiters", "abandoned", "begun", "removing", "undoing")
+    __slots__ = ("_task", "_waiters", "abandoned", "begun", "left", "removing", "undoing")
 
     def __init__(self, *, abandoned: bool = False, undoing: bool = False) -> None:
-        self.abandoned = abandoned
+        self.abandoned = self.left = abandoned
         self.undoing = undoing
         self.begun = False
         self.removing = False
@@ -111,8 +112,9 @@ class Operation:
             self._work.result()
         finally:
             self._waiters -= 1
-            if not self._waiters and not self.done:
-                self.abandoned = True
+            if not self.done:
+                self.left = True
+                self.abandoned = not self._waiters
 
     @property
     def _work(self) -> asyncio.Task[None]:

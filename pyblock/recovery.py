@@ -221,7 +221,7 @@ class Recovery:
             before = drive.guest_match, drive.pci_path
             if drive.guest_match is None:
                 try:
-                    await receiver.vmm.locate(drive)
+                    await receiver.locate(drive)
                 except TransportError:
                     self.doubt()
                     break
@@ -249,7 +249,8 @@ class Recovery:
         return task.result()
 
     def _passed(self, deadline: float | None) -> DeadlinePassed:
-        return passed(deadline, f"the VMM of sandbox {self._receiver.id} was being asked which disks it has")
+        waits = f" (it waits for {why})" if (why := self._receiver.vmm.waits_for) else ""
+        return passed(deadline, f"the VMM of sandbox {self._receiver.id} was being asked which disks it has{waits}")
 
     def _closed(self) -> SandboxClosed:
         return SandboxClosed(f"sandbox {self._receiver.id} was closed while its VMM was being asked for its disks")

@@ -239,6 +239,8 @@ class Sandbox(Receiver):
         except asyncio.CancelledError:
             task.cancel()
             await over(task)
+            if not task.cancelled() and task.exception() is None:  # in the very moment of its success
+                await batch.take_back()
             raise
         finally:
             self._batches = self._batches - {task} or None  # an empty set would be a fifth of an idle sandbox's own memory

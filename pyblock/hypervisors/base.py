@@ -115,6 +115,11 @@ class Hypervisor(Protocol):
     def lanes(self) -> int | None:
         """How many drives it is to be given at once to plug in; None for any number. Each has its image open until then."""
 
+    @property
+    def waits_for(self) -> str:
+        """What it waits for now, in words for whoever loses patience; "" where it knows of nothing."""
+        return ""
+
     async def inventory(self, known: Collection[str] = ()) -> Inventory:
         """Connects where that is needed, and lists what the machine has now. Changes nothing.
 

@@ -90,6 +90,10 @@ class QemuHypervisor(SteppedHypervisor):
         return f"qemu:{self._qmp.path}"
 
     @property
+    def waits_for(self) -> str:
+        return self._qmp.waits_for
+
+    @property
     def lanes(self) -> int | None:
         return _LANES
 

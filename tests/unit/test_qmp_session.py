@@ -21,7 +21,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pyblock import ConnectionLost, VmmProtocolError, VmmRefused, VmmUnreachable
+from pyblock import ConnectionLost, DeadlinePassed, Sandbox, VmmProtocolError, VmmRefused, VmmUnreachable
 from pyblock.hypervisors import qmp, qmp_connection
 from pyblock.hypervisors.qmp import QmpSession
 
@@ -325,6 +325,19 @@ async def test_a_monitor_whose_queue_is_full(path: Path, monkeypatch: pytest.Mon
         for client in crowd:
             client.close()
         await session.close()
+
+
+async def test_a_deadline_says_what_it_was_waited_for(path: Path, tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(4096))
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        async with Sandbox("one", f"qemu:{path}", store=None) as sandbox:
+            for call in (sandbox.attach(image, timeout=0.05), sandbox.reconcile(timeout=0.05)):
+                with pytest.raises(DeadlinePassed, match="another client may hold it"):
+                    await call
+            assert not sandbox.devices
 
 
 STOPPED = (
