@@ -3,7 +3,7 @@
 PYTHON := .venv/bin/python
 
 .PHONY: help setup demo test lint types c-tests py-tests bench bench-short instructions fuzz fuzz-replay sanitize-extension \
-	soak soak-qemu storm model races sdist-check clean
+	soak soak-qemu storm model races eager sdist-check clean
 
 help:
 	@echo 'make demo    plug disks into a real guest (in memory where there is no QEMU) and out again'
@@ -19,6 +19,7 @@ help:
 	@echo 'make model STEPS=100000    more steps of the state machine that tests recovery against a model'
 	@echo 'make races   ten processes on one store for a minute'
 	@echo 'make sdist-check    build an sdist, install it in a fresh environment, run its own tests (TESTS=tests/unit for more)'
+	@echo 'make eager   the unit tests on an event loop whose tasks begin at once (asyncio.eager_task_factory)'
 	@echo 'make clean   remove what was built'
 
 # The guest's part may be missing: the demo then runs in memory, and tests that need it say so. Without Python nothing runs.
@@ -91,6 +92,9 @@ races:
 
 sdist-check:
 	scripts/sdist-check $(TESTS)
+
+eager:
+	PYBLOCK_EAGER=1 $(PYTHON) -m pytest tests/unit
 
 clean:
 	rm -rf build dist *.egg-info pyblock/*.so pyblock/_core.c .pytest_cache .mypy_cache .ruff_cache

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
+import eager
 import pytest
 from held_store import HeldStore
 from shell import Shell
@@ -22,9 +24,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(pyblock.__file
 
 
 @pytest.fixture
-def anyio_backend() -> str:
-    """Everything that waits is asyncio."""
-    return "asyncio"
+def anyio_backend() -> str | tuple[str, dict[str, Any]]:
+    """Everything that waits is asyncio. With PYBLOCK_EAGER=1 its tasks begin at once."""
+    return ("asyncio", {"loop_factory": eager.new_event_loop}) if eager.WANTED else "asyncio"
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,8 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import eager
+
 import pyblock
 from pyblock import BlockDevice, Phase, PyblockError, Sandbox
 from pyblock.device import HOLDING
@@ -55,6 +57,8 @@ class Loop(asyncio.SelectorEventLoop):
         self.instant = Instant()
         self._tasks: list[asyncio.Task[Any]] = []
         super().__init__(self.instant)
+        if eager.WANTED:
+            eager.make_eager(self)
 
     def create_task(self, coro: Any, **more: Any) -> asyncio.Task[Any]:
         self._tasks.append(super().create_task(coro, **more))

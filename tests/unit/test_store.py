@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import eager
 import pytest
 import samples
 from snapshot import MakeImage, MakeStore, drive_ids, ordinals, plug_in
@@ -306,8 +307,8 @@ async def test_four_transactions_at_most(make_store: MakeStore, make_image: Make
         assert len(commits) == 4
         commits.clear()
         await sandbox.detach_many(await sandbox.attach_many(images))
-        # A crowd of attaches shares its intents.
-        assert len(commits) <= 3 * len(images) + 2
+        # A crowd of attaches shares its intents; where a task begins at once, none comes as a crowd.
+        assert len(commits) <= (4 * len(images) if eager.WANTED else 3 * len(images) + 2)
         store._file._db.set_trace_callback(None)
 
 
