@@ -37,6 +37,7 @@ class Allotment:
     """
 
     __slots__ = (
+        "_coming",
         "_drive_ids",
         "_foreign",
         "_foreign_ids",
@@ -64,6 +65,7 @@ class Allotment:
         self._watches: tuple[set[str], ...] = ()
         self._planned: dict[str, Place] | None = None  # device ID to what a batch took for it
         self._imported: Sequence[BlockDrive] = ()  # whose names wait for the offset of their family
+        self._coming: dict[str, dict[str, BlockDrive]] | None = None  # drives on their way, by prefix and ID
 
     @property
     def offsets(self) -> dict[str, int]:
@@ -163,6 +165,7 @@ class Allotment:
         self.unused = False
         kind, info = _kind(device), device.info
         place = self._planned.pop(device.id, None) if self._planned else None
+        planned = place is not None
         index, ordinal = place = place or plan(self.index, self._family(kind.family))
         try:
             if kind.scsi and index > SCSI_INDEX_MAX:
@@ -176,10 +179,31 @@ class Allotment:
             seen.add(drive_id)
         offset = self._offsets.get(kind.family.prefix, kind.offset) if self._offsets else kind.offset
         format_ = (info.options.get("fstype") if info.options else None) or "raw"
-        return BlockDrive(drive_id, index, ordinal, offset, kind, info.path, format_, info.read_only, info.serial, share=info.share)
+        drive = BlockDrive(drive_id, index, ordinal, offset, kind, info.path, format_, info.read_only, info.serial, share=info.share)
+        drive.crowded = planned  # with others, else it would not have been
+        self.expect(drive)
+        return drive
+
+    def expect(self, drive: BlockDrive) -> None:
+        """Takes note that a drive is on its way. The guest may see those that come together in any order: none of their names is sound."""
+        self._coming = self._coming or {}
+        others = self._coming.setdefault(drive.kind.family.prefix, {})
+        if others:
+            drive.crowded = True
+            for other in others.values() if len(others) == 1 else ():  # of more than one all are crowded already
+                other.crowded = True
+        others[drive.id] = drive
+
+    def arrived(self, drive: BlockDrive) -> None:
+        """Takes note that the machine has a drive, or that it is on its way no more."""
+        prefix = drive.kind.family.prefix
+        if self._coming and (others := self._coming.get(prefix)) and others.pop(drive.id, None) and not others:
+            del self._coming[prefix]
+            self._coming = self._coming or None  # most of the time there is none
 
     def release(self, drive: BlockDrive) -> None:
         """Gives back what `reserve` took."""
+        self.arrived(drive)
         self._give_back(drive.kind.family, (drive.index, drive.ordinal))
         self._drive_ids.discard(drive.id)
 

@@ -86,6 +86,7 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     :ivar verified: False where the VMM was given a path, and what it opened there could not be compared with what was claimed.
     :ivar known_name: a guest path that came from elsewhere (an imported state) and stands in for the computed one.
     :ivar imported: another program plugged it in, under names that may not be ours.
+    :ivar crowded: it was on its way while another of its family was, so that the guest may have seen either first.
     """
 
     id: str
@@ -105,6 +106,7 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     share: bool = False
     imported: bool = False
     verified: bool = True
+    crowded: bool = False
 
     @property
     def driver(self) -> str:
@@ -124,13 +126,18 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     @property
     def nvdimm_id(self) -> str | None:
         """The number behind /dev/pmem, as the original keeps it; None where it is no such disk."""
-        family = self.kind.family
-        return (self.known_name or family.path(self.ordinal + self.offset)).removeprefix(f"/dev/{family.prefix}") if self.pmem else None
+        return self.guess.removeprefix(f"/dev/{self.kind.family.prefix}") if self.pmem else None
 
     @property
-    def predicted_name(self) -> str:
-        """`/dev/sdX`, `/dev/vdX` or `/dev/pmemN`: a guess about the guest's own order. `guest_match` is the fact to check it with."""
+    def guess(self) -> str:
+        """`/dev/sdX`, `/dev/vdX` or `/dev/pmemN`: where it is if the guest saw the drives in the order of their ordinals."""
         return self.known_name or self.kind.family.path(self.ordinal + self.offset)
+
+    @property
+    def predicted_name(self) -> str | None:
+        """The guess, or None where it is no better than chance, since the drive was plugged in together with others of its family.
+        `guest_match` is the fact that finds the disk."""
+        return self.guess if not self.crowded or self.known_name else None
 
     @property
     def virt_path(self) -> str | None:

@@ -90,7 +90,7 @@ def _drive_to_state(drive: BlockDrive, saved: DriveState | None) -> DriveState:
         state = DriveState(
             file=drive.file, format=drive.format, id=drive.id, index=drive.index,
             pci_addr=drive.pci_path or "", scsi_addr=drive.scsi_addr or "",
-            nvdimm_id=drive.nvdimm_id or "", virt_path=drive.virt_path or "", dev_no=drive.dev_no or "",
+            nvdimm_id=drive.nvdimm_id or "", virt_path=drive.guess if drive.kind.guest_path else "", dev_no=drive.dev_no or "",
             pmem=drive.pmem, read_only=drive.read_only, share_rw=True if drive.share else UNSET,
         )  # fmt: skip
         if saved is not None:
@@ -102,7 +102,7 @@ def _drive_to_state(drive: BlockDrive, saved: DriveState | None) -> DriveState:
             state.pci_addr = drive.pci_path
     state.notes = DriveNotes(
         driver=drive.driver, ordinal=drive.ordinal, offset=drive.offset, serial=drive.serial, guest_match=drive.guest_match,
-        slot=drive.slot, known_name=drive.known_name, imported=drive.imported,
+        slot=drive.slot, known_name=drive.known_name, imported=drive.imported, unverified=not drive.verified, crowded=drive.crowded,
     )  # fmt: skip
     return state
 
@@ -275,7 +275,7 @@ def _drive(saved: DriveState, driver: Driver) -> BlockDrive:
         saved.id, saved.index, notes.ordinal, notes.offset if notes.ordinal >= 0 else driver.offset, driver,
         saved.file, saved.format or "raw", saved.read_only is True, notes.serial,
         saved.pci_addr or None, saved.dev_no or None, notes.guest_match, notes.slot, known_name, saved.share_rw is True,
-        _is_imported(saved),
+        _is_imported(saved), not notes.unverified, notes.crowded,
     )  # fmt: skip
 
 

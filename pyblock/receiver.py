@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pyblock.allotment import Allotment
-from pyblock.device import BlockDevice, DeviceReceiver, Forgotten, Unsettled
+from pyblock.device import BlockDevice, DeviceReceiver, Forgotten, Phase, Unsettled
 from pyblock.errors import CallerError, InvalidState, PyblockError, SandboxClosed, TransportError, UnknownDriver, WrongEventLoop
 from pyblock.formats import RAW
 from pyblock.host import open_claimed
@@ -192,6 +192,7 @@ class Receiver(DeviceReceiver):
                 except Exception as error:
                     self._recovery.doubt()
                     raise Unsettled(fault(f"plugging in drive {drive.id}", error)) from error
+        self._allotment.arrived(drive)
 
     async def unplug(self, drive: BlockDrive) -> None:
         """See DeviceReceiver."""
@@ -210,6 +211,7 @@ class Receiver(DeviceReceiver):
         """See DeviceReceiver."""
         with typed(f"locating drive {drive.id}"):
             await self._vmm.locate(drive)
+        self._allotment.arrived(drive)
 
     def nudge(self, drive: BlockDrive) -> None:
         """See DeviceReceiver."""
@@ -288,6 +290,8 @@ class Receiver(DeviceReceiver):
         for device in devices:
             if isinstance(device, BlockDevice):
                 device.said_attached = device.attached
+                if device.phase is Phase.ATTACH_PENDING and device.drive is not None:
+                    allotment.expect(device.drive)
 
     def _adopt(self, devices: list[Device], *, where: str) -> list[BlockDrive]:
         """Has the adapter take the places of drives that were plugged in before; all of them or none. Raises InvalidState."""

@@ -37,6 +37,8 @@ class DriveNotes(msgspec.Struct, kw_only=True, omit_defaults=True, rename="pasca
     slot: str | None = None
     known_name: str | None = None
     imported: bool = False  # another program plugged it in: the keys of that program's are written back as they were read
+    unverified: bool = False
+    crowded: bool = False
 
 
 class DriveState(_Kept):

@@ -50,6 +50,9 @@ def as_document(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
+UNNAMED = "?: it came together with others, and the guest may have named them in any order; guest_match and serial find it"
+
+
 def record(sandbox_id: str, device: BlockDevice) -> dict[str, Any]:
     """A device as a JSON object."""
     drive = device.drive
@@ -65,6 +68,7 @@ def record(sandbox_id: str, device: BlockDevice) -> dict[str, Any]:
         "predicted_name",
         "guest_match",
         "serial",
+        "verified",
     )
     return {
         "sandbox": sandbox_id,
@@ -86,7 +90,15 @@ def devices(records: Iterable[dict[str, Any]], *, as_json: bool) -> None:
         say("nothing is attached")
     else:
         columns = [*(["sandbox"] if len({row["sandbox"] for row in records}) > 1 else []), *COLUMNS]
-        table(columns, [["" if row[column] is None else str(row[column]) for column in columns] for row in records], DISPENSABLE)
+        table(columns, [[_cell(column, row[column]) for column in columns] for row in records], DISPENSABLE)
+        if any(row["predicted_name"] is None and row["index"] is not None for row in records):
+            say(UNNAMED)
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None:
+        return "?" if column == "predicted_name" else ""
+    return str(value)
 
 
 def answers(given: Sequence[Answer], *, as_json: bool) -> None:

@@ -167,7 +167,7 @@ class MemoryHypervisor(SteppedHypervisor):
         elif drive.kind is VIRTIO_BLK_CCW:
             drive.guest_match = f"/0.{(drive.dev_no or '').partition('.')[2]}/"
         elif drive.kind is VIRTIO_MMIO:
-            drive.guest_match = f"/{drive.predicted_name.removeprefix('/dev/')}"
+            drive.guest_match = f"/{drive.guess.removeprefix('/dev/')}"
         elif drive.slot is not None:
             bridge, slot = divmod(_number(drive.slot), BRIDGE_SLOTS)
             drive.pci_path = f"{bridge + 2:02x}/{slot:02x}"

@@ -69,7 +69,7 @@ def compare(plugged: list[BlockDevice], disks: dict[str, GuestDisk]) -> bool:
             [
                 drive.driver,
                 str(drive.index),
-                drive.predicted_name,
+                drive.predicted_name or "?",
                 f"/dev/{disk.name}" if disk else "-",
                 drive.guest_match or "",
                 disk.link.removeprefix("/sys/devices/") if disk else "-",

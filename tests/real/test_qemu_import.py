@@ -76,7 +76,7 @@ class Kata:
 
 
 def names(sandbox: Sandbox) -> dict[str, str]:
-    return {one.id: one.held.predicted_name.removeprefix("/dev/") for one in sandbox.devices if isinstance(one, BlockDevice)}
+    return {one.id: one.held.guess.removeprefix("/dev/") for one in sandbox.devices if isinstance(one, BlockDevice)}
 
 
 def find(sandbox: Sandbox, device_id: str) -> BlockDevice:

@@ -33,7 +33,8 @@ def test_one_call_knows_what_an_earlier_one_did(shell: Shell, make_image: MakeIm
     [first] = shell.json("attach", one, "--serial", "S-1")
     assert (first["index"], first["predicted_name"], first["serial"], first["attach_count"]) == (0, "/dev/sda", "S-1", 1)
     [second, third] = shell.json("attach", two, three, "--driver", "virtio-blk", "--read-only")
-    assert [row["predicted_name"] for row in (second, third)] == ["/dev/vda", "/dev/vdb"]
+    assert [row["predicted_name"] for row in (second, third)] == [None, None]  # the guest may have seen either first
+    assert [row["guest_match"] is not None for row in (second, third)] == [True, True]
     [again] = shell.json("attach", one)
     assert (again["device_id"], again["attach_count"]) == (first["device_id"], 2)
     assert shell.json("list") == [again, second, third]

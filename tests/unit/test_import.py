@@ -45,7 +45,7 @@ def block(sandbox: Sandbox, number: int = 0) -> BlockDevice:
 
 
 def names(sandbox: Sandbox) -> list[str]:
-    return [one.held.predicted_name.removeprefix("/dev/") for one in sandbox.devices if isinstance(one, BlockDevice)]
+    return [one.held.guess.removeprefix("/dev/") for one in sandbox.devices if isinstance(one, BlockDevice)]
 
 
 PMEM_KEYS: dict[str, Any] = {"Pmem": True, "NvdimmID": "0"}
@@ -189,7 +189,7 @@ async def test_names_go_on_beside_the_machines_own_disks(make_image: MakeImage) 
         # Of the indexes below 5, 1 is a SCSI disk's and 4 was one's: sda is the machine's, sdb index 1, sdc was index 4. The original
         # told vdc for what is the third disk beside the machine's vda.
         assert names(sandbox)[:5] == ["pmem1", "sdb", "vdd", "pmem3", "sdd"]
-        assert [one.held.predicted_name.removeprefix("/dev/") for one in new] == ["pmem2", "sdc", "vdb", "pmem4", "sde", "vdc"]
+        assert [one.held.guess.removeprefix("/dev/") for one in new] == ["pmem2", "sdc", "vdb", "pmem4", "sde", "vdc"]
         found = json.loads(json.dumps([one.block_drive.nvdimm_id for one in sandbox.state().devices or () if one.block_drive]))
         assert found == ["1", "", "", "3", "", "2", "", "", "4", "", ""]
 

@@ -91,7 +91,7 @@ async def test_it_goes_on_with_the_lowest_free(tmp_path: Path, make_image: MakeI
             await sandbox.attach(make_image(f"image{n}"), driver=driver) for n, driver in enumerate(["virtio-scsi", "virtio-blk"] * 3)
         ]
         assert [device.held.index for device in devices] == [3, 4, 5, 6, 8, 9]
-        assert [device.held.predicted_name[5:] for device in devices] == ["sdc", "vda", "sdd", "vdb", "sde", "vdc"]
+        assert [device.held.predicted_name for device in devices] == [f"/dev/{name}" for name in ("sdc", "vda", "sdd", "vdb", "sde", "vdc")]
         await sandbox.detach(f"{0:016x}")
         assert (await sandbox.attach(make_image("again"))).held.predicted_name == "/dev/sda"
 

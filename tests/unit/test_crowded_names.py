@@ -1,0 +1,97 @@
+"""Names of drives that come together: the guest may see them in any order, so none is predicted."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from held_store import SOON, HeldStore, reached, until
+from snapshot import MakeImage
+
+from pyblock import AttachPending, BlockDevice, Sandbox, VmmRefused
+from pyblock.hypervisors.memory import Fault, MemoryHypervisor
+from pyblock.state import encode
+
+pytestmark = pytest.mark.anyio
+
+
+def names(*devices: BlockDevice) -> list[str | None]:
+    return [device.held.predicted_name for device in devices]
+
+
+async def test_one_after_the_other(make_image: MakeImage) -> None:
+    async with Sandbox("one", MemoryHypervisor()) as sandbox:
+        devices = [await sandbox.attach(make_image(name), driver="virtio-blk") for name in "abc"]
+        assert names(*devices) == ["/dev/vda", "/dev/vdb", "/dev/vdc"]
+        [alone] = await sandbox.attach_many([make_image("d")], driver="virtio-blk")
+        assert names(alone) == ["/dev/vdd"] and alone.held.virt_path == "/dev/vdd"
+
+
+async def test_a_batch(make_image: MakeImage) -> None:
+    async with Sandbox("one", MemoryHypervisor()) as sandbox:
+        first = await sandbox.attach(make_image("a"), driver="virtio-blk")
+        batch = await sandbox.attach_many([make_image(name) for name in "bcd"], driver="virtio-blk")
+        assert names(first, *batch) == ["/dev/vda", None, None, None]
+        assert [device.held.virt_path for device in batch] == [None] * 3
+        assert [device.held.guess for device in batch] == ["/dev/vdb", "/dev/vdc", "/dev/vdd"]
+        assert all(device.held.guest_match for device in batch)
+        assert names(await sandbox.attach(make_image("e"), driver="virtio-blk")) == ["/dev/vde"]
+        await sandbox.detach(batch[0])
+        assert names(await sandbox.attach(make_image("f"), driver="virtio-blk")) == ["/dev/vdb"]
+
+
+async def test_families_do_not_crowd_each_other(make_image: MakeImage) -> None:
+    vm = MemoryHypervisor()
+    vm.fail("device-add", Fault("hold"), times=2)
+    async with Sandbox("one", vm) as sandbox:
+        both = [asyncio.create_task(sandbox.attach(make_image(driver), driver=driver)) for driver in ("virtio-scsi", "virtio-blk")]
+        await reached(vm, "device-add", 2)
+        vm.let_go("device-add")
+        assert names(*await asyncio.gather(*both)) == ["/dev/sda", "/dev/vda"]
+
+
+async def test_attaches_that_overlap(make_image: MakeImage) -> None:
+    vm = MemoryHypervisor()
+    vm.fail("device-add", Fault("hold"))
+    async with Sandbox("one", vm) as sandbox:
+        slow = asyncio.create_task(sandbox.attach(make_image("slow")))
+        await reached(vm, "device-add")
+        quick = await sandbox.attach(make_image("quick"))
+        more = await sandbox.attach(make_image("more"))
+        vm.let_go("device-add")
+        assert names(await slow, quick, more) == [None, None, None]
+        assert names(await sandbox.attach(make_image("last"))) == ["/dev/sdd"]
+
+
+async def test_beside_one_that_is_pending(make_image: MakeImage) -> None:
+    vm = MemoryHypervisor()
+    vm.fail("device-add", Fault("hold"))
+    async with Sandbox("one", vm) as sandbox:
+        with pytest.raises(AttachPending):
+            await sandbox.attach(make_image("slow"), timeout=SOON)
+        assert names(await sandbox.attach(make_image("quick"))) == [None]
+        vm.let_go("device-add")
+        await until(lambda: len(sandbox.devices) == 1)
+        assert names(await sandbox.attach(make_image("later"))) == ["/dev/sda"]
+
+
+async def test_what_was_refused_is_on_its_way_no_more(make_image: MakeImage) -> None:
+    vm = MemoryHypervisor()
+    async with Sandbox("one", vm) as sandbox:
+        vm.fail("device-add", Fault("refuse"))
+        with pytest.raises(VmmRefused):
+            await sandbox.attach(make_image("a"))
+        assert names(await sandbox.attach(make_image("b"))) == ["/dev/sda"]
+        assert sandbox._allotment._coming is None
+
+
+async def test_it_is_saved(store: HeldStore, make_image: MakeImage) -> None:
+    vm = MemoryHypervisor()
+    async with Sandbox("one", vm, store=store) as sandbox:
+        await sandbox.attach_many([make_image(name) for name in "ab"], driver="virtio-blk")
+        text = encode(sandbox.state())
+        assert b'"VirtPath": "/dev/vda"' in text and b'"VirtPath": "/dev/vdb"' in text  # as Kata wants it
+    async with Sandbox("one", vm, store=store) as sandbox:
+        devices = [device for device in sandbox.devices if isinstance(device, BlockDevice)]
+        assert names(*devices) == [None, None]
+        assert names(await sandbox.attach(make_image("c"), driver="virtio-blk")) == ["/dev/vdc"]
