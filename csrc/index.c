@@ -9,8 +9,13 @@
  * never above `used`, the n lowest never above `used + n - 1`, and once the words for those are there, taking them
  * cannot fail.  For the same reason nothing marks the bits behind the capacity: while used < capacity, the search
  * ends before it reaches them.
+ *
+ * The locks are not in the indexes but in a table that all indexes share.  So a process can have all of them for the
+ * moment of a fork, however many indexes there are: its child then finds none taken by a thread that stayed behind, and
+ * no index half changed.  That two indexes may have the same lock costs little, for it is held so shortly.
  */
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 
 #include "internal.h"
@@ -19,7 +24,7 @@
 #define TOP_WORDS (PB_CAPACITY_MAX / 64 / 64 / 64)
 
 struct pb_index {
-    pthread_mutex_t lock;
+    pb_head head;
     uint32_t capacity;
     uint32_t used;
     uint32_t held;  /* leaf words that there is memory for; the indexes of all others are free */
@@ -29,8 +34,17 @@ struct pb_index {
     uint64_t first[2]; /* the first leaf word and its mid word: most sandboxes never need more */
 };
 
+#define LOCKS 64 /* well above the number of threads that are in here at once; a power of two, as the count of indexes may wrap */
+
+typedef struct {
+    _Alignas(64) pthread_mutex_t mutex; /* a cache line each */
+} pb_mutex;
+
+static pb_mutex locks[LOCKS];
+static atomic_uint dealt; /* they are given to new indexes in turn */
+
 #ifdef __linux__
-_Static_assert(sizeof(struct pb_index) <= 128, "a process may hold 10,000 sandboxes with several indexes each");
+_Static_assert(sizeof(struct pb_index) <= 88, "a process may hold 10,000 sandboxes with several indexes each");
 #endif
 
 static uint32_t words_for(uint32_t bits) {
@@ -105,23 +119,30 @@ int64_t pb_prepare(pb_index *index, int64_t n) {
     return grow(index, index->used + (uint32_t)n - 1);
 }
 
-/* A default mutex that only its owner unlocks cannot fail, so neither result is looked at. */
-void pb_lock(pb_index *index) {
-    pthread_mutex_lock(&index->lock);
+static void before_fork(void) {
+    for (int i = 0; i < LOCKS; i++) pthread_mutex_lock(&locks[i].mutex);
 }
 
-void pb_unlock(pb_index *index) {
-    pthread_mutex_unlock(&index->lock);
+/* In the parent and in the child, where the thread that forked lives on as the only one and has them as well. */
+static void after_fork(void) {
+    for (int i = LOCKS - 1; i >= 0; i--) pthread_mutex_unlock(&locks[i].mutex);
+}
+
+static bool made;
+
+static void make_locks(void) {
+    made = true;
+    for (int i = 0; i < LOCKS; i++) made = made && pthread_mutex_init(&locks[i].mutex, NULL) == 0;
+    made = made && pthread_atfork(before_fork, after_fork, after_fork) == 0;
 }
 
 pb_index *pb_index_new(int64_t capacity) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
     if (capacity < 1 || capacity > PB_CAPACITY_MAX) return NULL;
+    if (pthread_once(&once, make_locks) != 0 || !made) return NULL;
     pb_index *index = calloc(1, sizeof *index);
     if (!index) return NULL;
-    if (pthread_mutex_init(&index->lock, NULL) != 0) {
-        free(index);
-        return NULL;
-    }
+    index->head.lock = &locks[atomic_fetch_add_explicit(&dealt, 1, memory_order_relaxed) % LOCKS].mutex;
     index->capacity = (uint32_t)capacity;
     index->held = 1;
     index->leaf = &index->first[0];
@@ -131,7 +152,6 @@ pb_index *pb_index_new(int64_t capacity) {
 
 void pb_index_free(pb_index *index) {
     if (!index) return;
-    pthread_mutex_destroy(&index->lock);
     if (index->leaf != index->first) free(index->leaf);
     free(index);
 }

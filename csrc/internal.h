@@ -7,13 +7,29 @@
 #ifndef PYBLOCK_INTERNAL_H
 #define PYBLOCK_INTERNAL_H
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <string.h>
 
 #include "pyblock.h"
 
-void pb_lock(pb_index *index);
-void pb_unlock(pb_index *index);
+/* What every pb_index begins with: its lock, which it may share with others. */
+typedef struct {
+    pthread_mutex_t *lock;
+} pb_head;
+
+static inline pthread_mutex_t *pb_lock_of(pb_index *index) {
+    return ((pb_head *)index)->lock;
+}
+
+/* A default mutex that only its owner unlocks cannot fail, so no result is looked at. */
+static inline void pb_lock(pb_index *index) {
+    pthread_mutex_lock(pb_lock_of(index));
+}
+
+static inline void pb_unlock(pb_index *index) {
+    pthread_mutex_unlock(pb_lock_of(index));
+}
 
 /* The three below want the lock held. */
 

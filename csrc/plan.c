@@ -4,20 +4,24 @@
  * Everything that can go wrong is found before anything is taken, or at once after, with both locks still held; so no
  * other thread ever sees an index taken by a plan that then fails.  The text is written after the locks are dropped.
  *
- * Lock order: of two indexes the one at the lower address is locked first, whatever its part in the plan.  Two plans
+ * Lock order: of two locks the one at the lower address is taken first, whatever its index's part in the plan.  Two plans
  * that name the same two indexes the other way round therefore cannot wait for each other.
  */
 #include "internal.h"
 
 static void lock_both(pb_index *a, pb_index *b) {
-    bool a_first = (uintptr_t)a < (uintptr_t)b;
-    pb_lock(a_first ? a : b);
-    pb_lock(a_first ? b : a);
+    pthread_mutex_t *first = pb_lock_of(a), *second = pb_lock_of(b);
+    if (first > second) {
+        first = second;
+        second = pb_lock_of(a);
+    }
+    pthread_mutex_lock(first);
+    if (second != first) pthread_mutex_lock(second);
 }
 
 static void unlock_both(pb_index *a, pb_index *b) {
-    pb_unlock(a);
-    pb_unlock(b);
+    pthread_mutex_unlock(pb_lock_of(a));
+    if (pb_lock_of(b) != pb_lock_of(a)) pthread_mutex_unlock(pb_lock_of(b));
 }
 
 /* With both locks held.  Both are prepared before either is taken from, so there is nothing to undo. */

@@ -7,7 +7,8 @@
  *   - It returns a value >= 0, or one of the negative PB_E... statuses; on a negative status no index is taken or
  *     given back that was not before.  What stands in the caller's buffers is then of no meaning.
  *   - It keeps no memory of its own between calls and writes only to what the caller passed, so any number of
- *     threads may call it at once.  A pb_index locks itself.
+ *     threads may call it at once.  A pb_index locks itself, and a fork waits until no thread is inside one: a child
+ *     may use what it inherited.
  *   - Text has a length and no terminating NUL, both in and out.  It is bytes; only pb_make_id looks for UTF-8.
  *     Where many texts go in or out at once, each is followed by '\n', so none may hold one.
  *
@@ -147,8 +148,8 @@ int64_t pb_make_id(const char *kind, size_t kind_len, const char *id, size_t id_
  * Plan: what a drive is given before it is plugged in, in one crossing.
  *
  * index hands out block indexes, ordinals the numbers behind the names of one family of drives (sd, vd, pmem).  The
- * two must not be the same object (PB_EINVAL).  Both are locked together, the one at the lower address first, so any
- * two may be named in any order by any number of threads.
+ * two must not be the same object (PB_EINVAL).  Both are locked together, in an order of the core's, so any two may be
+ * named in any order by any number of threads.
  */
 
 /* Takes one of each; returns ordinal << 32 | index.  PB_EFULL (either; none is then taken), PB_ENOMEM, PB_EINVAL. */

@@ -1,6 +1,7 @@
 """The block index: hands out the lowest free of the integers 0 … capacity - 1, at the same price however many are taken.
 
-The work is done by the core (csrc/index.c), which locks itself: any number of threads may use one BlockIndex at the same time.
+The work is done by the core (csrc/index.c), which locks itself: any number of threads may use one BlockIndex at the same time,
+and a child that is forked meanwhile may use it too.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class BlockIndex:
 
     @property
     def memory(self) -> int:
-        """Bytes that the core holds for this index: 120 while all that were ever taken are below 64, then two bits or less for each
+        """Bytes that the core holds for this index: 88 while all that were ever taken are below 64, then two bits or less for each
         up to the highest. Memory is not given back before the index itself is."""
         return _native.index_memory(self._handle)
 

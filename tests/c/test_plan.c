@@ -138,3 +138,18 @@ bool test_plan_text_leaves_nothing(void) {
     pb_index_free(ordinals);
     return true;
 }
+
+/* More indexes than the core has locks: some two have the same one, and are planned with all the same. */
+bool test_plan_any_two(void) {
+    enum { MANY = 200 };
+    pb_index *all[MANY];
+    for (int i = 0; i < MANY; i++) all[i] = pb_index_new(PB_CAPACITY_DEFAULT);
+    for (int i = 0; i < MANY; i++) {
+        for (int j = 0; j < MANY; j++) CHECK(i == j ? pb_plan(all[i], all[j]) == PB_EINVAL : pb_plan(all[i], all[j]) >= 0);
+    }
+    for (int i = 0; i < MANY; i++) {
+        CHECK(pb_index_count(all[i]) == 2 * (MANY - 1));
+        pb_index_free(all[i]);
+    }
+    return true;
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from typing import Any, cast
 
 import oracle
 import pytest
+from children import in_child
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -264,3 +266,30 @@ def test_threads_and_batches() -> None:
     with ThreadPoolExecutor(8) as pool:
         got = [each for batch in pool.map(index.acquire_many, [100] * 400) for each in batch]
     assert sorted(got) == list(range(40_000))
+
+
+def test_a_child_forked_while_threads_are_inside() -> None:
+    """It has the index, but not the threads: no lock is taken for ever, and no step is half done."""
+    index, over, many = BlockIndex(65536), threading.Event(), 5000
+
+    def churn() -> None:
+        while not over.is_set():
+            taken = index.acquire_many(many)
+            for each in taken:
+                index.release(each)
+
+    def look() -> str:
+        signal.alarm(60)  # ends a child that waits for ever
+        count = len(index)
+        taken = set(index)
+        lowest = next(number for number in range(65536) if number not in taken)
+        return f"{len(taken) - count} {index.acquire() - lowest} {len(index) - count}"
+
+    with ThreadPoolExecutor(3) as pool:
+        churning = [pool.submit(churn) for _ in range(3)]
+        try:
+            for _ in range(100):
+                assert in_child(look) == (0, "0 0 1")
+        finally:
+            over.set()
+        assert [each.result() for each in churning] == [None] * 3
