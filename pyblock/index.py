@@ -42,6 +42,7 @@ class BlockIndex:
 
     def __del__(self, free: Callable[[_native.Handle], None] = _native.raw_free) -> None:
         if (handle := getattr(self, "_handle", None)) is not None:  # None: the capacity was refused
+            del self._handle  # others that are deleted with it may still ask it something
             free(handle)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:

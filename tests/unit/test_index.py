@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 from collections.abc import Callable
@@ -266,6 +267,31 @@ def test_threads_and_batches() -> None:
     with ThreadPoolExecutor(8) as pool:
         got = [each for batch in pool.map(index.acquire_many, [100] * 400) for each in batch]
     assert sorted(got) == list(range(40_000))
+
+
+def test_asked_after_it_was_deleted() -> None:
+    """As by what is in one circle with it, and is deleted after it."""
+    asked: list[str] = []
+
+    class Asks:
+        def __init__(self) -> None:
+            self.index = BlockIndex()
+            self.circle = self
+
+        def __del__(self) -> None:
+            try:
+                asked.append(repr(self.index))
+            except AttributeError:
+                asked.append("deleted")
+
+    for _ in range(10):
+        Asks()
+    gc.collect()
+    index = BlockIndex()
+    index.__del__()
+    with pytest.raises(AttributeError):
+        index.acquire()
+    assert len(asked) == 10
 
 
 def test_a_child_forked_while_threads_are_inside() -> None:
