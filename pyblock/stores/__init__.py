@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pyblock.errors import InvalidState, StoreError
+from pyblock.loading import loading
+from pyblock.stores import files
 
 if TYPE_CHECKING:
     from pyblock.stores.base import Store
@@ -19,28 +21,42 @@ _opened: dict[Path, Store] = {}  # one connection to a store serves the whole pr
 def state_folder() -> Path:
     """`$PYBLOCK_STATE_DIR` if set, else `/run/pyblock` for root, else `$XDG_RUNTIME_DIR/pyblock`. Made if absent, private to its user.
 
-    Raises InvalidState when there is none, StoreError when it cannot be made.
+    Raises InvalidState when there is none, or its path depends on the folder in which one works; StoreError when it cannot be made, or
+    others may write there.
     """
     if text := os.environ.get("PYBLOCK_STATE_DIR"):
-        folder = Path(text)
+        folder = _absolute("PYBLOCK_STATE_DIR", text)
     elif os.geteuid() == 0:
         folder = Path("/run/pyblock")
     elif text := os.environ.get("XDG_RUNTIME_DIR"):
-        folder = Path(text, "pyblock")
+        folder = _absolute("XDG_RUNTIME_DIR", text) / "pyblock"
     else:
         raise InvalidState("no state folder: set PYBLOCK_STATE_DIR (or XDG_RUNTIME_DIR), or say store=None to go without a store")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"state folder {str(folder)!r} cannot be made: {error.strerror}; name another in PYBLOCK_STATE_DIR") from error
+        folder = folder.resolve()
+        files.check_folder(folder)
+    except (OSError, RuntimeError) as error:  # the latter: links that lead in a circle, before Python 3.13
+        why = getattr(error, "strerror", None) or error
+        if folder.is_symlink() and not folder.exists():
+            why = "it is a symbolic link that leads nowhere"
+        raise StoreError(f"state folder {str(folder)!r} cannot be made: {why}; name another in PYBLOCK_STATE_DIR") from error
     return folder
 
 
-def host_store() -> Store:
-    """The store of this host, `state.db` in the state folder; the same object throughout a process. Not opened yet."""
-    from pyblock.stores.sqlite import SqliteStore  # noqa: PLC0415 - sqlite3 would be a tenth of the time to import pyblock
+def _absolute(variable: str, text: str) -> Path:
+    if not text.startswith("/"):
+        raise InvalidState(f"{variable} is {text!r}, which is another folder after each chdir; set it to an absolute path")
+    return Path(text)
 
-    path = state_folder().resolve() / STORE_FILE
+
+def host_store() -> Store:
+    """The store of this host, `state.db` in the state folder; the same object throughout a process. Not opened yet. Raises as
+    `state_folder` does."""
+    with loading("the store"):
+        from pyblock.stores.sqlite import SqliteStore  # noqa: PLC0415 - sqlite3 would be a tenth of the time to import pyblock
+
+    path = state_folder() / STORE_FILE
     store = _opened.get(path)
     if store is None:
         store = _opened.setdefault(path, SqliteStore(path))

@@ -1,29 +1,36 @@
 """The host's database file: opened, checked, brought to this version, and shared with other processes, threads and event loops.
 
-Machines die with the host, so it has to survive the death of any process and no more: a commit is in the kernel's page cache, which
-outlives its process, and is not waited for on the disk (`synchronous=NORMAL`). A crash of the host can lose the last commits, never the
-file's order. What an earlier boot left is removed when it is opened, since none of its machines runs any more.
+Machines die with the host, so it has to survive the death of any process and no more. What is written is in the kernel's page cache, which
+outlives its process; nothing is ever waited for on the disk (`synchronous=OFF`), neither a commit nor a checkpoint, for both happen in the
+event loop and a slow disk would stop all sandboxes for a second. So a crash of the host may leave the file with some pages old and some
+new. That is seen, and does no harm: whoever opens the database when nobody else has it checks it as a whole; and the owners' file, which
+*is* synced once a boot, tells what an earlier boot wrote (`boot.py`), which is removed, or put aside where it is damaged. Of what is kept
+in doubt no machine runs either, if it is of an earlier boot; recovery asks for them, and `forget` gives them up.
 
-A transaction is some tens of microseconds, so it runs in the event loop; only waiting for another process's lock yields to others.
+A transaction is some tens of microseconds, so it runs in the event loop; only waiting for another process's lock yields to others. A
+signal handler may run at any bytecode of it, raise, and fork. Hence the two things that must end with a transaction, the mutex and the
+transaction itself, are held by `with` on objects of C: an exception cannot come between their beginning and the promise of their end.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401 - else asyncio.to_thread imports it, at a moment when no file can be opened perhaps
 import contextlib
+import errno
 import logging
 import os
 import random
 import sqlite3
+import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from pyblock.errors import InvalidState, NewerState, PyblockError, StoreBusy, StoreError
+from pyblock.stores import boot, files, forks
 from pyblock.stores.base import PATIENCE
 from pyblock.stores.owner import OwnerLock
 
@@ -53,27 +60,48 @@ MIGRATIONS = (
     ALTER TABLE sandbox ADD COLUMN machine TEXT NOT NULL DEFAULT '';
     CREATE INDEX machine ON sandbox (machine) WHERE machine <> '';
     """,
+    # Which boot it is of is noted beside it since. Without a boot_id here a process of version 1, which would believe it, clears nothing.
+    """
+    UPDATE host SET boot = '';
+    """,
 )
+CHECKPOINT_PAGES = 200  # of the journal, until they are copied into the database: some tenths of a millisecond
 FIRST_PAUSE = 0.0005  # seconds until a lock is tried again; a transaction holds it for less
 LAST_PAUSE = 0.02
-_BOOT_ID = "/proc/sys/kernel/random/boot_id"
+INTERRUPTED = 0.01  # seconds between two tries of a fork to end what another thread opens
+
+_DAMAGE = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR)  # the last: a table is not there
 
 Result = TypeVar("Result")
 
+_spoiled: set[str] = set()  # databases that a parent had open in the middle of a fork
+
 
 class SqliteFile:
-    """:param path: the database; made if absent, private to its user. Its folder must be there, on a local file system.
+    """:param path: the database; made if absent, private to its user. Its folder must be there, on a local file system, and writable by
+        this user only.
+
+    Raises StoreError where there is no such path.
 
     :ivar lock: shows that this process lives; None until the file is open.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path).absolute()
-        self.lock: OwnerLock | None = None
         self._db: sqlite3.Connection | None = None
+        self.lock: OwnerLock | None = None
+        try:
+            self.path = Path(path).absolute()
+        except OSError as error:
+            raise StoreError(f"store {os.fspath(path)!r}: the working folder is gone ({error.strerror}); give an absolute path") from error
         self._inode = (0, 0)  # of what was opened
-        self._mutex = threading.Lock()  # of threads with event loops of their own
-        _files.add(self)
+        self._mutex = threading.RLock()  # of threads with event loops of their own; a signal handler comes in where its thread is inside
+        self._opening: sqlite3.Connection | None = None
+        self._in_opening = False
+        forks.watch(self)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
 
     @property
     def name(self) -> str:
@@ -81,8 +109,8 @@ class SqliteFile:
         return f"store {str(self.path)!r}"
 
     async def transact(self, work: Callable[[sqlite3.Connection], Result], deadline: float | None, *, writes: bool = True) -> Result:
-        """Runs a transaction as soon as no other process holds the lock. Raises StoreBusy when that is not before the deadline, an
-        event-loop time in seconds (None: PATIENCE from now)."""
+        """Runs a transaction as soon as no other process holds the lock; what it runs may be run again, after a transaction that came to
+        nothing. Raises StoreBusy when that is not before the deadline, an event-loop time in seconds (None: PATIENCE from now)."""
         loop = asyncio.get_running_loop()
         if deadline is None:
             deadline = loop.time() + PATIENCE
@@ -90,8 +118,8 @@ class SqliteFile:
         while True:
             try:
                 if self._db is None:
-                    await asyncio.to_thread(self._open, max(0.0, deadline - loop.time()))
-                return self._run(work, writes=writes)
+                    await self._in_thread(self._open)
+                return self.transact_now(work, writes=writes)
             except StoreBusy:
                 left = deadline - loop.time()
                 if left <= 0:
@@ -100,103 +128,191 @@ class SqliteFile:
             await asyncio.sleep(min(left, pause * random.uniform(0.5, 1.5)))
             pause = min(2 * pause, LAST_PAUSE)
 
+    def transact_now(self, work: Callable[[sqlite3.Connection], Result], *, writes: bool = True) -> Result:
+        """The same without waiting: raises StoreBusy when another process holds the lock, or the file is not open."""
+        db, before = None, sys.exception()
+        try:
+            with self._mutex:
+                db = self._db
+                if db is None:
+                    raise StoreBusy(f"{self.name} was closed at this moment")
+                if self._on_disk() != self._inode:
+                    raise StoreError(
+                        f"{self.name} was removed or replaced while it was in use; end what uses it, and look which one is right"
+                    )
+                with db:  # commits, or rolls back
+                    db.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
+                    result = work(db)
+        except (sqlite3.Error, OSError) as error:
+            ended_by = error.__context__
+            if ended_by is not None and ended_by is not before and not isinstance(ended_by, Exception):
+                raise ended_by from None  # what a signal handler raised; that nothing could be rolled back is no news then
+            if db is not None and self._db is not db:
+                raise StoreBusy(f"{self.name} was closed in the middle of a transaction; nothing was changed") from error
+            raise self._translated(error) from error
+        return result
+
     def close(self) -> None:
         """Closes what is open, and drops the lock; a later call opens it again."""
         with self._mutex:
-            db, self._db = self._db, None
+            self._close()
             lock, self.lock = self.lock, None
-            if db is not None:
-                db.close()
             if lock is not None:
                 lock.close()
 
-    # A child that had the parent's connection would believe in the parent's locks, and could delete the journal under others or have it
-    # deleted. So a fork finds it closed, and parent and child open it anew when they next need it.
+    # What a fork and the end of the process ask for; see forks.py.
 
-    def before_fork(self) -> None:
-        """Closes the connection, and keeps threads from opening it until the fork is over. The owner's lock stays."""
-        self._mutex.acquire()
+    def close_for_fork(self, deadline: float) -> None:
+        """See forks.Database."""
+        if self._acquired(deadline):
+            try:
+                self._close()
+            finally:
+                self._mutex.release()
+
+    def begin_in_child(self) -> None:
+        """See forks.Database."""
+        if self._db is not None or self._in_opening:
+            _spoiled.add(os.path.realpath(self.path))
+            _keep_for_ever(self._db, self._opening)
+            self._db = None
+        self._opening, self._in_opening = None, False
+        self.lock = None  # it is the parent's, and has closed itself
+        self._mutex = threading.RLock()  # the old one may be another thread's, which is not in the child
+
+    def close_at_exit(self, deadline: float) -> None:
+        """See forks.Database."""
+        if self._acquired(deadline):
+            try:
+                self.close()
+            finally:
+                self._mutex.release()
+
+    def _acquired(self, deadline: float) -> bool:
+        """Takes the mutex, and has a thread that is opening the database break off. False: it was not to be had before the deadline."""
+        while not self._mutex.acquire(timeout=INTERRUPTED):
+            if (opening := self._opening) is not None:
+                with contextlib.suppress(sqlite3.Error):  # it was closed at this moment
+                    opening.interrupt()
+            if time.monotonic() > deadline:
+                return False
+        return True
+
+    def _close(self) -> None:
         db, self._db = self._db, None
         if db is not None:
-            db.close()
-
-    def after_fork(self, *, child: bool) -> None:
-        """Lets the parent go on; the child begins anew, and its lock, which is the parent's, has closed itself."""
-        if child:
-            self.lock = None
-            self._mutex = threading.Lock()
-        else:
-            self._mutex.release()
-
-    def _run(self, work: Callable[[sqlite3.Connection], Result], *, writes: bool) -> Result:
-        if not self._mutex.acquire(blocking=False):
-            raise StoreBusy(f"{self.name}: another thread uses it")
-        try:
-            db = self._db
-            if db is None:
-                raise StoreBusy(f"{self.name} was closed at this moment")
-            if self._on_disk() != self._inode:
-                raise StoreError(f"{self.name} was removed or replaced while it was in use; end what uses it, and look which one is right")
-            try:
-                db.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
-                result = work(db)
-                db.execute("COMMIT")
-            except BaseException as error:
-                if db.in_transaction:
-                    db.execute("ROLLBACK")
-                if isinstance(error, (sqlite3.Error, OSError)):
-                    raise self._translated(error) from error
-                raise
-            return result
-        finally:
-            self._mutex.release()
+            with contextlib.suppress(sqlite3.Error):
+                db.close()
 
     def _on_disk(self) -> tuple[int, int]:
         try:
             status = os.stat(self.path)  # noqa: PTH116 - of every transaction
-        except OSError:
+        except FileNotFoundError:
             return (0, 0)
         return (status.st_dev, status.st_ino)
 
-    def _open(self, wait: float) -> None:
-        """Opens the database, made or brought to this version where that is needed; runs in a thread of its own."""
-        if not self._mutex.acquire(timeout=wait):
-            raise StoreBusy(f"{self.name}: another thread has been opening it for {wait:g} s")
+    # Opening.
+
+    async def _in_thread(self, work: Callable[[], None]) -> None:
+        try:
+            await asyncio.to_thread(work)
+        except RuntimeError as error:  # no thread can be started: there are too many, or the interpreter ends
+            raise StoreError(f"{self.name} cannot be opened: {error}") from error
+
+    def _open(self) -> None:
+        """Opens the database, made or brought to this version where that is needed; runs in a thread of its own. Waits for nobody, for
+        a fork would wait with it: raises StoreBusy."""
+        if not self._mutex.acquire(blocking=False):
+            raise StoreBusy(f"{self.name}: another thread uses it")
         try:
             if self._db is None:
-                self._db, self.lock = self._connected(wait, self.lock)
+                if forks.forking():
+                    raise StoreBusy(f"{self.name}: another thread is forking the process")
+                self._in_opening = True
+                self._db, self.lock = self._connected(self.lock)
                 self._inode = self._on_disk()
         finally:
+            self._opening, self._in_opening = None, False
             self._mutex.release()
 
-    def _connected(self, wait: float, lock: OwnerLock | None) -> tuple[sqlite3.Connection, OwnerLock]:
-        db, had = None, lock
+    def _connected(self, had: OwnerLock | None) -> tuple[sqlite3.Connection, OwnerLock]:
+        """:param had: the lock that has accompanied the database all the time, if there is one: then it is as it was."""
+        lock = had
         try:
-            # One that exists is not opened here: closing it would drop the locks that SQLite has on it in this process.
-            with contextlib.suppress(FileExistsError):
-                os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            db = sqlite3.connect(self.path, timeout=wait, isolation_level=None, check_same_thread=False)
-            self._check(db)
-            lock = lock or OwnerLock(self.path.with_name(self.path.name + "-owners"))
-            if not lock.accompanied():  # else whoever has it open has looked, and it may be large
-                self._check_whole(db)
-            lock.accompany()
-            self._migrate(db)
-            self._clear_after_boot(db)
-            [mode] = _patiently(lambda: db.execute("PRAGMA journal_mode = WAL").fetchone(), wait)
-            if mode != "wal":
-                raise StoreError(f"{self.name}: SQLite has no WAL there (journal mode {mode}); put it on a local file system")
-            db.execute("PRAGMA synchronous = NORMAL")
-            db.execute("PRAGMA busy_timeout = 0")
+            self._check_files()
+            lock = lock or OwnerLock(files.owners_of(self.path))
+            alone = had is None and lock.exclude()
+            if not alone and not lock.accompany():
+                raise StoreBusy(f"{self.name} is being opened and checked by another process")
+            db = self._connected_alone(lock) if alone else self._connection()
         except BaseException as error:
             if lock is not None and had is None:
                 lock.close()
-            if db is not None:
-                db.close()
-            if isinstance(error, (sqlite3.Error, OSError)):
+            if isinstance(error, (sqlite3.Error, OSError, _Damage)):
                 raise self._translated(error) from error
             raise
         return db, lock
+
+    def _check_files(self) -> None:
+        try:
+            where = os.path.realpath(self.path)
+            files.check(self.path)
+        except ValueError as error:  # a NUL, or half a surrogate pair
+            raise StoreError(f"{self.name} cannot be a file: {error}; give another path") from error
+        if where in _spoiled:
+            raise StoreError(
+                f"{self.name}: this process was forked while another thread was in the middle of a transaction, and can never use it; "
+                "use the store in a process that was started otherwise"
+            )
+        # One that exists is not opened here: closing it would drop the locks that SQLite has on it in this process.
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+        files.used.add(where)
+
+    def _connected_alone(self, lock: OwnerLock) -> sqlite3.Connection:
+        """The database, while nobody else can open it: looked at as a whole, and without what an earlier boot left. Others may, after."""
+        now, noted = boot.this_boot(), boot.decode(lock.read_note())
+        earlier = now.is_not(noted)
+        try:
+            db = self._connection(whole=True, clear=earlier)
+        except (_Damage, sqlite3.DatabaseError) as error:
+            if not earlier or not _is_damage(error):
+                raise
+            self._put_aside(noted.id)
+            db = self._connection()
+        try:
+            if not now.says_as_much_as(noted):
+                lock.write_note(boot.encode(now))  # before anything is written that is of this boot
+            lock.accompany()
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _connection(self, *, whole: bool = False, clear: bool = False) -> sqlite3.Connection:
+        """A connection to a database of this version. Raises also sqlite3.Error, OSError.
+
+        :param whole: it is checked as a whole; nobody else has it open.
+        :param clear: what is in it goes.
+        """
+        db = sqlite3.connect(self.path, timeout=0, isolation_level=None, check_same_thread=False)
+        self._opening = db
+        try:
+            self._check(db)
+            db.execute("PRAGMA synchronous = OFF")
+            if whole:
+                self._check_whole(db)
+            self._migrate(db)
+            if clear:
+                self._clear(db)
+            [mode] = db.execute("PRAGMA journal_mode = WAL").fetchone()
+            if mode != "wal":
+                raise StoreError(f"{self.name}: SQLite has no WAL there (journal mode {mode}); put it on a local file system")
+            db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+        except BaseException:
+            db.close()
+            raise
+        return db
 
     def _check(self, db: sqlite3.Connection) -> int:
         """The version of the database, 0 for an empty one. Raises unless it is one of ours."""
@@ -218,14 +334,14 @@ class SqliteFile:
         return int(version)
 
     def _check_whole(self, db: sqlite3.Connection) -> None:
-        """Raises InvalidState when something is missing, indexes included. Nobody else has the database open, so its file holds whole
+        """Raises _Damage when something is missing, indexes included. Nobody else has the database open, so its file holds whole
         pages."""
         [size] = db.execute("PRAGMA page_size").fetchone()
         if rest := self.path.stat().st_size % size:
-            raise InvalidState(f"{self.name} is cut off: {rest} bytes are no page of {size}; it is left as it is")
+            raise _Damage(f"cut off: {rest} bytes are no page of {size}")
         [[damage], *_] = db.execute("PRAGMA integrity_check(1)").fetchall()
         if damage != "ok":
-            raise InvalidState(f"{self.name} is damaged ({' '.join(damage.split())}); it is left as it is")
+            raise _Damage(f"damaged ({' '.join(damage.split())})")
 
     def _migrate(self, db: sqlite3.Connection) -> None:
         version = self._check(db)
@@ -241,51 +357,56 @@ class SqliteFile:
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         db.execute("COMMIT")
 
-    def _clear_after_boot(self, db: sqlite3.Connection) -> None:
-        boot = _boot_id()
-        [before] = db.execute("SELECT boot FROM host").fetchone()
-        if before == boot or not boot:
-            return
+    def _clear(self, db: sqlite3.Connection) -> None:
         db.execute("BEGIN IMMEDIATE")
-        [before] = db.execute("SELECT boot FROM host").fetchone()
-        if before not in ("", boot):
-            count = db.execute("DELETE FROM device").rowcount
-            db.execute("DELETE FROM sandbox")
-            log.warning("%s: %d devices of an earlier boot of this host are forgotten; their machines ended with it", self.name, count)
-        db.execute("UPDATE host SET boot = ?", (boot,))
+        count = db.execute("DELETE FROM device").rowcount
+        db.execute("DELETE FROM sandbox")
         db.execute("COMMIT")
+        log.warning("%s: %d devices of an earlier boot of this host are forgotten; their machines ended with it", self.name, count)
 
-    def _translated(self, error: sqlite3.Error | OSError) -> PyblockError:
+    def _put_aside(self, boot_id: str) -> None:
+        """Renames a damaged database of an earlier boot, with what SQLite kept beside it."""
+        aside = f"{self.path}.damaged-{boot_id}"
+        for suffix in ("-wal", "-journal", ""):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(f"{self.path}{suffix}", f"{aside}{suffix}")  # noqa: PTH105
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.path}-shm")  # noqa: PTH108
+        log.warning("%s was damaged when the host went down, and is %r now; its machines ended with the host", self.name, aside)
+        self._check_files()  # makes it anew
+
+    def _translated(self, error: sqlite3.Error | OSError | _Damage) -> PyblockError:
+        if isinstance(error, _Damage):
+            return InvalidState(f"{self.name} is {error}; it is left as it is")
         if isinstance(error, OSError):
-            return StoreError(f"{self.name}: {error.strerror}; name another folder in PYBLOCK_STATE_DIR, or mend this one")
+            full = error.errno in (errno.EMFILE, errno.ENFILE)
+            advice = "close some, or raise the limit (ulimit -n)" if full else "name another folder in PYBLOCK_STATE_DIR, or mend this one"
+            return StoreError(f"{self.name}: {error.strerror or error}; {advice}")
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             return StoreBusy(f"{self.name}: another process has been holding its lock; nothing was changed")
-        if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR):
+        if code == sqlite3.SQLITE_INTERRUPT:
+            return StoreBusy(f"{self.name}: another thread has forked the process while it was being opened; nothing was changed")
+        if code in _DAMAGE:
             return InvalidState(f"{self.name} is not a store, or is damaged: {error}; it is left as it is")
         return StoreError(f"{self.name}: {error}; nothing was changed (a full disk, or a folder that may not be written?)")
 
 
-_files: weakref.WeakSet[SqliteFile] = weakref.WeakSet()
-_forking: list[SqliteFile] = []
-_one_fork = threading.RLock()  # at a time; the child has it of the thread that it is
+class _Damage(Exception):
+    """The database is not whole; in words."""
 
 
-def _before_fork() -> None:
-    _one_fork.acquire()
-    _forking[:] = list(_files)
-    for file in _forking:
-        file.before_fork()
+def _is_damage(error: _Damage | sqlite3.Error) -> bool:
+    """Whether the file is not whole, or is none of SQLite's; an error of the disk is another matter."""
+    return isinstance(error, _Damage) or getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
 
 
-def _after_fork(*, child: bool) -> None:
-    for file in _forking:
-        file.after_fork(child=child)
-    _forking.clear()
-    _one_fork.release()
+def _keep_for_ever(*connections: sqlite3.Connection | None) -> None:
+    """Has them never be closed, not even at the end of the process: that would be done to the parent's files, with its locks."""
+    import ctypes  # noqa: PLC0415 - of no use but here, where a fork came in the worst of moments
 
-
-os.register_at_fork(before=_before_fork, after_in_parent=partial(_after_fork, child=False), after_in_child=partial(_after_fork, child=True))
+    for each in filter(None, connections):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
 
 
 def _statements(script: str) -> Iterator[str]:
@@ -298,23 +419,3 @@ def _statements(script: str) -> Iterator[str]:
             statement = ""
         else:
             statement += ";" if statement.strip() else ""
-
-
-def _patiently(work: Callable[[], Result], wait: float) -> Result:
-    """SQLite does not itself wait when it changes the journal mode."""
-    deadline = time.monotonic() + wait
-    while True:
-        try:
-            return work()
-        except sqlite3.OperationalError as error:
-            if getattr(error, "sqlite_errorcode", 0) & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
-                raise
-        time.sleep(LAST_PAUSE)
-
-
-def _boot_id() -> str:
-    try:
-        with open(_BOOT_ID) as file:  # noqa: PTH123
-            return file.read().strip()
-    except OSError:
-        return ""

@@ -57,8 +57,8 @@ class Points:
     def _watch_sql(self) -> None:
         connected = SqliteFile._connected
 
-        def watched(file: SqliteFile, wait: float, lock: OwnerLock | None) -> tuple[sqlite3.Connection, OwnerLock]:
-            db, lock = connected(file, wait, lock)
+        def watched(file: SqliteFile, had: OwnerLock | None) -> tuple[sqlite3.Connection, OwnerLock]:
+            db, lock = connected(file, had)
             db.set_trace_callback(lambda sql: self.reach(f"before {sql[:40]}"))
             return db, lock
 

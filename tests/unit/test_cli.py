@@ -19,7 +19,7 @@ from snapshot import MakeImage
 
 from pyblock import InvalidState, Sandbox, __version__, blocking
 from pyblock.cli import session
-from pyblock.stores import state_folder
+from pyblock.stores import files, state_folder
 
 SCRIPT = Path(sys.executable).with_name("pyblock")
 KEYS = {
@@ -272,6 +272,7 @@ def test_state_folder_of_root_and_of_others(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     made: list[Path] = []
     monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(files, "check_folder", lambda folder: None)  # whose it is really
     with monkeypatch.context() as patch:  # /run is the machine's
         patch.setattr(Path, "mkdir", lambda path, **_: made.append(path))
         assert state_folder() == Path("/run/pyblock")

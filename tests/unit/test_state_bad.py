@@ -13,7 +13,7 @@ import pytest
 import samples
 from snapshot import Busy, MakeImage, snapshot
 
-from pyblock import InvalidState, NewerState, Sandbox, StateError
+from pyblock import InvalidState, NewerState, Sandbox, StateError, StoreError
 from pyblock.hypervisors.memory import MemoryHypervisor
 from pyblock.state import VERSION, encode
 
@@ -230,7 +230,7 @@ async def test_places_that_hold_no_state(busy: Busy, empty: Sandbox, make_image:
         await is_not_overwritten(busy.sandbox, path, InvalidState)
     with pytest.raises(InvalidState):
         await busy.sandbox.save(tmp_path)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(StoreError, match="absent"):
         await busy.sandbox.save(tmp_path / "absent" / "state")
 
 

@@ -17,7 +17,7 @@ import pytest
 from children import in_child
 from snapshot import MakeImage
 
-from pyblock import Sandbox
+from pyblock import Sandbox, StoreError
 from pyblock.hypervisors.memory import MemoryHypervisor
 from pyblock.state import SandboxState, encode
 from pyblock.stores import json_file
@@ -142,7 +142,7 @@ def files(tmp_path: Path, make_image: MakeImage) -> Files:
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("blow", [fail, interrupt])
 def test_a_failure_at_each_step(files: Files, step: str, blow: Blow) -> None:
-    with struck(step, blow), pytest.raises((OSError, KeyboardInterrupt)):
+    with struck(step, blow), pytest.raises((StoreError, KeyboardInterrupt)):
         json_file.write(files.path, files.new)
     files.are(STEPS[step][3])
 
@@ -165,8 +165,9 @@ def test_a_disk_that_takes_no_more(files: Files) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         try:
             json_file.write(files.path, files.new)
-        except OSError as error:
-            return errno.errorcode[error.errno or 0]
+        except StoreError as error:
+            assert isinstance(error.__cause__, OSError)
+            return errno.errorcode[error.__cause__.errno or 0]
         return "written"
 
     assert len(files.texts["new"]) > 2000
@@ -176,6 +177,6 @@ def test_a_disk_that_takes_no_more(files: Files) -> None:
 
 def test_a_first_file_that_fails_is_absent(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
-    with struck("before the rename", fail), pytest.raises(OSError, match="No space"):
+    with struck("before the rename", fail), pytest.raises(StoreError, match="No space"):
         json_file.write(path, SandboxState())
     assert list(tmp_path.iterdir()) == []

@@ -45,7 +45,9 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("only root can mount a file system to fill")
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", folder], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k,mode=700", "tmpfs", folder], check=False, capture_output=True, text=True
+    )
     if done.returncode:
         pytest.skip(f"a file system to fill cannot be mounted here: {done.stderr.strip()}")
     try:
@@ -237,10 +239,12 @@ def test_a_folder_that_may_not_be_written() -> None:
         base.chmod(0o755)
         (base / "image").write_bytes(bytes(4096))
         (base / "image").chmod(0o666)
+        if uid is not None:
+            os.chown(base, uid, uid)
         base.chmod(0o555)
         assert in_child(lambda: asyncio.run(attempt(base)), uid=uid) == (0, "refused")
         assert [path.name for path in base.iterdir()] == ["image"]
-        base.chmod(0o777)
+        base.chmod(0o755)
         assert in_child(lambda: asyncio.run(attempt(base)), uid=uid) == (0, "done")
         base.chmod(0o555)
         before = (base / "state.db").read_bytes()

@@ -131,7 +131,8 @@ async def test_what_is_no_store_is_left_as_it_is(
 def test_the_files_are_private(tmp_path: Path) -> None:
     def make() -> str:
         os.umask(0)
-        asyncio.run(SqliteStore(tmp_path / "state.db").open_sandbox("s1", ""))
+        store = SqliteStore(tmp_path / "state.db")
+        asyncio.run(store.open_sandbox("s1", ""))
         return " ".join(f"{path.name}:{stat.S_IMODE(path.stat().st_mode):o}" for path in sorted(tmp_path.iterdir()))
 
     assert in_child(make) == (0, "state.db:600 state.db-owners:600 state.db-shm:600 state.db-wal:600")
@@ -148,17 +149,17 @@ async def test_an_older_version_is_brought_to_this_one(
     known = facts(scene.sandbox)
     await scene.sandbox.close()
     store.close()
-    old = rows(store.path)
+    old, released = rows(store.path), len(sqlite_file.MIGRATIONS)
     monkeypatch.setattr(sqlite_file, "MIGRATIONS", (*sqlite_file.MIGRATIONS, MORE + "INSERT INTO nowhere VALUES (1);"))
     with pytest.raises(InvalidState, match="nowhere"):
         await store.sandboxes()
-    assert rows(store.path) == old and version(store.path) == NEWER - 1
+    assert rows(store.path) == old and version(store.path) == released
     monkeypatch.setattr(sqlite_file, "MIGRATIONS", (*sqlite_file.MIGRATIONS[:-1], MORE))
     async with Sandbox("victim", scene.vm, store=store) as again:
         assert facts(again) == known and not again.recovered
         await agreed(store, again, scene.vm)
     store.close()
-    assert version(store.path) == NEWER
+    assert version(store.path) == released + 1
     assert {device for _, device in rows(store.path)["more"]} == {device for device, *_ in known}
     monkeypatch.undo()
     with pytest.raises(NewerState):
@@ -187,7 +188,7 @@ def test_killed_at_each_statement_of_the_making(made: bool, tmp_path: Path, make
         asyncio.run(begin())
         monkeypatch.setattr(sqlite_file, "MIGRATIONS", (*sqlite_file.MIGRATIONS, MORE))
     target = len(sqlite_file.MIGRATIONS)
-    before = target - 1 if made else 0
+    start = target - 1 if made else 0
     old = path.read_bytes() if made else b""
 
     def open_it(last: int) -> str:
@@ -208,7 +209,7 @@ def test_killed_at_each_statement_of_the_making(made: bool, tmp_path: Path, make
         return " ".join(asyncio.run(SqliteStore(path).sandboxes()))
 
     async def after() -> None:
-        assert version(path) in (before, target)
+        assert version(path) in (start, target)
         store = SqliteStore(path)
         sandbox = Sandbox("victim", MemoryHypervisor(), store=store, recover=False)
         async with sandbox:
@@ -229,21 +230,3 @@ def test_killed_at_each_statement_of_the_making(made: bool, tmp_path: Path, make
         for extra in ("-wal", "-shm"):
             path.with_name(path.name + extra).unlink(missing_ok=True)
     assert kills > 8
-
-
-async def test_an_earlier_boot_is_forgotten(make_store: MakeStore, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> None:
-    boot = "first"
-    monkeypatch.setattr(sqlite_file, "_boot_id", lambda: boot)
-    store = make_store()
-    scene = await make_scene(store, make_image)
-    for seen in ("first", "", "first"):  # where it cannot be read, nothing is known of it
-        boot = seen
-        store.close()
-        assert await store.sandboxes() == ["victim"] and len((await store.read("victim")).devices) == 2
-    boot = "second"
-    store.close()
-    assert await store.sandboxes() == []
-    async with Sandbox("victim", MemoryHypervisor(), store=store) as sandbox:
-        assert not sandbox.devices
-        async with Sandbox("other", MemoryHypervisor(), store=store) as other:
-            await other.attach_many([scene.once.info.path, scene.twice.info.path])  # the claims went with them
