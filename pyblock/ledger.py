@@ -22,12 +22,16 @@ RETRY = 1.0  # seconds between two tries to write what could not be written at o
 
 
 class Ledger:
-    """:param manager: the devices that there are; a touched device that it does not know has gone."""
+    """:param manager: the devices that there are; a touched device that it does not know has gone.
+    :param opening: which opening of the sandbox it belongs to, as the store counts them.
+    """
 
-    __slots__ = ("_later", "_manager", "_refused", "_sandbox_id", "_stamp", "_state", "_store", "_touched")
+    __slots__ = ("_later", "_loop", "_manager", "_opening", "_refused", "_sandbox_id", "_stamp", "_state", "_store", "_touched")
 
-    def __init__(self, store: Store, sandbox_id: str, manager: DeviceManager) -> None:
+    def __init__(self, store: Store, sandbox_id: str, manager: DeviceManager, opening: int) -> None:
         self._store = store
+        self._opening = opening
+        self._loop = asyncio.get_running_loop()
         self._sandbox_id = sandbox_id
         self._manager = manager
         self._touched: dict[str, int] = {}  # device ID to when it was touched last
@@ -135,6 +139,14 @@ class Ledger:
             await self.flush(deadline)
         finally:
             await self._store.close_sandbox(self._sandbox_id, deadline)
+
+    def abandon(self) -> bool:
+        """Gives the sandbox's ownership up without waiting, from whatever thread deletes it; what is not written yet, recovery will find.
+        Returns whether there was something to give up."""
+        if self._later is not None and not self._loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # it was closed at this moment
+                self._loop.call_soon_threadsafe(self._later.cancel)
+        return self._store.abandon(self._sandbox_id, self._opening, self._loop)
 
     def _row_by_id(self, device_id: str) -> Row | None:
         device = self._manager.get(device_id)

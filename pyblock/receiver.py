@@ -16,6 +16,7 @@ from pyblock.errors import CallerError, InvalidState, PyblockError, SandboxClose
 from pyblock.formats import RAW
 from pyblock.host import open_claimed
 from pyblock.hypervisors.base import Hypervisor, fault, typed
+from pyblock.loading import loading
 from pyblock.manager import Device, DeviceManager
 from pyblock.model import BlockDrive
 from pyblock.operation import Operation, log, passed
@@ -234,8 +235,9 @@ class Receiver(DeviceReceiver):
 
     async def _take_up(self, store: Store, deadline: float | None) -> None:
         """Becomes the sandbox's owner, and takes up what the store knows of it."""
-        from pyblock.ledger import Ledger  # noqa: PLC0415
-        from pyblock.state import decode_rows  # noqa: PLC0415
+        with loading("the store"):
+            from pyblock.ledger import Ledger  # noqa: PLC0415
+            from pyblock.state import decode_rows  # noqa: PLC0415
 
         stored = await store.open_sandbox(self.id, self._vmm.address, deadline)
         try:
@@ -251,7 +253,7 @@ class Receiver(DeviceReceiver):
         except BaseException:
             await store.close_sandbox(self.id)
             raise
-        self._ledger, self._met = Ledger(store, self.id, self.manager), ""
+        self._ledger, self._met = Ledger(store, self.id, self.manager, stored.opening), ""
 
     async def _load(self, state: SandboxState, *, where: str, share: bool = False) -> None:
         """Takes in a saved state, and has the store keep it; all of it or nothing. See Sandbox.restore."""
@@ -277,7 +279,8 @@ class Receiver(DeviceReceiver):
 
     def _restored(self, state: SandboxState, *, where: str, share: bool = False) -> tuple[list[Device], Allotment, Kept | None]:
         """What a saved state says. Raises StateError; nothing is changed by it but the allotment, if that was unused."""
-        from pyblock.persist import restore_sandbox  # noqa: PLC0415
+        with loading("a saved state"):
+            from pyblock.persist import restore_sandbox  # noqa: PLC0415
 
         allotment = self._allotment if self._allotment.unused else Allotment(self._allotment.capacity, self._allotment.given)
         devices, kept = restore_sandbox(state, self.manager, allotment, where=where, share=share)
@@ -322,8 +325,9 @@ class Receiver(DeviceReceiver):
 
     def _row(self, devices: list[Device], allotment: Allotment, kept: Kept | None) -> bytes:
         """What the store keeps of the sandbox beside its devices; b"" for nothing."""
-        from pyblock.persist import sandbox_to_row  # noqa: PLC0415
-        from pyblock.state import encode_row  # noqa: PLC0415
+        with loading("a saved state"):
+            from pyblock.persist import sandbox_to_row  # noqa: PLC0415
+            from pyblock.state import encode_row  # noqa: PLC0415
 
         row = sandbox_to_row(self.id, devices, allotment, kept)
         return encode_row(row) if row is not None else b""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from types import TracebackType
@@ -27,6 +28,7 @@ from pyblock.errors import (
 from pyblock.hypervisors import open_hypervisor
 from pyblock.hypervisors.base import Hypervisor, typed
 from pyblock.index import BlockIndex
+from pyblock.loading import loading
 from pyblock.manager import Device, DeviceManager
 from pyblock.model import DeviceInfo
 from pyblock.operation import deadline_after, log, over
@@ -97,6 +99,11 @@ class Sandbox(Receiver):
         self._recover = recover
         self._open_timeout = open_timeout
 
+    def __del__(self) -> None:
+        if (ledger := getattr(self, "_ledger", None)) is not None and ledger.abandon():
+            # Not its repr: what it consists of may have been deleted before it.
+            warnings.warn(f"unclosed sandbox {self.id}: use 'async with', or close it", ResourceWarning, stacklevel=2, source=self)
+
     def __repr__(self) -> str:
         return f"<Sandbox {self.id} {len(self.manager)} devices, {len(self.index)} indexes taken>"
 
@@ -122,9 +129,12 @@ class Sandbox(Receiver):
     def _find_store(self) -> Store | None:
         if self._store != "host":
             return self._store
-        from pyblock.stores import host_store  # noqa: PLC0415
+        if not self._vmm.address:
+            return None
+        with loading("the store"):
+            from pyblock.stores import host_store  # noqa: PLC0415
 
-        return host_store() if self._vmm.address else None
+        return host_store()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
@@ -133,7 +143,8 @@ class Sandbox(Receiver):
     async def stored(cls, store: Store, sandbox_id: str) -> Self:
         """A sandbox as a store has it, whoever has it open: to be looked at, not to be opened. Raises UnknownSandbox, StateError,
         StoreError."""
-        from pyblock.state import decode_rows  # noqa: PLC0415
+        with loading("the store"):
+            from pyblock.state import decode_rows  # noqa: PLC0415
 
         stored = await store.read(sandbox_id)
         sandbox = cls(sandbox_id, "memory:", store=None, capacity=CAPACITY_MAX)
@@ -282,7 +293,7 @@ class Sandbox(Receiver):
 
     async def save(self, path: str | os.PathLike[str]) -> None:
         """Writes devices, counts and indexes to a JSON file, atomically and synced. Raises StateError when the file there is something
-        else."""
+        else, StoreError when it cannot be written."""
         self.check()
         # One after the other, and each whole: an older picture must not come after a newer one, nor a cancelled one be half awaited.
         saving = self._saving = asyncio.ensure_future(self._save(path, self._saving))
@@ -291,7 +302,8 @@ class Sandbox(Receiver):
         saving.result()
 
     async def _save(self, path: str | os.PathLike[str], previous: asyncio.Future[None] | None) -> None:
-        from pyblock.stores import json_file  # noqa: PLC0415
+        with loading("a state file"):
+            from pyblock.stores import json_file  # noqa: PLC0415
 
         if previous is not None:
             await over(previous)
@@ -303,7 +315,8 @@ class Sandbox(Receiver):
         :param share: others of this host may write its images too, if they say so as well; the original claims none.
         Raises StateError; ImageInUse when another sandbox has claimed an image of it; StoreError. Nothing is then changed.
         """
-        from pyblock.stores import json_file  # noqa: PLC0415
+        with loading("a state file"):
+            from pyblock.stores import json_file  # noqa: PLC0415
 
         self.check()
         state = await asyncio.to_thread(json_file.read, path)
@@ -311,7 +324,8 @@ class Sandbox(Receiver):
 
     def state(self) -> SandboxState:
         """What `save` writes. An operation under way is saved as pending."""
-        from pyblock.persist import sandbox_to_state  # noqa: PLC0415
+        with loading("a saved state"):
+            from pyblock.persist import sandbox_to_state  # noqa: PLC0415
 
         self.check()
         return sandbox_to_state(self.id, self.manager, self._allotment, self._kept)

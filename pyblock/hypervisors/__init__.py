@@ -6,8 +6,9 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 
-from pyblock.errors import UnknownScheme
+from pyblock.errors import UnknownScheme, VmmUnreachable
 from pyblock.hypervisors.base import Hypervisor
+from pyblock.loading import loading
 
 # scheme -> module, and what opens an adapter in it; imported when first opened, so that importing pyblock loads no network library
 SCHEMES = {
@@ -17,7 +18,8 @@ SCHEMES = {
 
 
 def open_hypervisor(address: str) -> Hypervisor:
-    """The adapter for `scheme:rest`, not connected yet. Raises UnknownScheme, naming the known ones."""
+    """The adapter for `scheme:rest`, not connected yet. Raises UnknownScheme, naming the known ones; VmmUnreachable when
+    its code cannot be loaded."""
     scheme, colon, rest = address.partition(":")
     if not colon or scheme not in SCHEMES:
         known = ", ".join(f"{known}:" for known in SCHEMES)
@@ -28,5 +30,6 @@ def open_hypervisor(address: str) -> Hypervisor:
 @cache
 def _adapter(scheme: str) -> Callable[[str], Hypervisor]:
     module, name = SCHEMES[scheme]
-    opener: Callable[[str], Hypervisor] = getattr(import_module(module), name)
+    with loading(f"VMMs at {scheme}:", VmmUnreachable):
+        opener: Callable[[str], Hypervisor] = getattr(import_module(module), name)
     return opener

@@ -6,6 +6,7 @@ claim cannot outlive its device, nor a device its claim.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -56,6 +57,7 @@ class Stored(NamedTuple):
     :ivar owner: who has it open, in words; "" for nobody who lives.
     :ivar state: the saved form of the sandbox without its devices, b"" for nothing.
     :ivar devices: the saved forms of its devices, in the order in which they came.
+    :ivar opening: which opening of a sandbox by this process it is, where it was opened; 0 where it was read.
     """
 
     sandbox_id: str
@@ -63,6 +65,7 @@ class Stored(NamedTuple):
     owner: str
     state: bytes
     devices: Sequence[bytes]
+    opening: int = 0
 
 
 class Store(Protocol):
@@ -80,6 +83,10 @@ class Store(Protocol):
 
     async def close_sandbox(self, sandbox_id: str, deadline: float | None = None) -> None:
         """Gives the ownership up. A sandbox of which nothing is kept is forgotten."""
+
+    def abandon(self, sandbox_id: str, opening: int, loop: asyncio.AbstractEventLoop | None = None) -> bool:
+        """Gives the ownership up for one who was deleted without closing: at once in this process, and with the next write, or the loop's
+        next turn, for all others. Returns whether that opening still was the owner. Raises nothing, waits for nothing."""
 
     async def write(
         self,

@@ -5,18 +5,23 @@ Every method is one transaction. What it costs does not depend on how much is in
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import sqlite3
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from pyblock.errors import ImageInUse, SandboxBusy, SandboxConflict, StoreError, UnknownSandbox
+from pyblock.errors import ImageInUse, InvalidValue, SandboxBusy, SandboxConflict, StateError, StoreError, UnknownSandbox
 from pyblock.lineage import Identity, in_words
 from pyblock.state import drive_id_of
 from pyblock.stores.base import Claim, Row, Store, Stored
 from pyblock.stores.owner import OwnerLock
 from pyblock.stores.sqlite_file import SqliteFile
+
+Result = TypeVar("Result")
 
 READ_ONLY, SHARE = 1, 2  # the bits of `access`
 
@@ -27,8 +32,9 @@ class SqliteStore(Store):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = SqliteFile(path)
         self._owner: tuple[OwnerLock, int] | None = None  # the lock that shows that this process lives, and its number there
-        self._mine: set[str] = set()  # sandboxes that this process has open
-        self._given_up: set[str] = set()  # sandboxes that it closed, which could not be written down
+        self._mine: dict[str, int] = {}  # sandboxes that this process has open, and which opening of all it was
+        self._openings = 0
+        self._given_up: set[str] = set()  # sandboxes that it closed, which is not written down yet
 
     def __repr__(self) -> str:
         return f"<SqliteStore {str(self.path)!r}>"
@@ -39,15 +45,46 @@ class SqliteStore(Store):
         return self._file.path
 
     async def open_sandbox(self, sandbox_id: str, vm: str, deadline: float | None = None) -> Stored:
-        stored, self._owner = await self._file.transact(lambda db: self._take(db, sandbox_id, vm), deadline)
-        self._mine.add(sandbox_id)
+        if not vm.isascii():
+            _check_text(vm)
+        stored, self._owner = await self._change(lambda db: self._take(db, sandbox_id, vm), deadline)
+        self._openings += 1
+        self._mine[sandbox_id] = self._openings
         self._given_up.discard(sandbox_id)
-        return stored
+        return stored._replace(opening=self._openings)
 
     async def close_sandbox(self, sandbox_id: str, deadline: float | None = None) -> None:
-        self._mine.discard(sandbox_id)
+        self._mine.pop(sandbox_id, None)
         self._given_up.add(sandbox_id)  # with the next transaction, if not with this one
-        await self._file.transact(self._give_up, deadline)
+        await self._change(lambda db: None, deadline)
+
+    def abandon(self, sandbox_id: str, opening: int, loop: asyncio.AbstractEventLoop | None = None) -> bool:
+        if self._mine.get(sandbox_id) != opening or self._owner is None or self._owner[0] is not self._file.lock:
+            return False
+        del self._mine[sandbox_id]
+        self._given_up.add(sandbox_id)
+        if loop is not None:
+            with contextlib.suppress(RuntimeError):  # it is closed
+                loop.call_soon_threadsafe(self._write_down_given_up)
+        return True
+
+    def _write_down_given_up(self) -> None:
+        given_up: list[str] = []
+        with contextlib.suppress(StoreError, StateError):  # with the next transaction
+            self._file.transact_now(lambda db: given_up.extend(self._give_up(db)))
+            self._given_up.difference_update(given_up)
+
+    async def _change(self, work: Callable[[sqlite3.Connection], Result], deadline: float | None) -> Result:
+        """A transaction that also writes down what was given up."""
+        given_up: list[str] = []
+
+        def both(db: sqlite3.Connection) -> Result:
+            given_up[:] = self._give_up(db)
+            return work(db)
+
+        result = await self._file.transact(both, deadline)
+        self._given_up.difference_update(given_up)
+        return result
 
     async def write(
         self,
@@ -59,7 +96,7 @@ class SqliteStore(Store):
         all_or_none: bool = False,
     ) -> dict[str, ImageInUse]:
         try:
-            return await self._file.transact(lambda db: self._write(db, sandbox_id, rows(), state, all_or_none=all_or_none), deadline)
+            return await self._change(lambda db: self._write(db, sandbox_id, rows(), state, all_or_none=all_or_none), deadline)
         except _Refused as refused:
             return refused.errors
 
@@ -78,6 +115,9 @@ class SqliteStore(Store):
         return await self._file.transact(lambda db: self._read(db, sandbox_id), deadline, writes=False)
 
     async def find(self, vm: str, deadline: float | None = None) -> str | None:
+        if not vm.isascii():
+            _check_text(vm)
+
         def work(db: sqlite3.Connection) -> str | None:
             found = db.execute("SELECT id FROM sandbox WHERE vm = ?", (vm,)).fetchone()
             return found[0] if found else None
@@ -98,7 +138,6 @@ class SqliteStore(Store):
 
     def _take(self, db: sqlite3.Connection, sandbox_id: str, vm: str) -> tuple[Stored, tuple[OwnerLock, int]]:
         lock, number = self._register(db)
-        self._give_up(db)
         if vm:
             self._take_machine(db, sandbox_id, vm)
         row = db.execute("SELECT vm, owner, owner_text FROM sandbox WHERE id = ?", (sandbox_id,)).fetchone()
@@ -113,7 +152,8 @@ class SqliteStore(Store):
                     f"sandbox {sandbox_id!r} is in the store with the machine {had}, not {vm or 'one in memory'}; "
                     f"if that machine is gone, give it up with: pyblock forget {sandbox_id}"
                 )
-        text = f"process {os.getpid()} ({Path(sys.argv[0]).name or 'python'})"
+        program = Path(sys.argv[0]).name.encode(errors="backslashreplace").decode() or "python"
+        text = f"process {os.getpid()} ({program})"
         db.execute("UPDATE sandbox SET owner = ?, owner_text = ?, vm = ? WHERE id = ?", (number, text, vm or None, sandbox_id))
         return self._read(db, sandbox_id), (lock, number)
 
@@ -161,16 +201,17 @@ class SqliteStore(Store):
                 continue  # of a process whose transaction came to nothing, or that uses a database which was here before this one
             return lock, number
 
-    def _give_up(self, db: sqlite3.Connection) -> None:
-        """Has the sandboxes that were closed be nobody's; one of which nothing is kept goes."""
+    def _give_up(self, db: sqlite3.Connection) -> list[str]:
+        """Has the sandboxes that were closed be nobody's; one of which nothing is kept goes. Returns them."""
         if not self._given_up or self._owner is None or self._owner[0] is not self._file.lock:
-            return
-        for sandbox_id in self._given_up:
+            return []
+        given_up = list(self._given_up)  # one more may come at any moment, out of a deleted object
+        for sandbox_id in given_up:
             key = (sandbox_id, self._owner[1])
             kept = "EXISTS (SELECT 1 FROM device WHERE sandbox = sandbox.id)"
             if not db.execute(f"DELETE FROM sandbox WHERE id = ? AND owner = ? AND state = x'' AND NOT {kept}", key).rowcount:
                 db.execute("UPDATE sandbox SET owner = NULL, owner_text = '' WHERE id = ? AND owner = ?", key)
-        self._given_up = set()  # should the commit fail, they are this process's until it ends
+        return given_up
 
     def _write(
         self, db: sqlite3.Connection, sandbox_id: str, rows: Sequence[Row], state: bytes | None, *, all_or_none: bool
@@ -187,8 +228,6 @@ class SqliteStore(Store):
             raise _Refused(refused)
         if state is not None:
             db.execute("UPDATE sandbox SET state = ? WHERE id = ?", (state, sandbox_id))
-        if self._given_up:
-            self._give_up(db)
         return refused
 
     def _check_owned(self, db: sqlite3.Connection, sandbox_id: str) -> None:
@@ -264,6 +303,13 @@ class _Refused(Exception):
     def __init__(self, errors: dict[str, ImageInUse]) -> None:
         super().__init__()
         self.errors = errors
+
+
+def _check_text(vm: str) -> None:
+    try:
+        vm.encode()
+    except UnicodeEncodeError:
+        raise InvalidValue(f"the VMM's address {vm!r} is no UTF-8 and cannot be written down; give its socket another name") from None
 
 
 def _image(identity: Identity) -> str:
