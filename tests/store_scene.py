@@ -17,6 +17,7 @@ from pyblock import (
     Sandbox,
 )
 from pyblock.hypervisors.memory import MemoryHypervisor
+from pyblock.stores import sqlite_file
 from pyblock.stores.sqlite import SqliteStore
 
 SOON = 0.05  # seconds: a deadline meant to pass
@@ -34,6 +35,20 @@ def rows(path: Path) -> dict[str, list[tuple[Any, ...]]]:
     with closing(sqlite3.connect(path)) as db:
         tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
         return {table: db.execute(f"SELECT rowid, * FROM {table}").fetchall() for table in tables}
+
+
+def first_version(path: Path, target: Path, boot: str = "") -> None:
+    """Writes what a database holds as version 1 of it did."""
+    with closing(sqlite3.connect(path)) as new, closing(sqlite3.connect(target)) as old:
+        old.executescript(sqlite_file.MIGRATIONS[0])
+        for table in ("sandbox", "device"):
+            columns = ", ".join(name for _, name, *_ in old.execute(f"PRAGMA table_info({table})"))
+            for row in new.execute(f"SELECT {columns} FROM {table} ORDER BY rowid"):
+                old.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+        old.execute("UPDATE host SET boot = ?, owners = ?", (boot, *new.execute("SELECT owners FROM host").fetchone()))
+        old.execute(f"PRAGMA application_id = {sqlite_file.APPLICATION_ID}")
+        old.execute("PRAGMA user_version = 1")
+        old.commit()
 
 
 async def agreed(store: SqliteStore, sandbox: Sandbox, vm: MemoryHypervisor) -> None:

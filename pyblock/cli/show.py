@@ -91,7 +91,7 @@ def devices(records: Iterable[dict[str, Any]], *, as_json: bool) -> None:
     else:
         columns = [*(["sandbox"] if len({row["sandbox"] for row in records}) > 1 else []), *COLUMNS]
         table(columns, [[_cell(column, row[column]) for column in columns] for row in records], DISPENSABLE)
-        if any(row["predicted_name"] is None and row["index"] is not None for row in records):
+        if sys.stdout.isatty() and any(row["predicted_name"] is None and row["index"] is not None for row in records):
             say(UNNAMED)
 
 

@@ -101,7 +101,7 @@ class SqliteStore(Store):
             return refused.errors
 
     async def meet(self, sandbox_id: str, machine: str, deadline: float | None = None) -> None:
-        await self._file.transact(lambda db: self._meet(db, sandbox_id, machine), deadline)
+        await self._change(lambda db: self._meet(db, sandbox_id, machine), deadline)
 
     async def drives_of_others(self, sandbox_id: str, machine: str, deadline: float | None = None) -> set[str]:
         def work(db: sqlite3.Connection) -> set[str]:

@@ -32,7 +32,16 @@ MAY_END = {
     "detach_many": set[str](),
     "reconcile": set[str](),
 }
-MAY_END_ANY = {"AttachPending", "DetachPending", "StoreBusy", "VmmUnreachable", "ConnectionLost", "SandboxClosed", "CancelledError"}
+MAY_END_ANY = {
+    "DeadlinePassed",
+    "AttachPending",
+    "DetachPending",
+    "StoreBusy",
+    "VmmUnreachable",
+    "ConnectionLost",
+    "SandboxClosed",
+    "CancelledError",
+}
 MAY_END_STICKY = {"VmmRefused", "SlotsExhausted"}
 
 

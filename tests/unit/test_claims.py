@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import pytest
 from held_store import HeldStore, ended, until
 from loops import Loops, loop_devices
 from snapshot import MakeImage, MakeStore, refused
-from store_scene import rows
+from store_scene import first_version, rows
 
 from pyblock import DeviceInfo, ImageInUse, ImageReplaced, Sandbox
 from pyblock.hypervisors.memory import MemoryHypervisor
 from pyblock.lineage import Identity
-from pyblock.stores import sqlite_file
 from pyblock.stores.base import Claim, Row
 from pyblock.stores.sqlite import SqliteStore
 
@@ -138,16 +135,7 @@ async def test_a_database_of_before(make_store: MakeStore, make_image: MakeImage
         device = await sandbox.attach(image)
     store.close()
     old = store.path.with_name("old.db")
-    with closing(sqlite3.connect(store.path)) as new, closing(sqlite3.connect(old)) as db:
-        db.executescript(sqlite_file.MIGRATIONS[0])
-        db.execute("DELETE FROM host")
-        for table in ("host", "sandbox", "device"):
-            columns = ", ".join(name for _, name, *_ in db.execute(f"PRAGMA table_info({table})"))
-            for row in new.execute(f"SELECT {columns} FROM {table}"):
-                db.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
-        db.execute(f"PRAGMA application_id = {sqlite_file.APPLICATION_ID}")
-        db.execute("PRAGMA user_version = 1")
-        db.commit()
+    first_version(store.path, old)
     kept = {table: rows(old)[table] for table in ("device",)}
     taken_up = make_store(old)
     with pytest.raises(ImageInUse, match="'one'"):

@@ -79,7 +79,7 @@ def test_nothing_is_cut_on_a_terminal(shell: Shell, make_image: MakeImage, tmp_p
     assert status == 0 and "…" not in text
     for row in rows:
         for key in ("device_id", "predicted_name", "phase", "host_path"):
-            assert str(row[key]) in text, key  # whole, in one piece
+            assert str(row[key] or "?") in text, key  # whole, in one piece; several that came at once have no predicted name
 
 
 def test_eighty_columns_have_a_table(shell: Shell) -> None:

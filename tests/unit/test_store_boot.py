@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from snapshot import MakeImage, MakeStore
-from store_scene import Scene, facts, make_scene, rows
+from store_scene import Scene, facts, first_version, make_scene, rows
 
 from pyblock import InvalidState, NewerState, Sandbox
 from pyblock.hypervisors.memory import MemoryHypervisor
@@ -190,16 +190,15 @@ async def test_a_store_of_the_first_version_is_taken_up(make_store: MakeStore, m
     known = facts(scene.sandbox)
     await scene.sandbox.close()
     store.close()
-    before = {name: each for name, each in rows(store.path).items() if name != "host"}
-    with closing(sqlite3.connect(store.path)) as db:
-        db.execute(f"UPDATE host SET boot = '{FIRST}'")
-        db.execute("PRAGMA user_version = 1")
-        db.commit()
+    before = rows(store.path)["device"]
+    old = store.path.with_name("old.db")
+    first_version(store.path, old, FIRST)
+    old.replace(store.path)
     os.truncate(store.path.with_name("state.db-owners"), 0)
     async with Sandbox("victim", scene.vm, store=store) as again:
         assert facts(again) == known and not again.recovered
     store.close()
-    assert {name: each for name, each in rows(store.path).items() if name != "host"} == before
+    assert rows(store.path)["device"] == before
 
 
 def test_the_boot_as_text() -> None:

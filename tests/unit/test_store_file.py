@@ -84,7 +84,7 @@ SPOILS: dict[str, tuple[Callable[[Path], None], type[PyblockError], str]] = {
 }
 # The middle of each page, its edges, and the edges of what is in the header. An empty file, or one of one byte, which SQLite takes for
 # empty, is a store that was not made yet.
-PAGE, PAGES = 4096, 11
+PAGE, PAGES = 4096, 12
 CUTS = sorted(
     {2, 15, 16, 17, 28, 99, 100, 101, 511, 512, 513} | {page * PAGE + more for page in range(PAGES) for more in (-1, 0, 1, 100, 2000)}
 )
