@@ -1,0 +1,47 @@
+"""README's command line starts a QEMU on which README's example works, as they are written."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from kit import KitMissing
+from kit.machine import find_qemu
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+QUIET = "-nodefaults -no-user-config -display none -accel tcg"  # for what README leaves to the reader; its guest has only firmware
+
+
+def block(language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_the_first_example() -> None:
+    try:
+        find_qemu()
+    except KitMissing as missing:
+        pytest.skip(str(missing))
+    with tempfile.TemporaryDirectory(prefix="pyblock-", dir="/tmp") as name:
+        folder = Path(name)
+        (folder / "data.img").write_bytes(bytes(1 << 20))
+        command = shlex.split(block("sh").replace("\\\n", " ").replace("…", QUIET).replace("/run/vm1", name))
+        example = block("python").replace("/run/vm1", name).replace("timeout=10", "timeout=1")
+        with subprocess.Popen(command, cwd=folder) as qemu:
+            try:
+                deadline = time.monotonic() + 60
+                while not (folder / "qmp.sock").exists() and qemu.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                done = subprocess.run([sys.executable, "-c", example], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+            finally:
+                qemu.kill()
+    index, pci_path, name, match = done.stdout.split()
+    assert (index, name) == ("0", "/dev/vda") and re.fullmatch(r"[0-9a-f]{2}/00", pci_path) and match.lstrip("/").startswith("0000:00:")
+    assert "DetachPending" in done.stderr  # no guest is there to let go of it
