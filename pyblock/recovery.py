@@ -111,6 +111,8 @@ def differences(before: Collection[Seen], ours: Collection[str], inventory: Inve
         if device.drive is not drive or device.phase is not phase or device.operation is not None:
             continue
         held = inventory.held.get(drive.id)
+        if held is not None and _is_another(device, held):
+            held = None
         elsewhere = held is None and drive.imported and drive.file in inventory.files
         if phase is Phase.ATTACHED and (elsewhere or (held is not None and held.device)):
             continue
@@ -119,6 +121,13 @@ def differences(before: Collection[Seen], ours: Collection[str], inventory: Inve
         Difference(Found.ORPHAN, None, name, None, held) for name, held in inventory.held.items() if name not in ours and not held.cold
     ]
     return found
+
+
+def _is_another(device: BlockDevice, held: Held) -> bool:
+    """Whether what is there under a device's drive ID has another image open than the device is. Of files alone: a block device may be
+    known by the number of what it is a loop over."""
+    has, is_ = held.image, device.identity
+    return has is not None and is_ is not None and has[0] == is_[0] == "file" and has != is_
 
 
 class Recovery:
@@ -290,6 +299,7 @@ class Recovery:
             return partial(self._remove_orphan, one) if orphans else None
         if one.held is None and not one.elsewhere:
             device.free(self._receiver)
+            self.doubt()  # what is there under its ID all the same, or at its place, is somebody else's
             return partial(self._freed, device)
         return partial(self._removed, device.reclaim(self._receiver, whole=one.held is not None and one.held.whole))
 

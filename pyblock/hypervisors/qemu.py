@@ -98,9 +98,9 @@ class QemuHypervisor(SteppedHypervisor):
         return _LANES
 
     async def inventory(self, known: Collection[str] = ()) -> Inventory:
-        before = self._descriptors.drive_ids
-        listing = await take_listing(self._qmp, await self._look(), known)
-        self._descriptors.learn(listing.sets, listing.unused, before)
+        with self._descriptors.watched() as moved:
+            listing = await take_listing(self._qmp, await self._look(), known)
+        self._descriptors.learn(listing.sets, listing.unused, moved)
         return msgspec.structs.replace(listing.inventory, machine=await self._machine())
 
     async def _machine(self) -> str:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated
 
 import msgspec
@@ -60,6 +60,7 @@ class DescriptorSets:
         self._sets: dict[str, int | None] = {}  # drive ID to the set that its node has open, None where it opened a path
         self._unused: list[int] = []  # seen, and used by no node
         self._look_again = False
+        self._watches: list[set[str]] = []
         self._one = asyncio.Lock()
         qmp.on_resume = self._resumed
 
@@ -68,14 +69,25 @@ class DescriptorSets:
         """The drives of which it is known what their nodes have open."""
         return frozenset(self._sets)
 
-    def learn(self, sets: Mapping[str, int | None], unused: Sequence[int], before: Collection[str]) -> None:
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[set[str]]:
+        """The drives that come or go meanwhile. An answer that QEMU is giving in the meantime may be older than they are."""
+        moved: set[str] = set()
+        self._watches.append(moved)
+        try:
+            yield moved
+        finally:
+            self._watches = [each for each in self._watches if each is not moved]
+
+    def learn(self, sets: Mapping[str, int | None], unused: Sequence[int], moved: Collection[str]) -> None:
         """Takes what QEMU was found to have.
 
         :param sets: the set of each drive's node, None where it opened a path.
         :param unused: those of ours that no node uses.
-        :param before: `drive_ids` when QEMU was asked; what came since is not in its answer.
+        :param moved: drives that came or went while QEMU was asked: of them its answer says nothing.
         """
-        self._sets = {name: number for name, number in self._sets.items() if name not in before} | dict(sets)
+        ours = {name: number for name, number in self._sets.items() if name in moved}
+        self._sets = {name: number for name, number in sets.items() if name not in moved} | ours
         self._unused = list(unused)
 
     def closed(self) -> None:
@@ -99,7 +111,7 @@ class DescriptorSets:
                     return None
                 raise
         passed = self._qmp.decoded(Passed, "add-fd", raw)
-        self._sets[drive_id] = passed.set
+        self.note(drive_id, passed.set)
         if is_open_as(self._qmp.peer, passed.descriptor, image) is False:
             self.remove(drive_id)
             text = f"QMP socket {self._qmp.path!r}: QEMU got another file than {image.path!r} for drive {drive_id}"
@@ -109,11 +121,18 @@ class DescriptorSets:
     def note(self, drive_id: str, number: int | None) -> None:
         """Takes note of the set that a drive's node has open, None where it opened a path."""
         self._sets[drive_id] = number
+        self._moved(drive_id)
 
     def remove(self, drive_id: str) -> None:
         """Has the drive's set removed. Nobody waits for it: what is not carried out is found as unused."""
-        if (number := self._sets.pop(drive_id, None)) is not None:
+        number = self._sets.pop(drive_id, None)
+        self._moved(drive_id)
+        if number is not None:
             self._qmp.send("remove-fd", {"fdset-id": number})
+
+    def _moved(self, drive_id: str) -> None:
+        for moved in self._watches:
+            moved.add(drive_id)
 
     def _resumed(self) -> None:
         self._look_again = True  # while it was stopped, QEMU 7.2 closed nothing that it was told to remove

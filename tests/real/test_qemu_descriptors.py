@@ -19,7 +19,7 @@ from kit.proxy import Fault, Proxy
 from pyblock import BlockDevice, ImageReplaced, Sandbox
 from pyblock.host import OpenedImage
 from pyblock.hypervisors.qemu_descriptors import DescriptorSets
-from pyblock.recovery import Outcome
+from pyblock.recovery import Found, Outcome
 from pyblock.stores.sqlite import SqliteStore
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
@@ -302,3 +302,30 @@ async def test_another_mount_namespace_by_path(start_machine: Start, store: Sqli
             await sandbox.attach(ours, timeout=ENOUGH)
         assert not sandbox.devices and not list(sandbox.index)
         assert inode(theirs) not in opened(machine)
+
+
+async def test_another_image_under_a_drives_id_is_another_disk(bare_machine: Machine, store: SqliteStore, tmp_path: Path) -> None:
+    """A row that is older than the machine: what is there is not what it says, so it is neither believed nor removed."""
+    first, second = bare_machine.image("first"), bare_machine.image("second")
+    other = SqliteStore(tmp_path / "other.db")
+    async with Sandbox("one", f"qemu:{bare_machine.qmp_path}", store=store) as sandbox:
+        await sandbox.attach(first, device_id="data", timeout=ENOUGH)
+        await sandbox.save(tmp_path / "saved.json")
+        await sandbox.detach("data", timeout=ENOUGH)
+        await sandbox.attach(second, device_id="data", timeout=ENOUGH)
+    try:
+        async with Sandbox("one", f"qemu:{bare_machine.qmp_path}", store=other) as sandbox:
+            await sandbox.load(tmp_path / "saved.json")
+            [lost] = await sandbox.reconcile()
+            assert (lost.found, lost.outcome, lost.device_id) == (Found.LOST, Outcome.FREED, "data")
+            assert inode(second) in opened(bare_machine) and not sandbox.devices
+            [orphan] = await sandbox.reconcile()
+            assert (orphan.found, orphan.drive_id) == (Found.ORPHAN, "drive-data")
+            third = await sandbox.attach(bare_machine.image("third"), timeout=ENOUGH)
+            assert third.held.index == 1  # the other one sits at 0
+            await sandbox.detach(third, timeout=ENOUGH)
+    finally:
+        other.close()
+    async with Sandbox("one", f"qemu:{bare_machine.qmp_path}", store=store) as sandbox:
+        assert not sandbox.recovered
+        await sandbox.detach("data", timeout=ENOUGH)

@@ -1,0 +1,98 @@
+"""Which set of descriptors is whose: an answer of QEMU that is older than what happened meanwhile changes nothing about that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from pyblock.host import open_image
+from pyblock.hypervisors.qemu_descriptors import DescriptorSets
+from pyblock.hypervisors.qmp import QmpSession
+
+pytestmark = pytest.mark.anyio
+
+
+class Monitor(QmpSession):
+    """QEMU's sets, as it keeps them: the lowest free number is the next."""
+
+    def __init__(self) -> None:
+        super().__init__("nowhere")
+        self.sets: dict[int, str] = {}
+
+    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None, **_: Any) -> msgspec.Raw:
+        assert command == "add-fd" and arguments is not None
+        number = min(set(range(len(self.sets) + 1)) - self.sets.keys())
+        self.sets[number] = arguments["opaque"]
+        return msgspec.Raw(msgspec.json.encode({"fdset-id": number, "fd": 10 + number}))
+
+    def send(self, command: str, arguments: Mapping[str, Any]) -> None:
+        assert command == "remove-fd"
+        self.sets.pop(arguments["fdset-id"], None)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    path.write_bytes(bytes(4096))
+    return path
+
+
+async def hand_over(sets: DescriptorSets, drive_id: str, image: Path) -> int:
+    with open_image(str(image), read_only=False) as opened:
+        passed = await sets.pass_image(drive_id, opened)
+    assert passed is not None
+    return passed.set
+
+
+async def test_a_drive_that_came_back_while_qemu_was_asked(image: Path) -> None:
+    """Found by the storm: the answer knew its set of before, whose number was another drive's by then."""
+    monitor = Monitor()
+    sets = DescriptorSets(monitor)
+    assert await hand_over(sets, "drive-a", image) == 0
+    with sets.watched() as moved:
+        answer = {"drive-a": 0}
+        sets.remove("drive-a")
+        assert await hand_over(sets, "drive-b", image) == 0
+        assert await hand_over(sets, "drive-a", image) == 1
+    sets.learn(answer, (), moved)
+    sets.remove("drive-a")
+    assert set(monitor.sets) == {0}
+    sets.remove("drive-b")
+    assert not monitor.sets
+
+
+async def test_a_drive_that_came_while_qemu_was_asked(image: Path) -> None:
+    """Its set is there and its node not yet: that is no set that nobody uses."""
+    monitor = Monitor()
+    sets = DescriptorSets(monitor)
+    with sets.watched() as moved:
+        assert await hand_over(sets, "drive-a", image) == 0
+    sets.learn({}, [0], moved)
+    assert await hand_over(sets, "drive-b", image) == 1
+    assert set(monitor.sets) == {0, 1}
+
+
+async def test_what_nobody_uses_goes_before_the_next_comes(image: Path) -> None:
+    monitor = Monitor()
+    monitor.sets = {0: "pb:f1:2", 1: "pb:f1:3"}
+    sets = DescriptorSets(monitor)
+    with sets.watched() as moved:
+        pass
+    sets.learn({"drive-a": 1}, [0], moved)
+    assert await hand_over(sets, "drive-b", image) == 0
+    sets.remove("drive-a")
+    assert set(monitor.sets) == {0}
+
+
+async def test_a_drive_that_went_while_qemu_was_asked(image: Path) -> None:
+    monitor = Monitor()
+    sets = DescriptorSets(monitor)
+    await hand_over(sets, "drive-a", image)
+    with sets.watched() as moved:
+        sets.remove("drive-a")
+    sets.learn({"drive-a": 0}, (), moved)
+    assert not sets.drive_ids
