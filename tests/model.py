@@ -604,13 +604,15 @@ class World:
 
     def _detached(self, call: Call, error: BaseException | None) -> None:
         known = call.box.known[call.images[0]]
+        # It may have taken back what another call, not over yet, has attached.
+        others = any(other.box is call.box and call.images[0] in other.images for other in self.calls)
+        less = {count - 1 if others else max(0, count - 1) for count in known.counts}
         if error is None:
-            # It may have taken back what another call, not over yet, has attached.
-            others = any(other.box is call.box and call.images[0] in other.images for other in self.calls)
-            known.counts = {count - 1 if others else max(0, count - 1) for count in known.counts}
+            known.counts = less
             call.box.told.discard(call.device_id)
         elif isinstance(error, (pyblock.DetachPending, pyblock.AttachPending, asyncio.CancelledError)):
-            known.open_up(-1)
+            known.unsure = True
+            known.counts |= less
             others = any(other.box is call.box and other.images == call.images for other in self.calls)
             if isinstance(error, pyblock.DetachPending) and not others:  # one of two detaches of one attach has nothing to come back to
                 call.box.told.add(call.device_id)

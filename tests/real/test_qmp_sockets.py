@@ -14,7 +14,7 @@ from kit import Machine
 from kit.proxy import Fault, Proxy
 from snapshot import drive_ids, ordinals
 
-from pyblock import PyblockError, Sandbox, TransportError, VmmProtocolError, VmmUnreachable
+from pyblock import DeadlinePassed, PyblockError, Sandbox, VmmProtocolError, VmmUnreachable
 from pyblock.hypervisors import qmp
 from pyblock.recovery import Outcome
 
@@ -72,10 +72,10 @@ def says(*texts: bytes, stay: bool) -> Talk:
 REFUSED = b'{"error": {"class": "GenericError", "desc": "no capabilities for you"}}\r\n'
 HTTP = b"HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}"
 
-SERVERS: dict[str, tuple[Talk, type[TransportError]]] = {
-    "hangs without a greeting": (says(stay=True), VmmUnreachable),
-    "hangs half-way in the greeting": (says(GREETING[:30], stay=True), VmmUnreachable),
-    "hangs after the greeting": (says(GREETING, stay=True), VmmUnreachable),
+SERVERS: dict[str, tuple[Talk, type[PyblockError]]] = {
+    "hangs without a greeting": (says(stay=True), DeadlinePassed),
+    "hangs half-way in the greeting": (says(GREETING[:30], stay=True), DeadlinePassed),
+    "hangs after the greeting": (says(GREETING, stay=True), DeadlinePassed),
     "closes at once": (says(stay=False), VmmProtocolError),
     "closes half-way in the greeting": (says(GREETING[:30], stay=False), VmmProtocolError),
     "closes after the greeting": (says(GREETING, stay=False), VmmProtocolError),
@@ -84,7 +84,7 @@ SERVERS: dict[str, tuple[Talk, type[TransportError]]] = {
     "another JSON": (says(b'{"hello": 1}\n', stay=True), VmmProtocolError),
     "JSON that is no object": (says(b"[1]\n", stay=True), VmmProtocolError),
     "HTTP": (says(HTTP, stay=True), VmmProtocolError),
-    "HTTP after hearing something": (says(b"", HTTP, stay=False), VmmUnreachable),
+    "HTTP after hearing something": (says(b"", HTTP, stay=False), DeadlinePassed),
     "refuses qmp_capabilities": (says(GREETING, REFUSED, stay=True), VmmProtocolError),
     "garbage after the greeting": (says(GREETING, b"hello\n", stay=True), VmmProtocolError),
     "garbage after the greeting that is no UTF-8": (says(GREETING, b"\x00\xff no JSON\n", stay=True), VmmProtocolError),
@@ -117,14 +117,14 @@ async def test_what_answers_is_no_monitor(bare_machine: Machine, name: str) -> N
     async with Sandbox("s1", f"qemu:{path}") as sandbox:
         async with server(path, talk):
             for _ in range(2):
-                await is_refused(sandbox, image, kind, path, PASSES if kind is VmmUnreachable else ENOUGH)
+                await is_refused(sandbox, image, kind, path, PASSES if kind is DeadlinePassed else ENOUGH)
         await works(sandbox, bare_machine, image, path)
 
 
 async def test_a_silent_one_that_stays_is_given_up(bare_machine: Machine) -> None:
     path, image = bare_machine.folder / "other", bare_machine.image("disk")
     async with Sandbox("s1", f"qemu:{path}") as sandbox, server(path, says(stay=True)):
-        await is_refused(sandbox, image, VmmUnreachable, path, PASSES)
+        await is_refused(sandbox, image, DeadlinePassed, path, PASSES)
         path.unlink()  # its connections stay
         await works(sandbox, bare_machine, image, path)
 
