@@ -140,7 +140,7 @@ async def test_a_guest_that_ignores_the_unplug(start_machine: Start) -> None:
         machine.guest.ignore_pci()
         with pytest.raises(pyblock.DetachPending):
             await sandbox.detach(device, timeout=1)
-        assert (device.phase, device.attach_count, list(sandbox.index)) == (Phase.DETACHING, 1, [0])
+        assert (device.phase, device.attach_count, list(sandbox.index)) == (Phase.DETACH_PENDING, 1, [0])
         with pytest.raises(pyblock.SlotsExhausted):
             await sandbox.attach(machine.image("b", MIB))
         assert list(machine.guest.disks()) == ["vda"]
