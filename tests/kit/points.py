@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sqlite3
 from collections.abc import Callable, Mapping
@@ -117,6 +118,10 @@ class TurningPoints(Points):
         drive = arguments.get("node-name") or arguments.get("id")
         with closing(sqlite3.connect(f"file:{self._path}?mode=ro", uri=True)) as db:
             rows = [json.loads(state) for (state,) in db.execute("SELECT state FROM device")]
+        if command == "add-fd":  # it says which image it hands over, and not for which drive
+            kind, device, inode = re.fullmatch(r"pb:(.)(\w+):(\w+)", arguments["opaque"]).groups()  # type: ignore[union-attr]
+            image = [{"f": "file", "b": "block"}[kind], int(device, 16), int(inode, 16)]
+            drive = next((row["BlockDrive"]["ID"] for row in rows if row["Pyblock"]["Identity"] == image), None)
         said = [row["Pyblock"]["Phase"] for row in rows if row["BlockDrive"]["ID"] == drive]
         if said not in (["attach-pending"], ["detach-pending"]):
             self.unsaid.append(f"{command} {drive} while the store says {said or 'nothing'}")
