@@ -7,6 +7,7 @@ event loop, with one deadline for all that it waits for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 from pyblock.cli.pending import Interrupted, pending
 from pyblock.errors import (
     AttachPending,
+    DeadlinePassed,
     DetachPending,
     InvalidState,
     PyblockError,
@@ -25,18 +27,16 @@ from pyblock.errors import (
     StoreBusy,
     TransportError,
     UnknownSandbox,
-    VmmUnreachable,
 )
 from pyblock.hypervisors import open_hypervisor
 from pyblock.hypervisors.base import Hypervisor
-from pyblock.recovery import SETTLE_TIME, Finding
+from pyblock.recovery import SETTLE_TIME
 from pyblock.sandbox import Sandbox
 from pyblock.stores import host_store
 from pyblock.stores.base import Store
 
 BUSY_WAIT = 10.0  # seconds that a command waits for another that has the sandbox open, where its deadline is not earlier
 BUSY_PAUSE = 0.02
-SLACK = 1.0  # seconds past the deadline for what keeps to it by itself, and can say more than that it passed
 _WORDS = re.compile(r"[^A-Za-z0-9.]+")
 
 P = ParamSpec("P")
@@ -130,7 +130,7 @@ async def opened(
     _held.append(sandbox)
     try:
         yield sandbox
-    except (TransportError, AttachPending, DetachPending) as error:
+    except (TransportError, DeadlinePassed, AttachPending, DetachPending) as error:
         await sandbox.close()  # which undoes what it can
         if target.store is not None and (hint := await _hint(sandbox)):
             error.add_note(hint)
@@ -168,30 +168,12 @@ def left(deadline: float | None) -> float | None:
 
 
 async def recover(sandbox: Sandbox, deadline: float | None) -> None:
-    """Has a sandbox with a past settled before it is changed, as far as half of the time that is left allows: the rest goes on by itself.
-    Raises TransportError."""
+    """Has a sandbox with a past settled before it is changed, as far as half of the time that is left allows: the rest goes on by itself,
+    and whatever changes the machine asks it again. Raises TransportError."""
     if len(sandbox.manager):
         remain = left(deadline)
-        await _asked(sandbox, deadline, timeout=SETTLE_TIME if remain is None else min(SETTLE_TIME, remain / 2))
-
-
-async def reconcile(sandbox: Sandbox, deadline: float | None, *, dry_run: bool, orphans: bool) -> list[Finding]:
-    """Sandbox.reconcile with one deadline for asking and settling. Raises TransportError."""
-    late = None if deadline is None else deadline + SLACK
-    return await _asked(sandbox, late, dry_run=dry_run, orphans=orphans, timeout=left(deadline))
-
-
-async def _asked(
-    sandbox: Sandbox, deadline: float | None, *, dry_run: bool = False, orphans: bool = False, timeout: float | None
-) -> list[Finding]:
-    try:
-        async with asyncio.timeout_at(deadline):
-            return await sandbox.reconcile(dry_run=dry_run, orphans=orphans, timeout=timeout)
-    except TimeoutError:
-        raise VmmUnreachable(
-            f"the VMM of sandbox {sandbox.id} at {sandbox.vmm.address} did not say before the deadline (--timeout) which disks it has; "
-            "give it longer, or see whether it is stopped or its socket in use"
-        ) from None
+        with contextlib.suppress(DeadlinePassed):
+            await sandbox.reconcile(timeout=SETTLE_TIME if remain is None else min(SETTLE_TIME, remain / 2))
 
 
 def needs_store(target: Target) -> Store:

@@ -66,7 +66,8 @@ class Survey(NamedTuple):
         deadline = deadline_after(self.timeout)
         try:
             async with session.opened(target, deadline, wait=wait) as sandbox:
-                return Answer(sandbox.id, await session.reconcile(sandbox, deadline, dry_run=self.dry_run, orphans=self.orphans))
+                found = await sandbox.reconcile(dry_run=self.dry_run, orphans=self.orphans, timeout=session.left(deadline))
+                return Answer(sandbox.id, found)
         except PyblockError as error:
             return Answer(target.sandbox_id, error=error) if wait else _without(target.sandbox_id, error)
 

@@ -91,12 +91,10 @@ def test_a_hostile_name(bare_machine: Machine, shell: Shell) -> None:
     vm = f"qemu:{bare_machine.qmp_path}"
     refuses = (
         "from pyblock.hypervisors import qemu\n"
-        "made = qemu._recipe\n"
-        "def recipe(drive):\n"
-        "    one = made(drive)\n"
-        "    one.add[1]['file']['filename'] += '-absent'\n"
-        "    return one\n"
-        "qemu._recipe = recipe"
+        "made = qemu._node\n"
+        "def node(drive, image, file):\n"
+        "    return made(drive, image, drive.file + '-absent')\n"
+        "qemu._node = node"
     )
     done = shell("attach", image, vm=vm, patch=refuses)
     assert done.returncode == 1 and r"\x1b[2J\u202e.img-absent" in done.stderr
