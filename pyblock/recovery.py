@@ -68,6 +68,19 @@ class Finding(msgspec.Struct, frozen=True):
 NONE: tuple[Finding, ...] = ()
 
 
+class Seen(NamedTuple):
+    """A device as it stood before the VMM was asked. One that moved meanwhile is not judged by an answer that is older."""
+
+    device: BlockDevice
+    drive: BlockDrive
+    phase: Phase
+
+    @property
+    def stands(self) -> bool:
+        """Whether it stands so still, and nothing of it is under way."""
+        return self.device.drive is self.drive and self.device.phase is self.phase and self.device.operation is None
+
+
 class Difference(NamedTuple):
     """A device, or an orphan, that does not stand as it should, and what the VMM has of it (None: nothing)."""
 
@@ -77,14 +90,12 @@ class Difference(NamedTuple):
     device: BlockDevice | None
     held: Held | None
     elsewhere: bool = False  # the VMM may have it under a name that we do not know
+    seen: Seen | None = None  # the device, as it was judged
 
-
-class Seen(NamedTuple):
-    """A device as it stood before the VMM was asked. One that moved meanwhile is not judged by an answer that is older."""
-
-    device: BlockDevice
-    drive: BlockDrive
-    phase: Phase
+    @property
+    def stands(self) -> bool:
+        """Whether nobody has had a go at it since: of two who ask at once, both find it."""
+        return self.seen is None or self.seen.stands
 
 
 def _found(device: BlockDevice) -> Found:
@@ -107,8 +118,9 @@ def differences(before: Collection[Seen], ours: Collection[str], inventory: Inve
         may have in this machine.
     """
     found: list[Difference] = []
-    for device, drive, phase in before:
-        if device.drive is not drive or device.phase is not phase or device.operation is not None:
+    for seen in before:
+        device, drive, phase = seen
+        if not seen.stands:
             continue
         held = inventory.held.get(drive.id)
         if held is not None and _is_another(device, held):
@@ -116,7 +128,7 @@ def differences(before: Collection[Seen], ours: Collection[str], inventory: Inve
         elsewhere = held is None and drive.imported and drive.file in inventory.files
         if phase is Phase.ATTACHED and (elsewhere or (held is not None and held.device)):
             continue
-        found.append(Difference(_found(device), drive, drive.id, device, held, elsewhere))
+        found.append(Difference(_found(device), drive, drive.id, device, held, elsewhere, seen))
     found += [
         Difference(Found.ORPHAN, None, name, None, held) for name, held in inventory.held.items() if name not in ours and not held.cold
     ]
@@ -224,8 +236,9 @@ class Recovery:
         receiver = self._receiver
         renamed, self._renamed = {drive.id for drive in self._renamed}, []
         learnt: list[BlockDevice] = []
-        for device, drive, phase in at_rest(receiver.manager):
-            if phase is not Phase.ATTACHED or not drive.imported or device.drive is not drive or device.operation is not None:
+        for seen in at_rest(receiver.manager):
+            device, drive, phase = seen
+            if phase is not Phase.ATTACHED or not drive.imported or not seen.stands:
                 continue
             before = drive.guest_match, drive.pci_path
             if drive.guest_match is None:
@@ -282,8 +295,9 @@ class Recovery:
         return differences(before, ours | others, inventory)
 
     def _settle_all(self, found: list[Difference], doubts: int, *, orphans: bool) -> list[asyncio.Task[Finding]]:
-        """Begins to settle all of it; what can be settled at once is."""
+        """Begins to settle all of it; what can be settled at once is. What somebody else settles meanwhile is taken out of `found`."""
         self._asked = doubts == self._doubts  # else a connection was lost while the answer was on its way
+        found[:] = [one for one in found if one.stands]
         tasks = [asyncio.create_task(self._settle(one, self._step(one, orphans=orphans))) for one in found]
         if tasks:
             self._settling = self._settling or set()

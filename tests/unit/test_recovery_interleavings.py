@@ -202,3 +202,20 @@ async def test_what_is_remembered_for_late_callers_is_bounded(make_image: MakeIm
                 await sandbox.detach(f"{number}")
         for number in range(bound, 2 * bound):
             await sandbox.detach(f"{number}")
+
+
+@pytest.mark.parametrize("left", ["nothing", "backend"])
+async def test_two_who_ask_at_once_find_the_same(left: str, make_image: MakeImage) -> None:
+    """One of them settles it; the other has nothing to settle any more."""
+    vm = MemoryHypervisor()
+    async with Sandbox("one", vm, store=None) as sandbox:
+        await sandbox.attach(make_image("a"))
+        vm.devices.clear()
+        vm._places.clear()
+        if left == "nothing":
+            vm.backends.clear()
+        found = await asyncio.gather(sandbox.reconcile(), sandbox.reconcile())
+        assert sorted(map(len, found)) == [0, 1]
+        assert [one.found for one in found[0] + found[1]] == [Found.LOST]
+        nothing_left(sandbox)
+        assert not vm.backends
