@@ -182,6 +182,8 @@ class QmpSession:
             await connection.send("qmp_capabilities")
         except VmmUnreachable as error:  # it greeted, so it was reached
             raise ConnectionLost(str(error)) from error
+        if connection.ended is not None:  # right after its reply
+            raise connection.ended
 
     def _given_up(self, connection: Connection | None, error: PyblockError) -> PyblockError:
         if connection is not None:

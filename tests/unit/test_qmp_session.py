@@ -46,9 +46,10 @@ def reply(command: Command, value: Any = None) -> bytes:
 
 
 @asynccontextmanager
-async def monitor(path: Path, answer: Answer) -> AsyncIterator[None]:
-    """Greets, takes capabilities, and leaves the rest to `answer`."""
+async def monitor(path: Path, answer: Answer, *, behind: bytes = b"") -> AsyncIterator[None]:
+    """Greets, takes capabilities, and leaves the rest to `answer`. `behind` goes out with the first reply to the capabilities."""
     clients: set[asyncio.Task[None]] = set()
+    more = [behind]
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -59,7 +60,7 @@ async def monitor(path: Path, answer: Answer) -> AsyncIterator[None]:
             while line := await reader.readline():
                 command = json.loads(line)
                 if command["execute"] == "qmp_capabilities":
-                    writer.write(reply(command))
+                    writer.write(reply(command) + (more.pop() if more else b""))
                 else:
                     await answer(command, writer)
         except (OSError, asyncio.CancelledError):
@@ -359,3 +360,13 @@ async def test_a_process_that_is_stopped_is_named(path: Path, monkeypatch: pytes
             await session.close()
         finally:
             process.kill()
+
+
+async def test_a_connection_that_ends_as_it_begins(path: Path) -> None:
+    """What ended it came with the very reply that opened it. It is not kept for the commands to come."""
+    session = QmpSession(str(path))
+    async with monitor(path, answered, behind=b"no JSON {\n"):
+        with pytest.raises(VmmProtocolError, match="does not speak QMP"):
+            await session.execute("query-a")
+        assert bytes(await session.execute("query-b")) == b"{}"
+        await session.close()
