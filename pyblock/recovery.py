@@ -145,11 +145,11 @@ def _is_another(device: BlockDevice, held: Held) -> bool:
 class Recovery:
     """:param receiver: what belongs together with the VMM."""
 
-    __slots__ = ("_asked", "_asking", "_doubts", "_ended", "_questions", "_receiver", "_renamed", "_settling", "findings")
+    __slots__ = ("_asked_at", "_asking", "_doubts", "_ended", "_questions", "_receiver", "_renamed", "_settling", "findings")
 
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver
-        self._asked = False
+        self._asked_at: tuple[int, int] | None = None  # as _now was when the machine was asked
         self._asking: SharedWork[None] = SharedWork()
         self._doubts = 0
         self._ended = False
@@ -160,8 +160,16 @@ class Recovery:
 
     def doubt(self) -> None:
         """Has the machine asked again before it is next changed."""
-        self._asked = False
         self._doubts += 1
+
+    @property
+    def _now(self) -> tuple[int, int]:
+        """What has happened since the machine was asked when this is another than it was then."""
+        return self._doubts, self._receiver.vmm.losses
+
+    @property
+    def _asked(self) -> bool:
+        return self._asked_at == self._now
 
     def begin(self) -> None:
         """Takes questions on, until `end`."""
@@ -204,7 +212,7 @@ class Recovery:
         :param orphans: removes what is named as ours and is known to nobody.
         Raises TransportError when the machine does not answer, DeadlinePassed; nothing is then changed.
         """
-        doubts = self._doubts
+        now = self._now
         try:
             async with asyncio.timeout_at(deadline):
                 found = await self._question()
@@ -212,7 +220,7 @@ class Recovery:
             raise self._passed(deadline) from None
         if dry_run:
             return [_finding(one, Outcome.LEFT) for one in found]
-        tasks = self._settle_all(found, doubts, orphans=orphans)
+        tasks = self._settle_all(found, now, orphans=orphans)
         await self._recognize()
         if tasks:
             left = None if deadline is None else max(0.0, deadline - asyncio.get_running_loop().time())
@@ -227,8 +235,8 @@ class Recovery:
         return findings
 
     async def _ask(self) -> None:
-        doubts = self._doubts
-        self._settle_all(await self._differences(), doubts, orphans=False)
+        now = self._now
+        self._settle_all(await self._differences(), now, orphans=False)
         await self._recognize()
 
     async def _recognize(self) -> None:
@@ -294,9 +302,9 @@ class Recovery:
         self._renamed = receiver.allotment.learn(inventory, ours) or self._renamed
         return differences(before, ours | others, inventory)
 
-    def _settle_all(self, found: list[Difference], doubts: int, *, orphans: bool) -> list[asyncio.Task[Finding]]:
+    def _settle_all(self, found: list[Difference], asked_at: tuple[int, int], *, orphans: bool) -> list[asyncio.Task[Finding]]:
         """Begins to settle all of it; what can be settled at once is. What somebody else settles meanwhile is taken out of `found`."""
-        self._asked = doubts == self._doubts  # else a connection was lost while the answer was on its way
+        self._asked_at = asked_at  # it is asked again if a connection was lost while the answer was on its way
         found[:] = [one for one in found if one.stands]
         tasks = [asyncio.create_task(self._settle(one, self._step(one, orphans=orphans))) for one in found]
         if tasks:

@@ -120,6 +120,11 @@ class Hypervisor(Protocol):
         """What it waits for now, in words for whoever loses patience; "" where it knows of nothing."""
         return ""
 
+    @property
+    def losses(self) -> int:
+        """How many connections were lost so far. At each the machine may have been started anew, whether anybody waited for it or not."""
+        return 0
+
     async def inventory(self, known: Collection[str] = ()) -> Inventory:
         """Connects where that is needed, and lists what the machine has now. Changes nothing.
 

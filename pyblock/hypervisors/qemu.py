@@ -94,6 +94,10 @@ class QemuHypervisor(SteppedHypervisor):
         return self._qmp.waits_for
 
     @property
+    def losses(self) -> int:
+        return self._qmp.losses
+
+    @property
     def lanes(self) -> int | None:
         return _LANES
 

@@ -16,7 +16,7 @@ from typing import Annotated
 
 import msgspec
 
-from pyblock.errors import VmmProtocolError, VmmRefused
+from pyblock.errors import ConnectionLost, VmmProtocolError, VmmRefused
 from pyblock.host import OpenedImage
 from pyblock.hypervisors.qmp import QmpSession
 from pyblock.lineage import Identity
@@ -60,9 +60,10 @@ class DescriptorSets:
         self._sets: dict[str, int | None] = {}  # drive ID to the set that its node has open, None where it opened a path
         self._unused: list[int] = []  # seen, and used by no node
         self._look_again = False
+        self._known = False  # of all drives, what their nodes have open
         self._watches: list[set[str]] = []
         self._one = asyncio.Lock()
-        qmp.on_resume = self._resumed
+        qmp.on_resume, qmp.on_loss = self._resumed, self._lost
 
     @property
     def drive_ids(self) -> frozenset[str]:
@@ -89,12 +90,17 @@ class DescriptorSets:
         ours = {name: number for name, number in self._sets.items() if name in moved}
         self._sets = {name: number for name, number in sets.items() if name not in moved} | ours
         self._unused = list(unused)
+        self._known = True
 
     def closed(self) -> None:
-        """Takes note that the connection is over. QEMU has what it has; it is asked again."""
+        """Takes note that nothing is under way any more: what comes next may be in another event loop."""
+        self._one = asyncio.Lock()
+
+    def _lost(self) -> None:
+        """Whatever answers next may be another QEMU, whose numbers are others' sets: it is asked what it has."""
         self._sets.clear()
         self._unused.clear()
-        self._one = asyncio.Lock()
+        self._known = False
 
     async def pass_image(self, drive_id: str, image: OpenedImage) -> Passed | None:
         """Hands the image's descriptor to QEMU. None where none arrives: a proxy passes none on, or QEMU can have no more open.
@@ -104,12 +110,16 @@ class DescriptorSets:
         mark = f"{_MARK}{image.identity[0][0]}{image.identity[1]:x}:{image.identity[2]:x}"
         async with self._one:
             await self._sweep()
+            losses = self._qmp.losses
             try:
                 raw = await self._qmp.execute("add-fd", {"opaque": mark}, step="backend-add", descriptor=image.fd, late=self._remove_late)
             except VmmRefused as refusal:
                 if "SCM_RIGHTS" in refusal.reply["desc"]:
                     return None
                 raise
+        if self._qmp.losses != losses:  # the next command would open a new one, where the number may be another image's
+            text = f"QMP socket {self._qmp.path!r}: the connection ended when the image of drive {drive_id} had just been handed over"
+            raise ConnectionLost(text, sent=False)
         passed = self._qmp.decoded(Passed, "add-fd", raw)
         self.note(drive_id, passed.set)
         if is_open_as(self._qmp.peer, passed.descriptor, image) is False:
@@ -139,7 +149,7 @@ class DescriptorSets:
 
     async def _sweep(self) -> None:
         """Removes what nobody uses. Commands are worked off in the order in which they are sent, so nothing else can get the number."""
-        if self._look_again:
+        if self._look_again and self._known:  # else those in use would be taken for unused
             self._look_again = False
             self._unused = [each.number for each in await self._qmp.ask(list[MarkedSet], "query-fdsets") if each.image is not None]
         unused, self._unused = self._unused, []

@@ -43,12 +43,16 @@ _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
 class QmpSession:
     """:param path: the monitor's unix socket.
 
+    :ivar losses: how many connections have ended.
+    :ivar on_loss: is called when one has.
     :ivar on_resume: is called when the machine goes on after a stop.
     :ivar waits_for: what it waits for while it is being opened, in words; "" otherwise.
     """
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.losses = 0
+        self.on_loss: Callable[[], None] = lambda: None
         self.on_resume: Callable[[], None] = lambda: None
         self.waits_for = ""
         self._connection: Connection | None = None
@@ -242,6 +246,8 @@ class QmpSession:
 
     def _end(self, error: PyblockError) -> None:
         self._connection = None
+        self.losses += 1
+        self.on_loss()
         leaving, self._leaving = self._leaving, {}
         for future in leaving.values():
             if not future.done():

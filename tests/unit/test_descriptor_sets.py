@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from pyblock import ConnectionLost
 from pyblock.host import open_image
 from pyblock.hypervisors.qemu_descriptors import DescriptorSets
 from pyblock.hypervisors.qmp import QmpSession
@@ -22,11 +23,14 @@ class Monitor(QmpSession):
     def __init__(self) -> None:
         super().__init__("nowhere")
         self.sets: dict[int, str] = {}
+        self.breaks = False
 
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None, **_: Any) -> msgspec.Raw:
         assert command == "add-fd" and arguments is not None
         number = min(set(range(len(self.sets) + 1)) - self.sets.keys())
         self.sets[number] = arguments["opaque"]
+        if self.breaks:
+            self._end(ConnectionLost("it broke right behind the reply"))
         return msgspec.Raw(msgspec.json.encode({"fdset-id": number, "fd": 10 + number}))
 
     def send(self, command: str, arguments: Mapping[str, Any]) -> None:
@@ -96,3 +100,30 @@ async def test_a_drive_that_went_while_qemu_was_asked(image: Path) -> None:
         sets.remove("drive-a")
     sets.learn({"drive-a": 0}, (), moved)
     assert not sets.drive_ids
+
+
+async def test_a_number_is_worth_nothing_on_another_connection(image: Path) -> None:
+    """Another QEMU, or this one after it has cleaned up, may have another image under it."""
+    monitor = Monitor()
+    sets = DescriptorSets(monitor)
+    monitor.breaks = True
+    with pytest.raises(ConnectionLost) as caught:
+        await hand_over(sets, "drive-a", image)
+    assert not caught.value.sent  # nothing that uses it
+    assert not sets.drive_ids
+    sets.note("drive-b", 0)
+    monitor._end(ConnectionLost("it broke"))
+    monitor.sets = {0: "another QEMU's"}
+    sets.remove("drive-b")
+    assert monitor.sets
+
+
+async def test_what_was_unused_in_another_machine_stays(image: Path) -> None:
+    monitor = Monitor()
+    sets = DescriptorSets(monitor)
+    sets.learn({}, [0], moved=set())
+    monitor._end(ConnectionLost("it broke"))
+    monitor.sets = {0: "another QEMU's"}
+    monitor.on_resume()  # what is in use is not known, so nothing can be told to be unused
+    assert await hand_over(sets, "drive-a", image) == 1
+    assert 0 in monitor.sets
