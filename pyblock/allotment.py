@@ -6,9 +6,10 @@ A drive takes one of each, or nothing. The machine's own disks have theirs as we
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
+from pyblock.crowd import Crowd
 from pyblock.device import BlockDevice
 from pyblock.drivers import DRIVERS, FAMILIES, NVDIMM, Driver, Family
 from pyblock.errors import DeviceConflict, IndexesExhausted, IndexTaken, InvalidName
@@ -37,7 +38,7 @@ class Allotment:
     """
 
     __slots__ = (
-        "_coming",
+        "_crowds",
         "_drive_ids",
         "_foreign",
         "_foreign_ids",
@@ -65,7 +66,7 @@ class Allotment:
         self._watches: tuple[set[str], ...] = ()
         self._planned: dict[str, Place] | None = None  # device ID to what a batch took for it
         self._imported: Sequence[BlockDrive] = ()  # whose names wait for the offset of their family
-        self._coming: dict[str, dict[str, BlockDrive]] | None = None  # drives on their way, by prefix and ID
+        self._crowds: dict[str, Crowd] | None = None  # by prefix, where there is one
 
     @property
     def offsets(self) -> dict[str, int]:
@@ -181,29 +182,41 @@ class Allotment:
         format_ = (info.options.get("fstype") if info.options else None) or "raw"
         drive = BlockDrive(drive_id, index, ordinal, offset, kind, info.path, format_, info.read_only, info.serial, share=info.share)
         drive.crowded = planned  # with others, else it would not have been
-        self.expect(drive)
+        self.comes(drive)
         return drive
 
-    def expect(self, drive: BlockDrive) -> None:
+    def comes(self, drive: BlockDrive) -> None:
         """Takes note that a drive is on its way. The guest may see those that come together in any order: none of their names is sound."""
-        self._coming = self._coming or {}
-        others = self._coming.setdefault(drive.kind.family.prefix, {})
-        if others:
-            drive.crowded = True
-            for other in others.values() if len(others) == 1 else ():  # of more than one all are crowded already
-                other.crowded = True
-        others[drive.id] = drive
+        self._crowds = self._crowds or {}
+        self._crowds.setdefault(drive.kind.family.prefix, Crowd()).comes(drive)
 
-    def arrived(self, drive: BlockDrive) -> None:
-        """Takes note that the machine has a drive, or that it is on its way no more."""
+    def came(self, drive: BlockDrive) -> None:
+        """Takes note that the machine has a drive."""
+        self._note(drive, Crowd.came)
+
+    def leaves(self, drive: BlockDrive) -> bool:
+        """Takes note that the guest is asked to let go of a drive: one that comes meanwhile may get its name. False when it was asked
+        before."""
+        if drive.id not in self._drive_ids:  # an orphan has none of ours
+            return False
+        self._crowds = self._crowds or {}
+        return self._crowds.setdefault(drive.kind.family.prefix, Crowd()).leaves(drive)
+
+    def stays(self, drive: BlockDrive) -> None:
+        """Takes note that the guest keeps it."""
+        self._note(drive, Crowd.stays)
+
+    def _note(self, drive: BlockDrive, what: Callable[[Crowd, BlockDrive], None]) -> None:
         prefix = drive.kind.family.prefix
-        if self._coming and (others := self._coming.get(prefix)) and others.pop(drive.id, None) and not others:
-            del self._coming[prefix]
-            self._coming = self._coming or None  # most of the time there is none
+        if self._crowds and (crowd := self._crowds.get(prefix)) is not None:
+            what(crowd, drive)
+            if crowd.idle:
+                del self._crowds[prefix]
+                self._crowds = self._crowds or None  # most of the time there is none
 
     def release(self, drive: BlockDrive) -> None:
         """Gives back what `reserve` took."""
-        self.arrived(drive)
+        self._note(drive, Crowd.gone)
         self._give_back(drive.kind.family, (drive.index, drive.ordinal))
         self._drive_ids.discard(drive.id)
 
@@ -229,6 +242,11 @@ class Allotment:
         self._imported = sorted(
             (drive for drive in drives if drive.imported and drive.offset == drive.kind.offset), key=lambda drive: drive.ordinal
         )
+        crowded: dict[str, list[BlockDrive]] = {}
+        for drive in drives:
+            if drive.crowded:
+                crowded.setdefault(drive.kind.family.prefix, []).append(drive)
+        self._crowds = {prefix: Crowd(restored) for prefix, restored in crowded.items()} or None
         if offsets:
             self._offsets = {**self._offsets, **{name: offset for name, offset in offsets.items() if name in FAMILIES}}
 

@@ -193,16 +193,20 @@ class Receiver(DeviceReceiver):
                 except Exception as error:
                     self._recovery.doubt()
                     raise Unsettled(fault(f"plugging in drive {drive.id}", error)) from error
-        self._allotment.arrived(drive)
+        self._allotment.came(drive)
 
     async def unplug(self, drive: BlockDrive) -> None:
         """See DeviceReceiver."""
+        first = self._allotment.leaves(drive)
         try:
             await self._vmm.unplug(drive)
-        except (TransportError, Unsettled):
+        except (TransportError, Unsettled) as error:
             self._recovery.doubt()
+            if first and isinstance(error, TransportError):  # nothing was sent
+                self._allotment.stays(drive)
             raise
         except PyblockError:
+            self._allotment.stays(drive)
             raise
         except Exception as error:
             self._recovery.doubt()
@@ -212,7 +216,7 @@ class Receiver(DeviceReceiver):
         """See DeviceReceiver."""
         with typed(f"locating drive {drive.id}"):
             await self._vmm.locate(drive)
-        self._allotment.arrived(drive)
+        self._allotment.came(drive)
 
     def nudge(self, drive: BlockDrive) -> None:
         """See DeviceReceiver."""
@@ -294,7 +298,9 @@ class Receiver(DeviceReceiver):
             if isinstance(device, BlockDevice):
                 device.said_attached = device.attached
                 if device.phase is Phase.ATTACH_PENDING and device.drive is not None:
-                    allotment.expect(device.drive)
+                    allotment.comes(device.drive)
+                elif device.phase is Phase.DETACH_PENDING and device.drive is not None:
+                    allotment.leaves(device.drive)
 
     def _adopt(self, devices: list[Device], *, where: str) -> list[BlockDrive]:
         """Has the adapter take the places of drives that were plugged in before; all of them or none. Raises InvalidState."""
