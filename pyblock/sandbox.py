@@ -385,6 +385,7 @@ class Sandbox(Receiver):
         undone, over_ = loop.time() + GRACE, loop.time() + CLOSE_TIME
         try:
             if batches := self._batches:
+                await asyncio.sleep(0)  # a batch that was made just now has to have begun, to give back what was planned for it
                 for task in batches:
                     task.cancel()
                 await asyncio.wait(batches, timeout=GRACE)

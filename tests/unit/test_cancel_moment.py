@@ -135,3 +135,18 @@ async def test_a_detach_that_is_called_again_is_cancelled(turns: int, make_image
             with contextlib.suppress(UnknownDevice, NotAttached):
                 await sandbox.detach(device)
         assert his.attached and his.attach_count == 1
+
+
+async def test_closed_in_the_moment_in_which_a_batch_is_made(make_image: MakeImage) -> None:
+    """What was planned for it is given back, though not one of its attaches had its turn."""
+    sandbox = Sandbox("one", MemoryHypervisor(), store=None)
+    async with sandbox:
+        await sandbox.detach(await sandbox.attach(make_image("first")))  # the machine has been asked
+        attaching = asyncio.create_task(sandbox.attach_many([make_image("a"), make_image("b")]))
+        while sandbox._batches is None:
+            await asyncio.sleep(0)
+        await sandbox.close()
+        with pytest.raises(SandboxClosed):
+            await attaching
+    async with sandbox:
+        assert not len(sandbox.index) and not sandbox.devices
