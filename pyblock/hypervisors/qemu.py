@@ -246,11 +246,11 @@ class QemuHypervisor(SteppedHypervisor):
         leaving = await self._qmp.leaving(device_id)
         try:
             await self._qmp.execute("device_del", {"id": device_id}, step="device-del")
-        except PyblockError as error:
-            if not (isinstance(error, VmmRefused) and _is_pending(error)):
-                self._qmp.forget(device_id)
-                if isinstance(error, VmmRefused) and _not_found(error):
-                    return False
+        except VmmRefused as error:
+            if _not_found(error):
+                self._qmp.left(device_id)  # for whoever asked before and waits for it
+                return False
+            if not _is_pending(error):
                 raise
         self._leaving[drive.id] = (device_id, leaving)
         return True
@@ -266,7 +266,7 @@ class QemuHypervisor(SteppedHypervisor):
         try:
             await asyncio.wait([leaving])  # a cancellation ends the waiting, not what others may wait for
         finally:
-            del self._leaving[drive.id]
+            self._leaving.pop(drive.id, None)  # two may wait for one that is nobody's
         leaving.result()
 
     def nudge(self, drive: BlockDrive) -> None:

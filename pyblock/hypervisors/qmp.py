@@ -108,7 +108,7 @@ class QmpSession:
 
     async def leaving(self, device_id: str) -> asyncio.Future[None]:
         """A future that is done when QEMU reports that the device left: ask for it before the removal. VmmRefused: the guest declined;
-        ConnectionLost: QEMU will report on this connection no more."""
+        ConnectionLost: QEMU will report on this connection no more. All who ask for one device wait for the same."""
         await self._open()
         future = self._leaving.get(device_id)
         if future is None or future.done():
@@ -120,11 +120,6 @@ class QmpSession:
         """Takes note that a device is gone."""
         if (future := self._leaving.pop(device_id, None)) is not None and not future.done():
             future.set_result(None)
-
-    def forget(self, device_id: str) -> None:
-        """Takes note that nobody waits for the device to leave."""
-        if (future := self._leaving.pop(device_id, None)) is not None:
-            future.cancel()
 
     def is_gone(self) -> bool:
         """Whether the socket is absent or nobody listens there. A peer that is there and says nothing is not gone."""

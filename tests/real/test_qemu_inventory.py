@@ -186,6 +186,15 @@ async def test_an_orphan_that_was_removed_is_forgotten(bare_machine: Machine) ->
         assert (device.held.id, device.held.index) == ("drive-q", 0)
 
 
+async def test_an_orphan_that_two_remove_at_once(bare_machine: Machine) -> None:
+    """Each of them may find it, and each hears that it is gone."""
+    add_disk(bare_machine, bare_machine.image("q"), node="drive-q", device="drive-q", lun=0)
+    async with Sandbox("one", f"qemu:{bare_machine.qmp_path}", store=None) as sandbox:
+        found = await asyncio.gather(sandbox.reconcile(orphans=True), sandbox.reconcile(orphans=True))
+        assert {one.outcome for each in found for one in each} == {Outcome.REMOVED}
+        assert "drive-q" not in names(bare_machine)["nodes"]
+
+
 async def test_a_controller_that_is_not_on_pci(start_machine: Start, store: SqliteStore) -> None:
     """QEMU's microvm has no PCI: its SCSI controller sits on a virtio-mmio bus."""
     machine = start_machine("microvm", guest=False)
