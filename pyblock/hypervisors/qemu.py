@@ -77,7 +77,7 @@ class QemuHypervisor(SteppedHypervisor):
         self._slots: dict[str, tuple[str, Slot | None]] = {}  # slot name to the ID of our drive in it, and the slot if we chose it
         self._buses: dict[Any, int] = {}
         self._leaving: dict[str, tuple[str, asyncio.Future[None]]] = {}  # drive ID to the device that was asked to leave
-        self._nudges: set[asyncio.Task[None]] = set()
+        self._nudges: dict[str, asyncio.Task[None]] = {}  # by drive ID
 
     @property
     def drivers(self) -> frozenset[str]:
@@ -270,9 +270,10 @@ class QemuHypervisor(SteppedHypervisor):
         leaving.result()
 
     def nudge(self, drive: BlockDrive) -> None:
-        task = asyncio.create_task(self._nudge(drive))
-        self._nudges.add(task)
-        task.add_done_callback(self._nudges.discard)
+        if drive.id in self._nudges:  # QEMU has not answered the last one yet
+            return
+        task = self._nudges[drive.id] = asyncio.create_task(self._nudge(drive))
+        task.add_done_callback(lambda _: self._nudges.pop(drive.id, None))
 
     async def _nudge(self, drive: BlockDrive) -> None:
         device_id, _ = self._leaving.get(drive.id, (drive.id, None))
@@ -317,7 +318,7 @@ class QemuHypervisor(SteppedHypervisor):
         return drive.id if drive.id in await nodes(self._qmp) else None
 
     async def close(self) -> None:
-        for task in list(self._nudges):
+        for task in list(self._nudges.values()):
             task.cancel()
         await self._qmp.close()
         self._descriptors.closed()

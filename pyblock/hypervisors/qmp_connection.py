@@ -26,6 +26,7 @@ LINE_MAX = 64 << 20  # bytes of one message: a listing of block nodes has 0.9 KB
 EVENTS_MAX = 100_000  # within EVENTS_TIME; 10,000 disks that leave at once send 20,000
 EVENTS_TIME = 10.0  # seconds
 UNSENT_MAX = 64 << 20  # bytes that wait for a peer that does not read
+_TIDY_MIN = 100  # commands that wait before it is looked for those that nobody waits for any more
 STRAYS_MAX = 64  # messages before the greeting: replies that an earlier client did not wait for (QEMU 10)
 _CHUNK = 65536
 _PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid
@@ -56,12 +57,13 @@ _encoder = msgspec.json.Encoder()
 class Request:
     """A command on its way.
 
+    :ivar number: its ID.
     :ivar begun: a byte of it was sent.
     :ivar descriptor: its own, closed when it has left.
     :ivar late: is called with the reply when whoever asked has gone.
     """
 
-    __slots__ = ("arguments", "begun", "command", "data", "descriptor", "future", "late", "step")
+    __slots__ = ("arguments", "begun", "command", "data", "descriptor", "future", "late", "number", "step")
 
     def __init__(
         self,
@@ -73,6 +75,7 @@ class Request:
         late: Callable[[msgspec.Raw], None] | None,
     ) -> None:
         self.command = command
+        self.number = number
         self.arguments = arguments
         self.step = step
         self.descriptor = descriptor
@@ -113,6 +116,7 @@ class Connection:
         self._asked: dict[int | str | None, Request] = {}
         self._unsent: deque[Request] = deque()
         self._unsent_size = 0
+        self._tidy_at = _TIDY_MIN
         self._line = bytearray()  # the beginning of a message whose end has not come
         self._passing: Request | None = None  # with a descriptor, until it is answered
         self._passed = asyncio.Event()
@@ -147,10 +151,13 @@ class Connection:
         """Sends a command; the future is done with its reply.
 
         VmmRefused: the peer said no. ConnectionLost and VmmProtocolError: the connection ended after the first byte had been sent.
-        VmmUnreachable: it ended before. A future that is cancelled changes nothing: a command is never cut, and `late` gets its reply.
+        VmmUnreachable: it ended before. A future that is cancelled changes nothing once a byte was sent: a command is never cut, and `late`
+        gets its reply. Before, the command may be left out: a machine that was stopped for long is not to work off what nobody waits for.
         """
         if self.ended is not None:
             raise VmmUnreachable(f"{self._where}: the connection was gone before {command} was sent ({self.ended})")
+        if len(self._unsent) >= self._tidy_at:
+            self._tidy()
         if self._unsent_size > UNSENT_MAX:
             raise VmmUnreachable(f"{self._where}: {self._unsent_size} bytes wait to be read by the peer; {command} was not sent")
         number = next(self._numbers)
@@ -196,6 +203,20 @@ class Connection:
         if isinstance(error, VmmProtocolError):
             return VmmProtocolError(f"{error}; {request.command} was not answered")
         return ConnectionLost(f"{self._where}: the connection broke before {request.command} was answered ({error})")
+
+    def _tidy(self) -> None:
+        kept: deque[Request] = deque()
+        for request in self._unsent:
+            if request.begun or not request.future.cancelled():
+                kept.append(request)
+                continue
+            del self._asked[request.number]
+            self._unsent_size -= len(request.data)
+            if request.descriptor is not None:
+                os.close(request.descriptor)
+            self._answered(request)
+        self._unsent = kept
+        self._tidy_at = max(_TIDY_MIN, 2 * len(kept))
 
     def _writable(self) -> None:
         while self._unsent:

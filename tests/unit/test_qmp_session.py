@@ -22,8 +22,11 @@ import msgspec
 import pytest
 
 from pyblock import ConnectionLost, DeadlinePassed, Sandbox, VmmProtocolError, VmmRefused, VmmUnreachable
+from pyblock.drivers import VIRTIO_SCSI
 from pyblock.hypervisors import qmp, qmp_connection
+from pyblock.hypervisors.qemu import QemuHypervisor
 from pyblock.hypervisors.qmp import QmpSession
+from pyblock.model import BlockDrive
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
@@ -169,6 +172,63 @@ async def test_a_peer_that_does_not_read(path: Path, monkeypatch: pytest.MonkeyP
         await session.close()
         ends = await asyncio.gather(*going, return_exceptions=True)
         assert {type(end) for end in ends} == {ConnectionLost, VmmUnreachable}  # some were on their way, the others were not sent
+
+
+async def test_what_nobody_waits_for_any_more_is_not_sent(path: Path) -> None:
+    """A caller looks at a stopped machine again and again. When it goes on, it has little to catch up with."""
+    stopped = asyncio.Event()
+    heard: list[str] = []
+
+    async def answer(command: Command, writer: asyncio.StreamWriter) -> None:
+        heard.append(command["execute"])
+        await stopped.wait()
+        await answered(command, writer)
+
+    async with opened(path, answer) as session:
+        first = asyncio.create_task(session.execute("first"))
+        while not heard:
+            await asyncio.sleep(0)
+        for number in range(5000):
+            asking = asyncio.create_task(session.execute("query", {"padding": "x" * 1000, "number": number}))
+            await asyncio.sleep(0)
+            asking.cancel()
+            await asyncio.wait([asking])
+        stopped.set()
+        await first
+        await session.execute("last")
+        assert heard[0] == "first" and heard[-1] == "last"
+        assert len(heard) < 2000  # what the sockets and the server's reader hold
+        assert session._connection is not None and not session._connection._asked
+
+
+async def test_a_removal_is_asked_for_again_once_at_a_time(path: Path) -> None:
+    """Whoever calls detach again and again while QEMU is stopped does not pile up requests."""
+    heard, goes_on = asyncio.Event(), asyncio.Event()
+    count = 0
+
+    async def answer(command: Command, writer: asyncio.StreamWriter) -> None:
+        nonlocal count
+        count += command["execute"] == "device_del"
+        heard.set()
+        await goes_on.wait()
+        await answered(command, writer)
+
+    async with monitor(path, answer):
+        adapter = QemuHypervisor(str(path))
+        drive = BlockDrive("drive-x", 0, 0, 0, VIRTIO_SCSI, "/x")
+        for _ in range(100):
+            adapter.nudge(drive)
+        await heard.wait()
+        adapter.nudge(drive)
+        goes_on.set()
+        while adapter._nudges:
+            await asyncio.sleep(0)
+        assert count == 1
+        adapter.nudge(drive)
+        while adapter._nudges:
+            await asyncio.sleep(0)
+        assert count == 2
+        await adapter.close()
 
 
 class Node(msgspec.Struct):
