@@ -5,22 +5,24 @@ It repeats none of the logic. The thread starts with the first open sandbox and 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, Self, TypeVar
 
 from anyio.from_thread import BlockingPortal, BlockingPortalProvider
 
 from pyblock import sandbox as door
 from pyblock.device import BlockDevice
-from pyblock.errors import SandboxClosed
+from pyblock.errors import PyblockError, SandboxClosed
 from pyblock.hypervisors.base import Hypervisor
 from pyblock.index import BlockIndex
 from pyblock.manager import Device, DeviceManager
+from pyblock.operation import log
 from pyblock.receiver import GRACE
 from pyblock.recovery import Finding
 
@@ -71,7 +73,7 @@ class Sandbox:
     def __enter__(self) -> Self:
         self._portal, self._pid = self._stack.enter_context(_provider), os.getpid()
         try:
-            self._call(self._sandbox.__aenter__)
+            self._call(self._sandbox.__aenter__, lambda _: self._sandbox.close())
         except BaseException:
             self._portal = None
             self._stack.close()
@@ -115,7 +117,8 @@ class Sandbox:
     ) -> BlockDevice:
         """See pyblock.Sandbox.attach."""
         attach = partial(self._sandbox.attach, image, driver=driver, read_only=read_only, serial=serial, device_id=device_id)
-        return self._call(partial(attach, share=share, format=format, timeout=timeout))
+        take_back: Callable[[BlockDevice], Awaitable[None]] = partial(self._sandbox.detach, timeout=GRACE)
+        return self._call(partial(attach, share=share, format=format, timeout=timeout), take_back)
 
     def attach_many(
         self,
@@ -130,7 +133,8 @@ class Sandbox:
     ) -> list[BlockDevice]:
         """See pyblock.Sandbox.attach_many. `progress` is called in the event-loop thread."""
         attach = partial(self._sandbox.attach_many, list(images), driver=driver, read_only=read_only, share=share)
-        return self._call(partial(attach, format=format, timeout=timeout, progress=progress))
+        take_back: Callable[[list[BlockDevice]], Awaitable[None]] = partial(self._sandbox.detach_many, timeout=GRACE)
+        return self._call(partial(attach, format=format, timeout=timeout, progress=progress), take_back)
 
     def detach(self, device: Device | str, *, timeout: float | None = door.TIMEOUT) -> None:
         """See pyblock.Sandbox.detach."""
@@ -183,24 +187,21 @@ class Sandbox:
         finally:
             self._stack.close()
 
-    def _call(self, function: Callable[[], Awaitable[Result]]) -> Result:
-        """Runs it in the event-loop thread. If this thread is interrupted (Ctrl-C), it is cancelled there, and given time for that."""
+    def _call(self, function: Callable[[], Awaitable[Result]], undo: Callable[[Result], Awaitable[None]] | None = None) -> Result:
+        """Runs it in the event-loop thread. If this thread is interrupted (Ctrl-C), it is ended there, and given time for that.
+
+        :param undo: takes back what it did, when this thread was interrupted in the moment of its success.
+        """
         portal = self._loop
-        over = threading.Event()
-
-        async def run() -> Result:
-            try:
-                return await function()
-            finally:
-                over.set()
-
-        future = portal.start_task_soon(run)
+        call = _Call(function, undo)
         try:
-            return future.result()
-        except BaseException:
-            if not future.done():
-                future.cancel()
-                over.wait(GRACE)
+            portal.start_task_soon(call.run)
+            return call.result()
+        except BaseException as error:
+            if error is not call.error:
+                with suppress(RuntimeError):  # the event-loop thread has ended, and the call with it
+                    portal.start_task_soon(call.end)
+                    call.over.wait(GRACE)
             raise
 
     @property
@@ -208,3 +209,52 @@ class Sandbox:
         if self._portal is None or self._pid != os.getpid():
             raise SandboxClosed(f"sandbox {self.id} is not open in this process; use it inside 'with'")
         return self._portal
+
+
+class _Call(Generic[Result]):
+    """A function that runs in the event-loop thread, for another that waits. Both may be at any point when that one is interrupted, so what
+    becomes of the function is decided in the event-loop thread alone.
+
+    :ivar error: what it raised.
+    :ivar over: nothing of it goes on after its end was asked for.
+    """
+
+    def __init__(self, function: Callable[[], Awaitable[Result]], undo: Callable[[Result], Awaitable[None]] | None) -> None:
+        self.error: BaseException | None = None
+        self.over = threading.Event()
+        self._function = function
+        self._undo = undo
+        self._results: list[Result] = []
+        self._task: asyncio.Task[None] | None = None
+        self._done = threading.Event()
+
+    async def run(self) -> None:
+        self._task = asyncio.current_task()
+        try:
+            self._results.append(await self._function())
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._done.set()
+
+    def result(self) -> Result:
+        """Waits for it, and returns or raises what it did."""
+        self._done.wait()
+        if self.error is not None:
+            raise self.error
+        return self._results[0]
+
+    async def end(self) -> None:
+        """Ends it, and takes back what it did all the same. What does not end in time goes on by itself."""
+        try:
+            if self._task is None:
+                return  # the interruption came before it was on its way
+            if not self._done.is_set():
+                self._task.cancel()
+                await asyncio.wait([self._task])
+            if self._results and self._undo is not None:
+                await self._undo(self._results[0])
+        except PyblockError as error:
+            log.warning("what was done when its caller was interrupted could not be taken back: %s", error)
+        finally:
+            self.over.set()

@@ -7,11 +7,13 @@ import copy
 import json
 import signal
 import threading
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
+from anyio.from_thread import BlockingPortal
 
 import pyblock
 from pyblock import BlockDevice, Phase, blocking
@@ -226,3 +228,35 @@ async def test_paths_that_are_no_list(make_image: MakeImage) -> None:
         with pytest.raises(pyblock.InvalidValue, match="one path"):
             await sandbox.attach_many(str(make_image("a")))
         assert await sandbox.attach_many([]) == []
+
+
+@pytest.mark.parametrize("moment", ["it was handed over", "it has succeeded"])
+@pytest.mark.parametrize("many", [False, True])
+def test_a_blocking_call_interrupted_as_soon_as(moment: str, many: bool, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is interrupted never has the device, so nobody has: it is taken back, and what was attached before stays."""
+    vm = MemoryHypervisor()
+    start = BlockingPortal.start_task_soon
+    interruptions = [KeyboardInterrupt()]
+
+    def start_and_interrupt(self: BlockingPortal, function: Any, *more: Any, **named: Any) -> Any:
+        future = start(self, function, *more, **named)
+        if interruptions:
+            interruption = interruptions.pop()
+            if moment == "it has succeeded":
+                while sum(device.attach_count for device in sandbox.devices) < 2 + many:
+                    time.sleep(0)
+                sandbox.settle()
+            raise interruption
+        return future
+
+    first, image = make_image("first"), make_image("a")
+    with blocking.Sandbox("one", vm, store=None) as sandbox:
+        sandbox.attach(first)
+        monkeypatch.setattr(BlockingPortal, "start_task_soon", start_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            if many:
+                sandbox.attach_many([first, image])
+            else:
+                sandbox.attach(image)
+        assert [(device.attach_count, device.info.path) for device in sandbox.devices] == [(1, str(first))]
+        assert len(vm.devices) == 1 and len(sandbox.index) == 1
