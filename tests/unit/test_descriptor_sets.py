@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from pyblock import ConnectionLost
+from pyblock import ConnectionLost, VmmProtocolError
 from pyblock.host import open_image
 from pyblock.hypervisors.qemu_descriptors import DescriptorSets
 from pyblock.hypervisors.qmp import QmpSession
@@ -24,6 +26,7 @@ class Monitor(QmpSession):
         super().__init__("nowhere")
         self.sets: dict[int, str] = {}
         self.breaks = False
+        self.first_fd = 10
 
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None, **_: Any) -> msgspec.Raw:
         assert command == "add-fd" and arguments is not None
@@ -31,7 +34,7 @@ class Monitor(QmpSession):
         self.sets[number] = arguments["opaque"]
         if self.breaks:
             self._end(ConnectionLost("it broke right behind the reply"))
-        return msgspec.Raw(msgspec.json.encode({"fdset-id": number, "fd": 10 + number}))
+        return msgspec.Raw(msgspec.json.encode({"fdset-id": number, "fd": self.first_fd + number}))
 
     def send(self, command: str, arguments: Mapping[str, Any]) -> None:
         assert command == "remove-fd"
@@ -127,3 +130,21 @@ async def test_what_was_unused_in_another_machine_stays(image: Path) -> None:
     monitor.on_resume()  # what is in use is not known, so nothing can be told to be unused
     assert await hand_over(sets, "drive-a", image) == 1
     assert 0 in monitor.sets
+
+
+@pytest.mark.parametrize("program", ["cat", "qemu-system-none"])
+async def test_the_number_is_looked_up_in_qemu_alone(program: str, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is in between has its own descriptors under that number, and has passed on the right one all the same."""
+    path = tmp_path / program
+    shutil.copy(shutil.which("cat") or "", path)
+    with subprocess.Popen([str(path)], stdin=subprocess.PIPE) as peer:
+        monkeypatch.setattr(QmpSession, "peer", peer.pid)
+        monitor = Monitor()
+        monitor.first_fd = 0  # where the peer has a pipe
+        sets = DescriptorSets(monitor)
+        if program == "cat":
+            assert await hand_over(sets, "drive-a", image) == 0
+        else:
+            with pytest.raises(VmmProtocolError, match="another file"):
+                await hand_over(sets, "drive-a", image)
+            assert not monitor.sets
