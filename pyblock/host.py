@@ -156,7 +156,7 @@ def inspect_image(path: str, *, read_only: bool, raw: bool = False) -> HostImage
     Raises InvalidImage when it is missing, may not be read (or written, unless `read_only`), is empty, or is something else;
     DescriptorsExhausted.
     """
-    path = _absolute(path)
+    path = absolute(path)
     fd, found, size = _look(path)
     try:
         wanted = os.R_OK if read_only else os.R_OK | os.W_OK
@@ -179,7 +179,7 @@ def open_image(path: str, *, read_only: bool) -> OpenedImage:
 
     Raises InvalidImage when it is missing, cannot be opened so, is empty, or is something else; DescriptorsExhausted.
     """
-    path = _absolute(path)
+    path = absolute(path)
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     look, found, size = _look(path)
     try:
@@ -233,8 +233,8 @@ def _all_in_words(identity: Identity, under: tuple[Identity, ...]) -> str:
     return in_words(identity) + (f" over {', '.join(map(in_words, under))}" if under else "")
 
 
-def _absolute(path: str) -> str:
-    """The path as it is kept. Raises InvalidImage for what cannot be one."""
+def absolute(path: str) -> str:
+    """The path as a device keeps it. Raises InvalidImage for what cannot be one."""
     if not path or "\0" in path:
         raise InvalidImage(f"image path {path!r} is empty or holds a NUL; give the path of a disk image or block device")
     if not path.startswith("/"):

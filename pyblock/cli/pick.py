@@ -5,12 +5,11 @@ A detach takes a disk from a guest, so nothing is guessed: whatever fits two dev
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable
 
 from pyblock.device import BlockDevice
-from pyblock.errors import InvalidID, UnknownDevice
-from pyblock.host import identity_of
+from pyblock.errors import InvalidID, InvalidImage, UnknownDevice
+from pyblock.host import absolute, identity_of
 from pyblock.manager import Device
 from pyblock.sandbox import Sandbox
 
@@ -47,8 +46,15 @@ def _candidates(devices: Collection[Device], word: str) -> list[Device]:
     """An empty word, as an unset variable of a shell gives it, is the beginning of no ID."""
     if not word:
         return []
-    path, identity = os.path.abspath(word) if "\0" not in word else word, identity_of(word)  # noqa: PTH100 - as devices have it
+    path, identity = _as_kept(word), identity_of(word)
     return [device for device in devices if device.id.startswith(word) or _is_of(device, word, path, identity)]
+
+
+def _as_kept(word: str) -> str:
+    try:
+        return absolute(word)
+    except InvalidImage:  # no path that a device has
+        return word
 
 
 def _is_of(device: Device, word: str, path: str, identity: object) -> bool:

@@ -85,6 +85,23 @@ def test_by_the_path_of_an_image_that_is_gone(shell: Shell, make_image: MakeImag
     assert attached(shell) == {}
 
 
+def test_dots_behind_a_link_are_no_other_image(shell: Shell, make_image: MakeImage, tmp_path: Path) -> None:
+    """`link/../img` is the image beside what the link leads to, not the one beside the link; also when it is gone."""
+    (tmp_path / "elsewhere" / "in").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("elsewhere/in")
+    [beside] = shell.json("attach", make_image("img"))
+    dotted, other = f"{tmp_path}/link/../img", make_image("other.img").rename(tmp_path / "elsewhere" / "img")
+    shell.refused("detach", dotted)
+    assert attached(shell) == {beside["device_id"]: 1}
+    shell.fine("attach", dotted)
+    assert shell.fine("detach", dotted) == ""
+    assert attached(shell) == {beside["device_id"]: 1}
+    shell.fine("attach", dotted)
+    other.unlink()
+    assert shell.fine("detach", dotted) == ""
+    assert attached(shell) == {beside["device_id"]: 1}
+
+
 def test_a_path_under_which_there_is_another_image_now(shell: Shell, make_image: MakeImage) -> None:
     """Two devices have that path, so neither is guessed."""
     image = make_image("the.img")
