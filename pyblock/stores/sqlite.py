@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from pyblock.errors import ImageInUse, InvalidValue, SandboxBusy, SandboxConflict, StateError, StoreError, UnknownSandbox
-from pyblock.lineage import Identity, in_words
+from pyblock.lineage import in_words
 from pyblock.state import drive_id_of
 from pyblock.stores.base import Claim, Row, Store, Stored
 from pyblock.stores.owner import OwnerLock
-from pyblock.stores.sqlite_file import SqliteFile
+from pyblock.stores.sqlite_file import SqliteFile, image_text
 
 Result = TypeVar("Result")
 
@@ -243,7 +243,7 @@ class SqliteStore(Store):
                 return None
         if claim is not None and (holder := self._holder(db, sandbox_id, row.device_id, claim)):
             return holder
-        image, access = (None, None) if claim is None else (_image(claim.identity), _access(claim))
+        image, access = (None, None) if claim is None else (image_text(claim.identity), _access(claim))
         db.execute(
             "INSERT INTO device VALUES (?, ?, ?, ?, ?) ON CONFLICT (sandbox, id) "
             "DO UPDATE SET state = excluded.state, image = excluded.image, access = excluded.access",
@@ -251,7 +251,7 @@ class SqliteStore(Store):
         )
         if claim is not None and claim.under:  # most have nothing under them
             db.execute("DELETE FROM under WHERE sandbox = ? AND device = ?", (sandbox_id, row.device_id))
-            values = [(_image(lower), access, sandbox_id, row.device_id, image) for lower in claim.under]
+            values = [(image_text(lower), access, sandbox_id, row.device_id, image) for lower in claim.under]
             db.executemany("INSERT INTO under VALUES (?, ?, ?, ?, ?)", values)
         return None
 
@@ -265,10 +265,10 @@ class SqliteStore(Store):
             f"WHERE under.image = ?1 AND under.access IN ({against}) AND (device.sandbox, id) <> (?2, ?3)"
         )
         query = f"{same} AND sandbox <> ?2 UNION ALL {on_it} LIMIT 1"
-        if found := db.execute(query, (_image(claim.identity), sandbox_id, device_id)).fetchone():
+        if found := db.execute(query, (image_text(claim.identity), sandbox_id, device_id)).fetchone():
             return self._held(db, claim, found[:3], "it" if found[3] else "what lies on it")
         for lower in claim.under:
-            if found := db.execute(f"{same} AND (sandbox, id) <> (?2, ?3) LIMIT 1", (_image(lower), sandbox_id, device_id)).fetchone():
+            if found := db.execute(f"{same} AND (sandbox, id) <> (?2, ?3) LIMIT 1", (image_text(lower), sandbox_id, device_id)).fetchone():
                 return self._held(db, claim, found[:3], f"what lies under it ({in_words(lower)})")
         return None
 
@@ -310,10 +310,6 @@ def _check_text(vm: str) -> None:
         vm.encode()
     except UnicodeEncodeError:
         raise InvalidValue(f"the VMM's address {vm!r} is no UTF-8 and cannot be written down; give its socket another name") from None
-
-
-def _image(identity: Identity) -> str:
-    return ":".join(map(str, identity))
 
 
 def _access(claim: Claim) -> int:

@@ -29,7 +29,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from pyblock.errors import InvalidState, NewerState, PyblockError, StoreBusy, StoreError
+from pyblock.errors import DescriptorsExhausted, InvalidState, NewerState, PyblockError, StoreBusy, StoreError
+from pyblock.lineage import Identity, lineage_of
 from pyblock.stores import boot, files, forks
 from pyblock.stores.base import PATIENCE
 from pyblock.stores.owner import OwnerLock
@@ -350,12 +351,29 @@ class SqliteFile:
         if version:
             db.execute("SELECT 1 FROM host, sandbox, device LIMIT 0")  # nothing is written to what is ours by name only
         db.execute("BEGIN IMMEDIATE")
-        for script in MIGRATIONS[self._check(db) :]:  # another process may have been here first
+        version = self._check(db)  # another process may have been here first
+        for script in MIGRATIONS[version:]:
             for statement in _statements(script):
                 db.execute(statement)
+        if version == 1:
+            self._tell_what_lies_under(db)
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         db.execute("COMMIT")
+
+    def _tell_what_lies_under(self, db: sqlite3.Connection) -> None:
+        """Has the claims of version 1, which looked at a block device and no further, hold as those of now do."""
+        rows = db.execute("SELECT rowid, sandbox, id, image, access FROM device WHERE image LIKE 'block:%'").fetchall()
+        for rowid, sandbox, device, image, access in rows:
+            _, major, minor = image.split(":")
+            try:
+                lineage = lineage_of(("block", int(major), int(minor)))
+            except DescriptorsExhausted as error:
+                raise StoreError(f"{self.name} cannot be brought to this version now: {error}") from error
+            top = image_text(lineage.identity)
+            db.execute("UPDATE device SET image = ? WHERE rowid = ?", (top, rowid))
+            values = [(image_text(lower), access, sandbox, device, top) for lower in lineage.claims]
+            db.executemany("INSERT INTO under VALUES (?, ?, ?, ?, ?)", values)
 
     def _clear(self, db: sqlite3.Connection) -> None:
         db.execute("BEGIN IMMEDIATE")
@@ -390,6 +408,11 @@ class SqliteFile:
         if code in _DAMAGE:
             return InvalidState(f"{self.name} is not a store, or is damaged: {error}; it is left as it is")
         return StoreError(f"{self.name}: {error}; nothing was changed (a full disk, or a folder that may not be written?)")
+
+
+def image_text(identity: Identity) -> str:
+    """An image as the database has it."""
+    return ":".join(map(str, identity))
 
 
 class _Damage(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -148,6 +149,24 @@ async def test_a_database_of_before(make_store: MakeStore, make_image: MakeImage
 
 
 # Real loop devices.
+
+
+async def test_a_database_of_before_knew_block_devices_by_number_only(loops: Loops, make_image: MakeImage, make_store: MakeStore) -> None:
+    """Whose claims must hold against their files and disks all the same, before their sandboxes are opened again."""
+    whole, parted = make_image("whole"), make_image("parted")
+    loop, disk = loops.loop(whole), loops.loop(parted)
+    partition = loops.partition(disk, 1, 128, 512)
+    before = Claims(make_store())
+    for device, path in (("a", loop), ("b", partition)):
+        number = Path(path).stat().st_rdev
+        assert await before("one", device, claim(("block", os.major(number), os.minor(number)))) == ""
+    before.store.close()
+    old = before.store.path.with_name("old.db")
+    first_version(before.store.path, old)
+    async with Sandbox("two", MemoryHypervisor(), store=make_store(old)) as two:
+        for image in (whole, loop, parted, disk, partition):
+            with pytest.raises(ImageInUse, match="'one'"):
+                await two.attach(image)
 
 
 async def test_a_file_and_the_loop_device_on_it_are_one(loops: Loops, make_image: MakeImage, make_store: MakeStore) -> None:
