@@ -43,6 +43,10 @@ def check(path: Path) -> None:
             raise StoreError(f"{what} is a symbolic link to {target!r}, which is not followed; name the folder of the store itself")
         if not stat.S_ISREG(file.st_mode):
             raise StoreError(f"{what} is no plain file; remove it, or name another folder in PYBLOCK_STATE_DIR")
+        if file.st_nlink > 1:
+            raise StoreError(
+                f"{what} has {file.st_nlink} names (hard links), and each would be another store; leave it the one that is used"
+            )
         _check_user(what, file)
 
 

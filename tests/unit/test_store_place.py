@@ -96,6 +96,20 @@ def test_links_are_not_followed(name: str, there: bool, folder: Path, tmp_path: 
     assert target.exists() == there and [path.name for path in folder.iterdir()] == [name]
 
 
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_with_two_names(name: str, folder: Path, tmp_path: Path) -> None:
+    """Whoever came by the other name would have other owners' locks and another journal, and the same rows."""
+    (folder / name).touch(mode=0o600)
+    (tmp_path / name).hardlink_to(folder / name)
+    before = everything(folder)
+    for place in (folder, tmp_path):
+        text = opened(place / "state.db")
+        assert text.startswith("StoreError: ") and f"{name}' has 2 names" in text
+    assert everything(folder) == before
+    (tmp_path / name).unlink()
+    assert "names" not in opened(folder / "state.db")
+
+
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo], ids=["folder", "FIFO"])
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_no_plain_file(name: str, make: Callable[[Path], None], folder: Path) -> None:
