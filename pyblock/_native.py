@@ -179,6 +179,7 @@ def _int64(value: int) -> int:
 _new_raw: Any = ffi.new_allocator(should_clear_after_alloc=False)
 _CHARS: Any = ffi.typeof("char[]")
 _UINT32S: Any = ffi.typeof("uint32_t[]")
+_INT64_OUT: Any = ffi.typeof("int64_t *")
 
 
 def _numbers(out: Any, count: int) -> list[int]:
@@ -198,18 +199,20 @@ def _text(out: Any, length: int) -> str:
 # another Python function between would cost half a crossing; a negative status goes to index_refused.
 raw_acquire: Callable[[Handle], int] = lib.pb_index_acquire
 raw_release: Callable[[Handle, int], int] = lib.pb_index_release
+_new: Any = lib.pb_index_new
 _reserve: Any = lib.pb_index_reserve
+_reserve_many: Any = lib.pb_index_reserve_many
 _test: Any = lib.pb_index_test
 raw_free: Callable[[Handle], None] = lib.pb_index_free
 
 
 def index_new(capacity: int) -> Handle:
     try:
-        index = lib.pb_index_new(capacity)
+        index: Handle = _new(capacity)
     except OverflowError:
         index = ffi.NULL
-    if index != ffi.NULL:
-        return Handle(index)
+    if index:
+        return index
     if 1 <= capacity <= CAPACITY_MAX:
         raise MemoryError("no memory for a block index")
     raise InvalidIndex(f"capacity {_show(capacity)} is outside 1 ... {CAPACITY_MAX}: give one in that range")
@@ -239,12 +242,11 @@ def index_reserve(handle: Handle, value: int) -> None:
 
 
 def index_reserve_many(handle: Handle, values: Sequence[int]) -> None:
+    bad = ffi.new(_INT64_OUT)
     try:
-        numbers = ffi.new("int64_t[]", values)
+        got = _reserve_many(handle, len(values), values, bad)
     except OverflowError:
-        numbers = ffi.new("int64_t[]", [_int64(value) for value in values])
-    bad = ffi.new("int64_t *")
-    got = lib.pb_index_reserve_many(handle, len(values), numbers, bad)
+        got = _reserve_many(handle, len(values), [_int64(value) for value in values], bad)
     if got < 0:
         position = bad[0]
         _fail_index("pb_index_reserve_many", got, handle, value=values[position] if position >= 0 else None, position=position)

@@ -231,6 +231,7 @@ class Allotment:
         if len(drive_ids) != len(drives):
             raise DeviceConflict("two drives have one ID")
         indexes = [drive.index for drive in drives]
+        imported = [drive for drive in drives if drive.imported and drive.offset == drive.kind.offset]
         if others:
             indexes += set(others).difference(indexes)
         ordinals = self._restored_ordinals(drives)
@@ -239,14 +240,14 @@ class Allotment:
         except IndexTaken as error:
             raise IndexTaken("an index belongs to two drives: " + str(error)) from error
         self._ordinals, self._drive_ids, self.unused = ordinals, drive_ids, False
-        self._imported = sorted(
-            (drive for drive in drives if drive.imported and drive.offset == drive.kind.offset), key=lambda drive: drive.ordinal
-        )
+        if imported:
+            self._imported = sorted(imported, key=lambda drive: drive.ordinal)
         crowded: dict[str, list[BlockDrive]] = {}
         for drive in drives:
             if drive.crowded:
                 crowded.setdefault(drive.kind.family.prefix, []).append(drive)
-        self._crowds = {prefix: Crowd(restored) for prefix, restored in crowded.items()} or None
+        if crowded:
+            self._crowds = {prefix: Crowd(restored) for prefix, restored in crowded.items()}
         if offsets:
             self._offsets = {**self._offsets, **{name: offset for name, offset in offsets.items() if name in FAMILIES}}
 
@@ -254,16 +255,18 @@ class Allotment:
         told: dict[str, list[int]] = {}
         untold: list[BlockDrive] = []
         for drive in drives:
-            numbers = told.setdefault(drive.kind.family.prefix, [])
+            prefix = drive.kind.family.prefix
+            if prefix not in told:
+                told[prefix] = []
             if drive.ordinal >= 0:
-                numbers.append(drive.ordinal)
+                told[prefix].append(drive.ordinal)
             else:
                 untold.append(drive)
         below = _Below(drives) if untold else None
         ordinals: dict[str, BlockIndex] = {}
         for prefix, numbers in told.items():
-            ordinals[prefix] = BlockIndex(self.capacity)
-            ordinals[prefix].reserve_many(numbers)
+            ordinals[prefix] = family = BlockIndex(self.capacity)
+            family.reserve_many(numbers)
         for drive in untold:
             family = ordinals[drive.kind.family.prefix]
             likely = _likely_ordinal(drive, below) if below is not None else 0

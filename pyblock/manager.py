@@ -144,9 +144,9 @@ class DeviceManager:
 
     def check_new(self, devices: Iterable[Device]) -> None:
         """Raises DeviceConflict when two of the devices have one ID, or one has that of a device which is there."""
-        seen: set[str] = set()
+        seen = set(self._by_id)
         for device in devices:
-            if device.id in self._by_id or device.id in seen:
+            if device.id in seen:
                 raise DeviceConflict(f"two devices have the ID {device.id!r}")
             seen.add(device.id)
 

@@ -27,7 +27,10 @@ from pyblock.state import DeviceNotes, DeviceState, DriveNotes, DriveState, Hype
 _SAVED_PHASE = {Phase.ATTACHING: Phase.ATTACH_PENDING, Phase.DETACHING: Phase.DETACH_PENDING}
 _PHASES = {phase.value: phase for phase in (Phase.DETACHED, Phase.ATTACHED, Phase.ATTACH_PENDING, Phase.DETACH_PENDING)}
 
-_SIGNED, _UNSIGNED = 2**63, 2**64  # what the original's integers hold
+# Bound once: a member of an enum takes three times as long as a name, and each device asks for six.
+_ATTACHED, _DETACHED, _DETACH_PENDING = Phase.ATTACHED, Phase.DETACHED, Phase.DETACH_PENDING
+
+_LOWEST, _SIGNED, _UNSIGNED = -(2**63), 2**63, 2**64  # what the original's integers hold
 
 GENERIC = "generic"
 BLOCK = "block"
@@ -120,7 +123,7 @@ def device_from_state(state: DeviceState, default: Driver, *, where: str, share:
         check_device_id(state.id)
         if state.ref_count < 0 or state.attach_count < 0:
             raise InvalidState(f"AttachCount {state.attach_count} or RefCount {state.ref_count} is negative")
-        fits = -_SIGNED <= state.major < _SIGNED and -_SIGNED <= state.minor < _SIGNED
+        fits = _LOWEST <= state.major < _SIGNED and _LOWEST <= state.minor < _SIGNED
         if not fits or state.ref_count >= _UNSIGNED or state.attach_count >= _UNSIGNED:
             raise InvalidState("a count, or Major:Minor, is a number of more than 64 bits, which the original cannot read")
         return _generic(state) if state.type == GENERIC else _block(_readable(state), default, share=share)
@@ -138,8 +141,8 @@ def _generic(state: DeviceState) -> GenericDevice:
 def _readable(state: DeviceState) -> DeviceState:
     """The saved form with its addresses as both versions of the original read them; pyblock wrote other ones before."""
     drive = state.block_drive
-    if not isinstance(drive, DriveState):
-        return state
+    if not isinstance(drive, DriveState) or (drive.pci_path is UNSET and not drive.dev_no):
+        return state  # nearly all
     new = drive
     if isinstance(drive.pci_path, str):
         new = msgspec.structs.replace(drive, pci_path=UNSET, pci_addr=drive.pci_path or drive.pci_addr or "")
@@ -149,32 +152,32 @@ def _readable(state: DeviceState) -> DeviceState:
 
 
 def _block(state: DeviceState, default: Driver, *, share: bool) -> BlockDevice:
-    notes = state.notes if state.notes is not UNSET else None
+    notes = state.notes if state.notes is not UNSET else _NO_NOTES
     saved = state.block_drive or None
     phase = _phase(notes, state, saved)
     options = state.driver_options or NO_OPTIONS
-    driver = _driver((notes and notes.driver) or options.get("block-driver"), saved, default)
-    drive = _drive(saved, driver) if saved is not None and phase is not Phase.DETACHED else None
-    path = (notes and notes.path) or (saved.file if saved else "")
-    if drive is not None and drive.file == path:
-        drive.file = path  # one text in memory, not two
-    read_only = bool((notes and notes.read_only) or (drive and drive.read_only))
-    serial = notes.serial if notes else None
+    driver = _driver(notes.driver or options.get("block-driver"), saved, default)
+    drive = _drive(saved, driver) if saved is not None and phase is not _DETACHED else None
+    path = notes.path or (saved.file if saved is not None else "")
+    serial = notes.serial
     if serial == state.id:
-        serial = state.id
-        if drive is not None and drive.serial == serial:
+        serial = state.id  # one text in memory, not two; likewise below
+    read_only = notes.read_only
+    share = share or notes.share
+    if drive is not None:
+        if drive.file == path:
+            drive.file = path
+        if drive.serial == serial:
             drive.serial = serial
+        read_only = read_only or drive.read_only
+        share = drive.share = share or drive.share
     ours = _is_our_own(state, saved, driver)
     if ours and len(options) == 1:
         options = NO_OPTIONS  # the driver alone, which is written anew
-    share = share or bool((notes and notes.share) or (drive and drive.share))
-    if drive is not None:
-        drive.share = share
     info = DeviceInfo(
-        path, driver.name, read_only, serial, state.id, state.dev_type, state.major, state.minor, options, share,
-        notes.format if notes else None,
-    )  # fmt: skip
-    identity = (notes.identity if notes is not None else None) or _identity(state, path, driver)
+        path, driver.name, read_only, serial, state.id, state.dev_type, state.major, state.minor, options, share, notes.format
+    )
+    identity = notes.identity or _identity(state, path, driver)
     if identity is None or identity[0] == "file":  # nothing lies under a file
         device = BlockDevice(state.id, info, identity)
     else:
@@ -220,16 +223,16 @@ def _is_our_own(state: DeviceState, drive: DriveState | None, driver: Driver) ->
     )
 
 
-def _phase(notes: DeviceNotes | None, state: DeviceState, saved: DriveState | None) -> Phase:
-    if notes is not None and notes.phase:
+def _phase(notes: DeviceNotes, state: DeviceState, saved: DriveState | None) -> Phase:
+    if notes.phase:
         if (known := _PHASES.get(notes.phase)) is None:
             raise InvalidState(f"phase {notes.phase!r} is not one that is saved")
         phase = known
     else:
-        phase = Phase.ATTACHED if state.attach_count else Phase.DETACHED
-    if saved is None and phase is not Phase.DETACHED:
+        phase = _ATTACHED if state.attach_count else _DETACHED
+    if saved is None and phase is not _DETACHED:
         raise InvalidState(f"it is {phase.value} but has no BlockDrive")
-    if (phase is Phase.ATTACHED) != (state.attach_count > 0) and phase is not Phase.DETACH_PENDING:
+    if (phase is _ATTACHED) != (state.attach_count > 0) and phase is not _DETACH_PENDING:
         raise InvalidState(f"it is {phase.value} with AttachCount {state.attach_count}")
     return phase
 
@@ -238,9 +241,9 @@ def _driver(name: str | None, saved: DriveState | None, default: Driver) -> Driv
     if saved is not None and (saved.pmem or saved.nvdimm_id):
         return NVDIMM  # the original writes the sandbox's driver beside it, whatever the device
     if name:
-        if name not in DRIVERS:
+        if (driver := DRIVERS.get(name)) is None:
             raise InvalidState(f"block driver {name!r} is unknown; known are {', '.join(DRIVERS)}")
-        return DRIVERS[name]
+        return driver
     if saved is None:
         return default
     for present, driver in (
@@ -254,14 +257,14 @@ def _driver(name: str | None, saved: DriveState | None, default: Driver) -> Driv
     return default
 
 
-_NO_NOTES = DriveNotes()
+_NO_NOTES, _NO_DRIVE_NOTES = DeviceNotes(), DriveNotes()
 _DIGITS = 8  # of a number behind /dev/pmem; a machine has 256 memory slots
 # The channel subsystem in a CCW device number, as QEMU takes it and as the guest has it.
 _HOST_CSS, _GUEST_CSS = "fe.", "0."
 
 
 def _drive(saved: DriveState, driver: Driver) -> BlockDrive:
-    notes = saved.notes if saved.notes is not UNSET else _NO_NOTES
+    notes = saved.notes if saved.notes is not UNSET else _NO_DRIVE_NOTES
     if driver.scsi and saved.scsi_addr and saved.scsi_addr != scsi_address(saved.index):
         raise InvalidState(f"SCSIAddr {saved.scsi_addr!r} does not belong to Index {saved.index} ({scsi_address(saved.index)})")
     if not saved.id:
@@ -269,7 +272,7 @@ def _drive(saved: DriveState, driver: Driver) -> BlockDrive:
     if notes.offset < 0:
         raise InvalidState(f"its Offset {notes.offset} is negative")
     if notes.driver and notes.driver != driver.name:
-        notes = _NO_NOTES  # it was taken for what it is not
+        notes = _NO_DRIVE_NOTES  # it was taken for what it is not
     known_name = _told_name(saved, driver) if saved.notes is UNSET or notes.ordinal < 0 else notes.known_name
     return BlockDrive(
         saved.id, saved.index, notes.ordinal, notes.offset if notes.ordinal >= 0 else driver.offset, driver,
@@ -348,7 +351,7 @@ def restore_sandbox(
     try:
         manager.check_new(devices)
         offsets = state.notes.offsets if state.notes is not UNSET else {}
-        if (lowest := min(offsets.values(), default=0)) < 0:
+        if offsets and (lowest := min(offsets.values())) < 0:
             raise InvalidIndex(f"block offset {lowest} is negative")
         taken = state.notes.taken if state.notes is not UNSET else UNSET
         others = _mapped(state.hypervisor_state, drives) if taken is UNSET else set(taken)

@@ -6,7 +6,7 @@ The VMM is asked before a sandbox first changes it, when a sandbox with a past i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -155,7 +155,7 @@ class Recovery:
         self._ended = False
         self._questions: set[asyncio.Task[list[Difference]]] | None = None
         self._settling: set[asyncio.Task[Finding]] | None = None
-        self._renamed: list[BlockDrive] = []  # imported drives whose names were learnt, and are not written down yet
+        self._renamed: Sequence[BlockDrive] = ()  # imported drives whose names were learnt, and are not written down yet
         self.findings: tuple[Finding, ...] = NONE  # of the last time that somebody waited for them
 
     def doubt(self) -> None:
@@ -242,7 +242,7 @@ class Recovery:
     async def _recognize(self) -> None:
         """Has the machine tell where drives are that another program plugged in, and what was learnt of them be written down."""
         receiver = self._receiver
-        renamed, self._renamed = {drive.id for drive in self._renamed}, []
+        renamed, self._renamed = {drive.id for drive in self._renamed}, ()
         learnt: list[BlockDevice] = []
         for seen in at_rest(receiver.manager):
             device, drive, phase = seen
