@@ -7,6 +7,7 @@ may follow what; docs draw their diagram from it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Coroutine
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pyblock.model import BlockDrive, DeviceInfo
     from pyblock.state import DeviceState
 
+CORRECTING = 1.0  # seconds that a cancelled call waits, so that what it leaves behind is written down before its caller goes on
 ATTACH_COUNT_MAX = 2**63 - 1  # the original's count is a Go uint, which JSON readers hold in 64 bits with a sign
 
 
@@ -297,11 +299,14 @@ class BlockDevice:
                     return await operation.result(None)
                 if operation.begun:
                     self._give_up(receiver)
-                    raise self._pending(why) from None
+                    told = self._pending(why)
+                    await self._correct(receiver)
+                    raise told from None
                 deadline = None  # until it has begun, the work keeps to the deadline itself
             except asyncio.CancelledError:
                 if operation.abandoned and operation.begun:
                     self._give_up(receiver)
+                    await self._correct(receiver)
                 raise
 
     def _give_up(self, receiver: DeviceReceiver) -> None:
@@ -310,6 +315,12 @@ class BlockDevice:
         if self.phase is Phase.ATTACH_PENDING:
             self.attach_count = 0
             receiver.touch(self)
+
+    async def _correct(self, receiver: DeviceReceiver) -> None:
+        """Has a row that says attached say otherwise before its caller is told so, if the store's lock is free: what is written for others
+        may have taken it along, and should this process die then, it would be attached for nobody."""
+        if self.said_attached and self.phase is Phase.ATTACH_PENDING:
+            await receiver.note(self)
 
     async def _count(self, receiver: DeviceReceiver, more: int, deadline: float | None) -> None:
         receiver.check()
@@ -323,7 +334,10 @@ class BlockDevice:
         try:
             await operation.result(None)  # it keeps to the deadline
         except asyncio.CancelledError:
-            if more > 0 and operation.succeeded and not operation.abandoned:  # in the very moment of the cancellation
+            if more > 0 and not operation.done:  # it takes the count back, and the row may have it already
+                with contextlib.suppress(TimeoutError):
+                    await operation.settled(asyncio.get_running_loop().time() + CORRECTING)
+            elif more > 0 and operation.succeeded and not operation.abandoned:  # in the very moment of the cancellation
                 await over(asyncio.ensure_future(self._take_back(receiver)))
             raise
 
