@@ -2,12 +2,13 @@
 
 PYTHON := .venv/bin/python
 
-.PHONY: help setup demo test lint types c-tests py-tests bench bench-short instructions fuzz fuzz-replay sanitize-extension \
+.PHONY: help setup demo test quick lint types c-tests py-tests bench bench-short instructions fuzz fuzz-replay sanitize-extension \
 	soak soak-qemu storm model races eager sdist-check clean
 
 help:
 	@echo 'make demo    plug disks into a real guest (in memory where there is no QEMU) and out again'
 	@echo 'make test    all tests: formatting, types, C, Python, real QEMU, real guest'
+	@echo 'make quick   what takes two minutes: formatting, types, the unit tests but for the slow ones, two files on a paused QEMU'
 	@echo 'make lint types c-tests py-tests    the parts of make test, without the set-up'
 	@echo 'make bench   all benchmarks: one table of ratios, the plots, docs/benchmarks.md'
 	@echo 'make bench-short    the guards of CI: instructions, crossings, a few rounds of each ratio'
@@ -33,6 +34,12 @@ demo:
 	$(PYTHON) -m tests.kit.demo
 
 test: setup lint types c-tests py-tests
+
+# Not among them: what starts many processes, and what tries every byte or thousands of steps.
+SLOW := tests/unit/test_cli*.py tests/unit/test_model.py tests/unit/test_soak.py tests/unit/test_sta*_bad.py tests/unit/test_store_*.py
+
+quick: lint types
+	$(PYTHON) -m pytest -q tests/unit tests/real/test_qemu_inventory.py tests/real/test_qemu_descriptors.py $(SLOW:%=--ignore-glob='%')
 
 lint:
 	$(PYTHON) -m ruff format --check .

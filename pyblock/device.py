@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pyblock.model import BlockDrive, DeviceInfo
     from pyblock.state import DeviceState
 
-CORRECTING = 1.0  # seconds that a cancelled call waits, so that what it leaves behind is written down before its caller goes on
+CORRECTING = 1.0  # seconds that a cancelled call waits for what it leaves behind to be written down, before its caller goes on
 ATTACH_COUNT_MAX = 2**63 - 1  # the original's count is a Go uint, which JSON readers hold in 64 bits with a sign
 
 
@@ -135,7 +135,7 @@ class DeviceReceiver(Protocol):
         """
 
     async def record(self, device: BlockDevice | GenericDevice, deadline: float | None = None) -> None:
-        """Writes down how the device stands, sets its `said_attached`, and returns when that is done. Raises StoreError."""
+        """Writes down how the device stands, sets its `said_count`, and returns when that is done. Raises StoreError."""
 
     async def note(self, device: BlockDevice) -> None:
         """The same for what need not be waited for: tries once, and else has it written in the background. Raises nothing."""
@@ -170,11 +170,12 @@ class BlockDevice:
     :ivar attach_count: attaches that no detach stands against yet.
     :ivar ref_count: how many users the manager has given it to.
     :ivar saved: the saved state it came from, kept for what pyblock does not know; None otherwise.
-    :ivar said_attached: what is written down, if anything is, says that it is attached: before a removal is asked for it must not.
+    :ivar said_count: the count that is written down, where what is written says that it is attached: before a removal is asked for, it must
+        not. It may have been written along with another device's row.
     """
 
     __slots__ = (
-        "_operation", "attach_count", "drive", "id", "identity", "info", "phase", "ref_count", "said_attached", "saved", "under",
+        "_operation", "attach_count", "drive", "id", "identity", "info", "phase", "ref_count", "said_count", "saved", "under",
     )  # fmt: skip
 
     def __init__(self, device_id: str, info: DeviceInfo, identity: Identity | None = None, under: tuple[Identity, ...] = ()) -> None:
@@ -187,7 +188,7 @@ class BlockDevice:
         self.attach_count = 0
         self.ref_count = 0
         self.saved: DeviceState | None = None
-        self.said_attached = False
+        self.said_count = 0
         self._operation: Operation | None = None
 
     def __repr__(self) -> str:
@@ -297,16 +298,17 @@ class BlockDevice:
             except TimeoutError:
                 if operation.done:  # in the very moment of the deadline
                     return await operation.result(None)
+                if self.phase is Phase.ATTACHED and self.said_count:
+                    return None  # it is written down, along with another device: what is still waited for changes nothing about that
                 if operation.begun:
                     self._give_up(receiver)
-                    told = self._pending(why)
-                    await self._correct(receiver)
-                    raise told from None
+                    raise self._pending(why) from None
                 deadline = None  # until it has begun, the work keeps to the deadline itself
             except asyncio.CancelledError:
                 if operation.abandoned and operation.begun:
                     self._give_up(receiver)
-                    await self._correct(receiver)
+                    if self.said_count and self.phase is Phase.ATTACH_PENDING:
+                        await self._correct(receiver)
                 raise
 
     def _give_up(self, receiver: DeviceReceiver) -> None:
@@ -317,9 +319,11 @@ class BlockDevice:
             receiver.touch(self)
 
     async def _correct(self, receiver: DeviceReceiver) -> None:
-        """Has a row that says attached say otherwise before its caller is told so, if the store's lock is free: what is written for others
-        may have taken it along, and should this process die then, it would be attached for nobody."""
-        if self.said_attached and self.phase is Phase.ATTACH_PENDING:
+        """Has a row that says more than is so say it no more, before its caller is told: should this process die then, nobody would have
+        what it says. Waits a moment for the store's lock, and else has it written later."""
+        try:
+            await receiver.record(self, asyncio.get_running_loop().time() + CORRECTING)
+        except PyblockError:
             await receiver.note(self)
 
     async def _count(self, receiver: DeviceReceiver, more: int, deadline: float | None) -> None:
@@ -336,7 +340,7 @@ class BlockDevice:
         except asyncio.CancelledError:
             if more > 0 and not operation.done:  # it takes the count back, and the row may have it already
                 with contextlib.suppress(TimeoutError):
-                    await operation.settled(asyncio.get_running_loop().time() + CORRECTING)
+                    await operation.settled(asyncio.get_running_loop().time() + 2 * CORRECTING)
             elif more > 0 and operation.succeeded and not operation.abandoned:  # in the very moment of the cancellation
                 await over(asyncio.ensure_future(self._take_back(receiver)))
             raise
@@ -354,24 +358,26 @@ class BlockDevice:
         else:
             self._give_up(receiver)
             self._remove(receiver, None, Operation(abandoned=True, undoing=True))
-        await receiver.note(self)
+        await self._correct(receiver)
 
     async def _recount(self, receiver: DeviceReceiver, operation: Operation, more: int, deadline: float | None) -> None:
         self.attach_count += more
         try:
-            await receiver.record(self, deadline)
-        except BaseException as error:
-            self.attach_count -= more
-            await receiver.note(self)  # what is written for others may have taken this along
-            if isinstance(error, asyncio.CancelledError):
-                raise self._unwritten() from None
-            raise
-        else:
+            try:
+                await receiver.record(self, deadline)
+            except BaseException as error:
+                cut_off = isinstance(error, asyncio.CancelledError)
+                if cut_off or self.said_count != self.attach_count:  # else it was written along with another device
+                    self.attach_count -= more
+                    await receiver.note(self)
+                    if cut_off:
+                        raise self._unwritten() from None
+                    raise
             if more < 0:
                 receiver.drop(self)
             elif operation.abandoned:  # whoever would have detached it has gone
                 self.attach_count -= more
-                await receiver.note(self)
+                await self._correct(receiver)
         finally:
             self._operation = None
 
@@ -447,6 +453,8 @@ class BlockDevice:
             await receiver.note(self)
             raise self._pending("it was cut off before it was written down") from None
         except Exception as error:
+            if self.phase is Phase.ATTACHED and self.said_count:
+                return None  # it is written down all the same
             self._give_up(receiver)
             return error
         return None
@@ -476,7 +484,7 @@ class BlockDevice:
         :param unsure: it is not known to be attached, so that it is pending when this comes to nothing.
         """
         try:
-            if not unsure or self.said_attached:
+            if not unsure or self.said_count:
                 await receiver.record(self, deadline)
             self._begin(receiver, operation, deadline)
         except BaseException as error:

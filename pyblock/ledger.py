@@ -55,7 +55,7 @@ class Ledger:
         if not self._touched and self._state is None:
             return
         taken: dict[str, int] = {}
-        said: list[tuple[BlockDevice, bool]] = []
+        said: list[tuple[BlockDevice, int]] = []
         pending = self._state
 
         def rows() -> list[Row]:
@@ -68,14 +68,14 @@ class Ledger:
                 if (row := self._row_by_id(device_id)) is not None:
                     found.append(row)
                     if isinstance(device := self._manager.get(device_id), BlockDevice):
-                        said.append((device, device.attached))
+                        said.append((device, device.attach_count if device.attached else 0))
             return found
 
         refused = await self._store.write(self._sandbox_id, rows, deadline, state=pending)
         if self._state is pending:
             self._state = None
-        for device, attached in said:
-            device.said_attached = attached
+        for device, count in said:
+            device.said_count = count
         for device_id, stamp in taken.items():
             if self._touched.get(device_id) == stamp:  # it was not touched again while the store was writing
                 del self._touched[device_id]

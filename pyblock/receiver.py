@@ -300,7 +300,7 @@ class Receiver(DeviceReceiver):
         for device in devices:
             if isinstance(device, BlockDevice):
                 phase = device.phase
-                device.said_attached = phase is _ATTACHED
+                device.said_count = device.attach_count if phase is _ATTACHED else 0
                 if phase is _ATTACH_PENDING and device.drive is not None:
                     allotment.comes(device.drive)
                 elif phase is Phase.DETACH_PENDING and device.drive is not None:
