@@ -38,11 +38,13 @@ class Allotment:
     """
 
     __slots__ = (
+        "_counts",
         "_crowds",
         "_drive_ids",
         "_foreign",
         "_foreign_ids",
         "_imported",
+        "_moved",
         "_offsets",
         "_ordinals",
         "_planned",
@@ -67,6 +69,8 @@ class Allotment:
         self._planned: dict[str, Place] | None = None  # device ID to what a batch took for it
         self._imported: Sequence[BlockDrive] = ()  # whose names wait for the offset of their family
         self._crowds: dict[str, Crowd] | None = None  # by prefix, where there is one
+        self._counts: Mapping[str, int] | None = None  # of the machine's own disks, by prefix, when it was last asked
+        self._moved = NO_IDS  # prefixes of which that number has changed
 
     @property
     def offsets(self) -> dict[str, int]:
@@ -94,7 +98,8 @@ class Allotment:
 
     def learn(self, found: Inventory, ours: Collection[str] = NO_IDS) -> list[BlockDrive]:
         """Takes what the machine's own disks use: IDs, indexes of SCSI addresses, and names, unless their offset is known already. What
-        they used when it was last asked, and do not use now, is free, but for names: the guest does not name its disks anew.
+        they used when it was last asked, and do not use now, is free, but for names: the guest does not name its disks anew. Where their
+        number has changed, nobody knows which names are free there, and none is predicted any more.
 
         Returns the imported drives whose predicted names have changed by it: the original does not count the machine's own disks.
 
@@ -115,6 +120,9 @@ class Allotment:
         counts: dict[str, int] = {}
         for disk in disks:
             counts[disk.family.prefix] = counts.get(disk.family.prefix, 0) + 1
+        before = counts if self._counts is None else self._counts  # a saved offset is no count: it may have been given
+        self._moved |= {prefix for prefix in {*before, *counts} if before.get(prefix, 0) != counts.get(prefix, 0)}
+        self._counts = counts or NOTHING
         if counts:
             self._offsets = {**counts, **self._offsets}
         imported, self._imported = self._imported, ()
@@ -188,6 +196,7 @@ class Allotment:
     def comes(self, drive: BlockDrive) -> None:
         """Takes note that a drive is on its way. The guest may see those that come together in any order: none of their names is sound."""
         self._crowds = self._crowds or {}
+        drive.crowded = drive.crowded or drive.kind.family.prefix in self._moved
         self._crowds.setdefault(drive.kind.family.prefix, Crowd()).comes(drive)
 
     def came(self, drive: BlockDrive) -> None:

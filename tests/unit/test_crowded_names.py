@@ -9,6 +9,8 @@ from held_store import SOON, HeldStore, reached, until
 from snapshot import MakeImage
 
 from pyblock import AttachPending, BlockDevice, DetachPending, Sandbox, VmmRefused, VmmUnreachable
+from pyblock.drivers import SD
+from pyblock.hypervisors.base import FoundDisk
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
 from pyblock.state import encode
 
@@ -168,3 +170,28 @@ async def test_a_removal_that_was_pending_before_a_restart(store: HeldStore, mak
     vm.fail("device-gone", Fault("hold"))
     async with Sandbox("one", vm, store=store, recover=False) as sandbox:
         assert names(await sandbox.attach(make_image("second"))) == [None]
+
+
+@pytest.mark.parametrize("change", ["one more", "one less"])
+async def test_the_machines_own_disks_change(change: str, make_image: MakeImage) -> None:
+    """Which names they had nobody tells: in a guest the next disk had the name of one that had left, or one more than was predicted."""
+    own = [FoundDisk("own1", SD), FoundDisk("own2", SD)]
+    vm = MemoryHypervisor(existing=tuple(own))
+    async with Sandbox("one", vm) as sandbox:
+        first = await sandbox.attach(make_image("first"))
+        assert await sandbox.reconcile() == []
+        assert names(first, await sandbox.attach(make_image("second"))) == ["/dev/sdc", "/dev/sdd"]
+        vm._existing = (*own, FoundDisk("own3", SD)) if change == "one more" else (own[0],)
+        await sandbox.reconcile()
+        third = await sandbox.attach(make_image("third"))
+        assert names(first, third, await sandbox.attach(make_image("other"), driver="virtio-blk")) == ["/dev/sdc", None, "/dev/vda"]
+        vm._existing = tuple(own)
+        await sandbox.reconcile()
+        assert names(await sandbox.attach(make_image("fourth"))) == [None]
+
+
+async def test_an_offset_that_was_given_is_no_count(make_image: MakeImage) -> None:
+    async with Sandbox("one", MemoryHypervisor(), block_offset=3) as sandbox:
+        assert names(await sandbox.attach(make_image("a"), driver="virtio-blk")) == ["/dev/vdd"]
+        await sandbox.reconcile()
+        assert names(await sandbox.attach(make_image("b"), driver="virtio-blk")) == ["/dev/vde"]
