@@ -105,8 +105,8 @@ class SqliteStore(Store):
 
     async def drives_of_others(self, sandbox_id: str, machine: str, deadline: float | None = None) -> set[str]:
         def work(db: sqlite3.Connection) -> set[str]:
-            others = "SELECT id FROM sandbox WHERE id <> ?1 AND (machine = '' OR ?2 = '' OR machine = ?2)"
-            rows = db.execute(f"SELECT state FROM device WHERE sandbox IN ({others})", (sandbox_id, machine))
+            others = "SELECT id FROM sandbox WHERE id <> :own AND (machine = '' OR :machine = '' OR machine = :machine)"
+            rows = db.execute(f"SELECT state FROM device WHERE sandbox IN ({others})", {"own": sandbox_id, "machine": machine})
             return {drive_id for (state,) in rows if (drive_id := drive_id_of(state))}
 
         return await self._file.transact(work, deadline, writes=False)
@@ -258,17 +258,19 @@ class SqliteStore(Store):
     def _holder(self, db: sqlite3.Connection, sandbox_id: str, device_id: str, claim: Claim) -> ImageInUse | None:
         """Who holds a claim that this one does not fit. The same image a second time in one sandbox is that sandbox's own business."""
         against = ", ".join(str(access) for access in range(4) if not claim.fits(_claim(claim, access)))
-        same = f"SELECT sandbox, id, access, 1 FROM device WHERE image = ?1 AND access IN ({against})"
+        same = f"SELECT sandbox, id, access, 1 FROM device WHERE image = :image AND access IN ({against})"
         on_it = (
             "SELECT device.sandbox, id, device.access, 0 FROM under "
             "JOIN device ON device.sandbox = under.sandbox AND id = device AND device.image = top "
-            f"WHERE under.image = ?1 AND under.access IN ({against}) AND (device.sandbox, id) <> (?2, ?3)"
+            f"WHERE under.image = :image AND under.access IN ({against}) AND (device.sandbox, id) <> (:own, :device)"
         )
-        query = f"{same} AND sandbox <> ?2 UNION ALL {on_it} LIMIT 1"
-        if found := db.execute(query, (image_text(claim.identity), sandbox_id, device_id)).fetchone():
+        query = f"{same} AND sandbox <> :own UNION ALL {on_it} LIMIT 1"
+        asked = {"image": image_text(claim.identity), "own": sandbox_id, "device": device_id}
+        if found := db.execute(query, asked).fetchone():
             return self._held(db, claim, found[:3], "it" if found[3] else "what lies on it")
         for lower in claim.under:
-            if found := db.execute(f"{same} AND (sandbox, id) <> (?2, ?3) LIMIT 1", (image_text(lower), sandbox_id, device_id)).fetchone():
+            asked["image"] = image_text(lower)
+            if found := db.execute(f"{same} AND (sandbox, id) <> (:own, :device) LIMIT 1", asked).fetchone():
                 return self._held(db, claim, found[:3], f"what lies under it ({in_words(lower)})")
         return None
 

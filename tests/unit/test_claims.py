@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from store_scene import first_version, rows
 from pyblock import DeviceInfo, ImageInUse, ImageReplaced, Sandbox
 from pyblock.hypervisors.memory import MemoryHypervisor
 from pyblock.lineage import Identity
+from pyblock.stores import sqlite_file
 from pyblock.stores.base import Claim, Row
 from pyblock.stores.sqlite import SqliteStore
 
@@ -126,6 +128,12 @@ async def test_each_look_up_has_an_index(claims: Claims) -> None:
     plans = [step[-1] for sql in asked for step in db.execute(f"EXPLAIN QUERY PLAN {sql}") if "image" in sql]
     assert len(plans) >= 4
     assert not [plan for plan in plans if "SCAN" in plan and "sqlite" not in plan]
+
+
+def test_no_parameter_has_a_number() -> None:
+    """`?1` beside a tuple: Python 3.12.0 to 3.12.3 take it for a name, and warn at each statement of its being an error some day."""
+    folder = Path(sqlite_file.__file__).parent
+    assert not [text for path in folder.glob("*.py") for text in re.findall(r".*\?\d.*", path.read_text())]
 
 
 async def test_a_database_of_before(make_store: MakeStore, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> None:
