@@ -283,6 +283,9 @@ cli.add_command(demo)
 
 def main() -> None:
     """The program `pyblock`."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # whoever started it has closed that; a store's file would be opened under its number
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - as long as the program runs
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # for a terminal without Unicode

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import samples
 from children import NOBODY, in_child
-from shell import OWN, Shell, on_terminal
+from shell import LONG, OWN, Shell, on_terminal
 from snapshot import MakeImage
 
 from pyblock import InvalidState, Sandbox, __version__, blocking
@@ -342,6 +342,17 @@ def test_a_command_waits_for_another(shell: Shell, make_image: MakeImage, monkey
     process.communicate(timeout=60)
     assert process.returncode == 0
     assert len(shell.json("list")) == 2
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_without_streams(shell: Shell, make_image: MakeImage, closed: str) -> None:
+    """What cannot be printed is lost, and nothing else is."""
+    command = shell.command("attach", make_image("img"))
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", *command], env=shell.environment, capture_output=True, text=True, timeout=LONG, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [row["attach_count"] for row in shell.json("list")] == [1]
 
 
 def test_progress_only_on_a_terminal(shell: Shell, make_image: MakeImage) -> None:
