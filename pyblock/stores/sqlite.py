@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import sqlite3
 import sys
@@ -33,7 +34,7 @@ class SqliteStore(Store):
         self._file = SqliteFile(path)
         self._owner: tuple[OwnerLock, int] | None = None  # the lock that shows that this process lives, and its number there
         self._mine: dict[str, int] = {}  # sandboxes that this process has open, and which opening of all it was
-        self._openings = 0
+        self._openings = itertools.count(1)
         self._given_up: set[str] = set()  # sandboxes that it closed, which is not written down yet
 
     def __repr__(self) -> str:
@@ -47,11 +48,25 @@ class SqliteStore(Store):
     async def open_sandbox(self, sandbox_id: str, vm: str, deadline: float | None = None) -> Stored:
         if not vm.isascii():
             _check_text(vm)
-        stored, self._owner = await self._change(lambda db: self._take(db, sandbox_id, vm), deadline)
-        self._openings += 1
-        self._mine[sandbox_id] = self._openings
+        opening = next(self._openings)
+
+        def take(db: sqlite3.Connection) -> Stored:
+            self._drop(sandbox_id, opening)  # of a transaction that came to nothing
+            stored = self._take(db, sandbox_id, vm)
+            self._mine[sandbox_id] = opening  # while no other thread is in here
+            return stored
+
+        try:
+            stored = await self._change(take, deadline)
+        except BaseException:
+            self._drop(sandbox_id, opening)
+            raise
         self._given_up.discard(sandbox_id)
-        return stored._replace(opening=self._openings)
+        return stored._replace(opening=opening)
+
+    def _drop(self, sandbox_id: str, opening: int) -> None:
+        if self._mine.get(sandbox_id) == opening:
+            del self._mine[sandbox_id]
 
     async def close_sandbox(self, sandbox_id: str, deadline: float | None = None) -> None:
         self._mine.pop(sandbox_id, None)
@@ -136,7 +151,7 @@ class SqliteStore(Store):
 
     # The transactions.
 
-    def _take(self, db: sqlite3.Connection, sandbox_id: str, vm: str) -> tuple[Stored, tuple[OwnerLock, int]]:
+    def _take(self, db: sqlite3.Connection, sandbox_id: str, vm: str) -> Stored:
         lock, number = self._register(db)
         if vm:
             self._take_machine(db, sandbox_id, vm)
@@ -155,7 +170,7 @@ class SqliteStore(Store):
         program = Path(sys.argv[0]).name.encode(errors="backslashreplace").decode() or "python"
         text = f"process {os.getpid()} ({program})"
         db.execute("UPDATE sandbox SET owner = ?, owner_text = ?, vm = ? WHERE id = ?", (number, text, vm or None, sandbox_id))
-        return self._read(db, sandbox_id), (lock, number)
+        return self._read(db, sandbox_id)
 
     def _take_machine(self, db: sqlite3.Connection, sandbox_id: str, vm: str) -> None:
         """Raises SandboxConflict when the machine belongs to another sandbox. One whose process died with nothing in it does not count."""
@@ -184,11 +199,13 @@ class SqliteStore(Store):
         db.execute("UPDATE sandbox SET machine = ? WHERE id = ?", (machine, sandbox_id))
 
     def _register(self, db: sqlite3.Connection) -> tuple[OwnerLock, int]:
-        """The lock that shows that this process lives, and its number; a new one is this process's when the transaction is committed."""
+        """The lock that shows that this process lives, and its number, which it keeps even if the transaction comes to nothing."""
         lock = self._file.lock
         if lock is None:
             raise StoreError(f"{self._file.name} was closed at this moment")
         if self._owner is not None and self._owner[0] is lock:
+            # The transaction that counted it may have come to nothing: nobody else may have it after this process.
+            db.execute("UPDATE host SET owners = :number WHERE owners < :number", {"number": self._owner[1]})
             return self._owner
         self._mine.clear()  # of a parent, or of the time before `close`
         self._given_up.clear()
@@ -199,7 +216,8 @@ class SqliteStore(Store):
                 lock.take(number)
             except BlockingIOError:
                 continue  # of a process whose transaction came to nothing, or that uses a database which was here before this one
-            return lock, number
+            self._owner = lock, number
+            return self._owner
 
     def _give_up(self, db: sqlite3.Connection) -> list[str]:
         """Has the sandboxes that were closed be nobody's; one of which nothing is kept goes. Returns them."""

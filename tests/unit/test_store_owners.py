@@ -8,6 +8,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from snapshot import MakeImage, MakeStore, refused
@@ -20,6 +21,7 @@ from pyblock import (
     SandboxBusy,
 )
 from pyblock.hypervisors.memory import MemoryHypervisor
+from pyblock.stores.base import Row
 from pyblock.stores.sqlite import SqliteStore
 
 pytestmark = pytest.mark.anyio
@@ -213,3 +215,31 @@ def test_a_child_that_outlives_its_parent_owns_nothing(owned: Callable[[], str],
     finally:
         for end in (*ask, *answer):
             os.close(end)
+
+
+@pytest.mark.parametrize(("second", "ends"), [("one", ["first", "SandboxBusy"]), ("two", ["first", "second"])])
+async def test_two_threads_open_at_once(second: str, ends: list[str], make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second comes when the first's transaction has ended, and the first has not gone on yet."""
+    store = make_store()
+    transact = store._file.transact
+    ended: list[str] = []
+
+    async def other() -> None:
+        try:
+            await store.open_sandbox(second, "")
+            ended.append("second")
+        except SandboxBusy:
+            ended.append("SandboxBusy")
+
+    async def interrupted(*arguments: Any, **options: Any) -> Any:
+        result = await transact(*arguments, **options)
+        monkeypatch.setattr(store._file, "transact", transact)
+        await asyncio.to_thread(asyncio.run, other())
+        return result
+
+    monkeypatch.setattr(store._file, "transact", interrupted)
+    await store.open_sandbox("one", "")
+    assert ["first", *ended] == ends
+    for sandbox in {"one", second}:
+        assert await store.write(sandbox, lambda: [Row("device", b"{}")]) == {}
+        await store.close_sandbox(sandbox)
