@@ -56,6 +56,8 @@ def lineage_of(identity: Identity, node: str = "", *, sysfs: str = SYSFS_BLOCK) 
     :param sysfs: the folder with a link for each block device.
     Raises DescriptorsExhausted.
     """
+    if identity[0] != "block":
+        return Lineage(identity)  # nothing lies under a file
     names: list[Identity] = []
     under: dict[Identity, None] = {}
     try:

@@ -117,6 +117,7 @@ class Connection:
         self._unsent: deque[Request] = deque()
         self._unsent_size = 0
         self._tidy_at = _TIDY_MIN
+        self._waiting = False  # for the peer to read: the event loop tells when the socket takes more
         self._line = bytearray()  # the beginning of a message whose end has not come
         self._passing: Request | None = None  # with a descriptor, until it is answered
         self._passed = asyncio.Event()
@@ -229,7 +230,9 @@ class Connection:
                 else:
                     count = self._socket.send(request.data)
             except (BlockingIOError, InterruptedError):
-                self._loop.add_writer(self._socket, self._writable)
+                if not self._waiting:
+                    self._waiting = True
+                    self._loop.add_writer(self._socket, self._writable)
                 return
             except OSError as error:
                 return self.close(ConnectionLost(f"{self._where}: {error.strerror}"))
@@ -239,7 +242,9 @@ class Connection:
                 request.data = request.data[count:]
                 continue
             self._unsent.popleft()
-        self._loop.remove_writer(self._socket)
+        if self._waiting:
+            self._waiting = False
+            self._loop.remove_writer(self._socket)
 
     def _readable(self) -> None:
         try:
