@@ -241,6 +241,9 @@ def _number(slot: str) -> int:
     raise InvalidValue(f"slot {slot!r} is not in 0 … {BRIDGES * BRIDGE_SLOTS - 1}")
 
 
+_NO_JOURNAL: list[tuple[str, str]] = []  # one for all
+
+
 def open_memory(address: str) -> MemoryHypervisor:
     """The machine behind `memory:`, or the one in a file behind `memory:/tmp/vm1`. Nobody can look at its journal, so it keeps none: there
     may be thousands of them."""
@@ -250,5 +253,5 @@ def open_memory(address: str) -> MemoryHypervisor:
         machine: MemoryHypervisor = FileMachine(address)
     else:
         machine = MemoryHypervisor(address)
-    machine._keep_journal = False
+    machine._keep_journal, machine.journal = False, _NO_JOURNAL
     return machine
