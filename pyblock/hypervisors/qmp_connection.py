@@ -25,6 +25,7 @@ from pyblock.shown import shown
 LINE_MAX = 64 << 20  # bytes of one message: a listing of block nodes has 0.9 KB a disk, and a sandbox 65,536 disks
 EVENTS_MAX = 100_000  # within EVENTS_TIME; 10,000 disks that leave at once send 20,000
 EVENTS_TIME = 10.0  # seconds
+UNANSWERED_MAX = 100_000  # commands; a sandbox of 65,536 disks that lets go of all of them at once sends as many
 UNSENT_MAX = 64 << 20  # bytes that wait for a peer that does not read
 _TIDY_MIN = 100  # commands that wait before it is looked for those that nobody waits for any more
 STRAYS_MAX = 64  # messages before the greeting: replies that an earlier client did not wait for (QEMU 10)
@@ -159,8 +160,9 @@ class Connection:
             raise VmmUnreachable(f"{self._where}: the connection was gone before {command} was sent ({self.ended})")
         if len(self._unsent) >= self._tidy_at:
             self._tidy()
-        if self._unsent_size > UNSENT_MAX:
-            raise VmmUnreachable(f"{self._where}: {self._unsent_size} bytes wait to be read by the peer; {command} was not sent")
+        if self._unsent_size > UNSENT_MAX or len(self._asked) >= UNANSWERED_MAX:
+            waiting = f"{self._unsent_size} bytes wait to be read by the peer, {len(self._asked)} commands for its answer"
+            raise VmmUnreachable(f"{self._where}: {waiting}; {command} was not sent")
         number = next(self._numbers)
         try:
             request = Request(command, arguments, step or command, number, None if descriptor is None else os.dup(descriptor), late)

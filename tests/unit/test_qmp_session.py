@@ -231,6 +231,27 @@ async def test_a_removal_is_asked_for_again_once_at_a_time(path: Path) -> None:
         await adapter.close()
 
 
+async def test_a_peer_that_reads_and_never_answers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qmp_connection, "UNANSWERED_MAX", 10)
+
+    async def mute(command: Command, writer: asyncio.StreamWriter) -> None:
+        pass
+
+    async with opened(path, mute) as session:
+        for _ in range(10):  # whoever asked has gone, and the answer may still come
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await session.execute("query-status")
+        for _ in range(30):
+            with pytest.raises((VmmUnreachable, TimeoutError)) as caught:
+                async with asyncio.timeout(0.01):
+                    await session.execute("query-status")
+            if isinstance(caught.value, VmmUnreachable):
+                assert "10 commands for its answer" in str(caught.value)
+                return
+        pytest.fail("more than ten commands wait for an answer")
+
+
 class Node(msgspec.Struct):
     name: str = msgspec.field(name="node-name")
 
