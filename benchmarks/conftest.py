@@ -48,8 +48,13 @@ def record(request: pytest.FixtureRequest) -> Callable[[Row], None]:
 
 
 @pytest.fixture
-def versus(benchmark: Any, rounds: int, record: Callable[[Row], None]) -> Callable[..., Row]:
-    """Runs ours and a rival in turn. `at_most`: ours/rival may not exceed it. `at_least`: rival/ours must reach it."""
+def versus(request: pytest.FixtureRequest, benchmark: Any, rounds: int, record: Callable[[Row], None]) -> Callable[..., Row]:
+    """Runs ours and a rival in turn. `at_most`: ours/rival may not exceed it. `at_least`: rival/ours must reach it.
+
+    Both are timed by the clock of the test's mark (`benchmark(timer=…)`), else by the wall's.
+    """
+    marker = request.node.get_closest_marker("benchmark")
+    clock: Callable[[], float] = marker.kwargs["timer"] if marker is not None else time.perf_counter
 
     def run(
         name: str,
@@ -72,9 +77,9 @@ def versus(benchmark: Any, rounds: int, record: Callable[[Row], None]) -> Callab
 
         def before() -> tuple[tuple[Any, ...], dict[str, Any]]:
             arguments = prepare_rival()
-            start = time.perf_counter()
+            start = clock()
             rival(*arguments)
-            rival_times.append(time.perf_counter() - start)
+            rival_times.append(clock() - start)
             return prepare_ours(), {}
 
         benchmark.pedantic(ours, setup=before, rounds=rounds, warmup_rounds=2)
