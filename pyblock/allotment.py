@@ -68,7 +68,7 @@ class Allotment:
         self._watches: tuple[set[str], ...] = ()
         self._planned: dict[str, Place] | None = None  # device ID to what a batch took for it
         self._imported: Sequence[BlockDrive] = ()  # whose names wait for the offset of their family
-        self._crowds: dict[str, Crowd] | None = None  # by prefix, where there is one
+        self._crowds: tuple[Crowd, ...] = ()  # one of a family at most
         self._counts: Mapping[str, int] | None = None  # of the machine's own disks, by prefix, when it was last asked
         self._moved = NO_IDS  # prefixes of which that number has changed
 
@@ -189,15 +189,13 @@ class Allotment:
         offset = self._offsets.get(kind.family.prefix, kind.offset) if self._offsets else kind.offset
         format_ = (info.options.get("fstype") if info.options else None) or "raw"
         drive = BlockDrive(drive_id, index, ordinal, offset, kind, info.path, format_, info.read_only, info.serial, share=info.share)
-        drive.crowded = planned  # with others, else it would not have been
-        self.comes(drive)
+        self.comes(drive, together=planned)  # else it would not have been planned
         return drive
 
-    def comes(self, drive: BlockDrive) -> None:
+    def comes(self, drive: BlockDrive, *, together: bool = False) -> None:
         """Takes note that a drive is on its way. The guest may see those that come together in any order: none of their names is sound."""
-        self._crowds = self._crowds or {}
         drive.crowded = drive.crowded or drive.kind.family.prefix in self._moved
-        self._crowds.setdefault(drive.kind.family.prefix, Crowd()).comes(drive)
+        self._crowd(drive).comes(drive, together=together)
 
     def came(self, drive: BlockDrive) -> None:
         """Takes note that the machine has a drive."""
@@ -208,20 +206,28 @@ class Allotment:
         before."""
         if drive.id not in self._drive_ids:  # an orphan has none of ours
             return False
-        self._crowds = self._crowds or {}
-        return self._crowds.setdefault(drive.kind.family.prefix, Crowd()).leaves(drive)
+        return self._crowd(drive).leaves(drive)
 
     def stays(self, drive: BlockDrive) -> None:
         """Takes note that the guest keeps it."""
         self._note(drive, Crowd.stays)
 
-    def _note(self, drive: BlockDrive, what: Callable[[Crowd, BlockDrive], None]) -> None:
+    def _crowd(self, drive: BlockDrive) -> Crowd:
+        """That of a drive's family, which is made where there is none."""
         prefix = drive.kind.family.prefix
-        if self._crowds and (crowd := self._crowds.get(prefix)) is not None:
-            what(crowd, drive)
-            if crowd.idle:
-                del self._crowds[prefix]
-                self._crowds = self._crowds or None  # most of the time there is none
+        for crowd in self._crowds:
+            if crowd.prefix == prefix:
+                return crowd
+        crowd = Crowd(prefix)
+        self._crowds = (*self._crowds, crowd)
+        return crowd
+
+    def _note(self, drive: BlockDrive, what: Callable[[Crowd, BlockDrive], None]) -> None:
+        for crowd in self._crowds:
+            if crowd.prefix == drive.kind.family.prefix:
+                what(crowd, drive)
+                if crowd.idle:
+                    self._crowds = tuple(one for one in self._crowds if one is not crowd)
 
     def release(self, drive: BlockDrive) -> None:
         """Gives back what `reserve` took."""
@@ -251,12 +257,9 @@ class Allotment:
         self._ordinals, self._drive_ids, self.unused = ordinals, drive_ids, False
         if imported:
             self._imported = sorted(imported, key=lambda drive: drive.ordinal)
-        crowded: dict[str, list[BlockDrive]] = {}
         for drive in drives:
             if drive.crowded:
-                crowded.setdefault(drive.kind.family.prefix, []).append(drive)
-        if crowded:
-            self._crowds = {prefix: Crowd(restored) for prefix, restored in crowded.items()}
+                self._crowd(drive).restore(drive)
         if offsets:
             self._offsets = {**self._offsets, **{name: offset for name, offset in offsets.items() if name in FAMILIES}}
 

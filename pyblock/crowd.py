@@ -6,76 +6,96 @@ not known; nor is it known which name is free when one of them has gone while ot
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import msgspec
 
 from pyblock.model import BlockDrive
 
 
-class Crowd:
-    """The drives of one family that come, leave, or were crowded.
+class Crowd(msgspec.Struct, gc=False, eq=False):
+    """The drives of one family that come, leave, or were crowded. Most are at rest for as long as their sandbox, and hold a number only.
 
-    :param restored: crowded drives of a saved state; which of their companions left before, it does not tell.
+    :ivar prefix: of the family's names.
+    :ivar crowded: how many of the drives that are there are crowded.
+    :ivar restored: some are of a saved state; which of their companions left before, it does not tell.
+    :ivar coming: by ID.
+    :ivar leaving: likewise.
+    :ivar met: IDs of leaving drives during whose leaving another came.
+    :ivar vague: ordinals that were given back, and are not known to be what the guest has free.
     """
 
-    __slots__ = ("_coming", "_crowded", "_leaving", "_met", "_restored", "_vague")
-
-    def __init__(self, restored: Iterable[BlockDrive] = ()) -> None:
-        self._coming: dict[str, BlockDrive] = {}
-        self._leaving: dict[str, BlockDrive] = {}
-        self._met: set[str] = set()  # leaving drives during whose leaving another came
-        self._crowded = {drive.id: drive for drive in restored}
-        self._vague: set[int] = set()  # ordinals that were given back, and are not known to be what the guest has free
-        self._restored = bool(self._crowded)
+    prefix: str
+    crowded: int = 0
+    restored: bool = False
+    coming: dict[str, BlockDrive] | None = None
+    leaving: dict[str, BlockDrive] | None = None
+    met: set[str] | None = None
+    vague: set[int] | None = None
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing to remember."""
-        return not (self._coming or self._leaving or self._crowded)
+        return not (self.coming or self.leaving or self.crowded)
 
-    def comes(self, drive: BlockDrive) -> None:
-        """Takes note that a drive is on its way."""
-        met = [one.id for one in self._leaving.values() if _may_leave_its_name(one, drive)]
-        if drive.crowded or self._coming or met or self._restored or drive.ordinal in self._vague:
+    def restore(self, drive: BlockDrive) -> None:
+        """Takes note of a crowded drive of a saved state."""
+        assert drive.crowded
+        self.crowded += 1
+        self.restored = True
+
+    def comes(self, drive: BlockDrive, *, together: bool) -> None:
+        """Takes note that a drive is on its way. `together`: with others, which may not have been told of yet."""
+        met = [one.id for one in (self.leaving or {}).values() if _may_leave_its_name(one, drive)]
+        if together or self.coming or met or self.restored or drive.ordinal in (self.vague or ()):
             self._crowd(drive)
-        for other in self._coming.values() if len(self._coming) == 1 else ():  # of more than one all are crowded already
+        self.coming = self.coming or {}
+        for other in self.coming.values() if len(self.coming) == 1 else ():  # of more than one all are crowded already
             self._crowd(other)
-        self._met.update(met)
-        self._vague.discard(drive.ordinal)
-        self._coming[drive.id] = drive
+        if met:
+            self.met = {*(self.met or ()), *met}
+        if self.vague:
+            self.vague.discard(drive.ordinal)
+        self.coming[drive.id] = drive
 
     def came(self, drive: BlockDrive) -> None:
         """Takes note that the machine has it."""
-        self._coming.pop(drive.id, None)
+        if self.coming and self.coming.pop(drive.id, None) is not None:
+            self.coming = self.coming or None
 
     def leaves(self, drive: BlockDrive) -> bool:
         """Takes note that the guest is asked to let go of it; False when it was asked before."""
-        asked = drive.id in self._leaving
-        for other in self._coming.values():
+        for other in (self.coming or {}).values():
             if _may_leave_its_name(drive, other):
                 self._crowd(other)
-                self._met.add(drive.id)
-        self._leaving[drive.id] = drive
+                self.met = {*(self.met or ()), drive.id}
+        self.leaving = self.leaving or {}
+        asked = drive.id in self.leaving
+        self.leaving[drive.id] = drive
         return not asked
 
     def stays(self, drive: BlockDrive) -> None:
         """Takes note that it does not leave."""
-        self._leaving.pop(drive.id, None)
-        self._met.discard(drive.id)
+        if self.leaving and self.leaving.pop(drive.id, None) is not None:
+            self.leaving = self.leaving or None
+        if self.met:
+            self.met.discard(drive.id)
 
     def gone(self, drive: BlockDrive) -> None:
         """Takes note that the machine has it no more, or never had it."""
         self.came(drive)
-        unsure = self._crowded.pop(drive.id, None) is not None or drive.id in self._met
+        unsure = drive.crowded or drive.id in (self.met or ())
         self.stays(drive)
-        if not self._crowded:  # nobody is left who may have another's name
-            self._vague.clear()
-            self._restored = False
+        self.crowded -= drive.crowded
+        if not self.crowded:  # nobody is left who may have another's name
+            self.vague = None
+            self.restored = False
         elif unsure:
-            self._vague.add(drive.ordinal)
+            self.vague = self.vague or set()
+            self.vague.add(drive.ordinal)
 
     def _crowd(self, drive: BlockDrive) -> None:
-        drive.crowded = True
-        self._crowded[drive.id] = drive
+        if not drive.crowded:
+            drive.crowded = True
+            self.crowded += 1
 
 
 def _may_leave_its_name(leaving: BlockDrive, coming: BlockDrive) -> bool:

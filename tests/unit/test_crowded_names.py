@@ -85,7 +85,7 @@ async def test_what_was_refused_is_on_its_way_no_more(make_image: MakeImage) -> 
         with pytest.raises(VmmRefused):
             await sandbox.attach(make_image("a"))
         assert names(await sandbox.attach(make_image("b"))) == ["/dev/sda"]
-        assert sandbox._allotment._crowds is None
+        assert not sandbox._allotment._crowds
 
 
 async def test_it_is_saved(store: HeldStore, make_image: MakeImage) -> None:
