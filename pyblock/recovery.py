@@ -149,7 +149,7 @@ class Recovery:
 
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver
-        self._asked_at: tuple[int, int] | None = None  # as _now was when the machine was asked
+        self._asked_at = -1  # as _now was when the machine was asked
         self._asking: SharedWork[None] = SharedWork()
         self._doubts = 0
         self._ended = False
@@ -163,9 +163,9 @@ class Recovery:
         self._doubts += 1
 
     @property
-    def _now(self) -> tuple[int, int]:
-        """What has happened since the machine was asked when this is another than it was then."""
-        return self._doubts, self._receiver.vmm.losses
+    def _now(self) -> int:
+        """What has happened since the machine was asked when this is another than it was then. What it counts never grows less."""
+        return self._doubts + self._receiver.vmm.losses
 
     @property
     def _asked(self) -> bool:
@@ -302,7 +302,7 @@ class Recovery:
         self._renamed = receiver.allotment.learn(inventory, ours) or self._renamed
         return differences(before, ours | others, inventory)
 
-    def _settle_all(self, found: list[Difference], asked_at: tuple[int, int], *, orphans: bool) -> list[asyncio.Task[Finding]]:
+    def _settle_all(self, found: list[Difference], asked_at: int, *, orphans: bool) -> list[asyncio.Task[Finding]]:
         """Begins to settle all of it; what can be settled at once is. What somebody else settles meanwhile is taken out of `found`."""
         self._asked_at = asked_at  # it is asked again if a connection was lost while the answer was on its way
         found[:] = [one for one in found if one.stands]
