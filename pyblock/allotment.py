@@ -121,7 +121,8 @@ class Allotment:
         for disk in disks:
             counts[disk.family.prefix] = counts.get(disk.family.prefix, 0) + 1
         before = counts if self._counts is None else self._counts  # a saved offset is no count: it may have been given
-        self._moved |= {prefix for prefix in {*before, *counts} if before.get(prefix, 0) != counts.get(prefix, 0)}
+        if before != counts:
+            self._moved |= {prefix for prefix in {*before, *counts} if before.get(prefix, 0) != counts.get(prefix, 0)}
         self._counts = counts or NOTHING
         if counts:
             self._offsets = {**counts, **self._offsets}
@@ -194,8 +195,7 @@ class Allotment:
 
     def comes(self, drive: BlockDrive, *, together: bool = False) -> None:
         """Takes note that a drive is on its way. The guest may see those that come together in any order: none of their names is sound."""
-        drive.crowded = drive.crowded or drive.kind.family.prefix in self._moved
-        self._crowd(drive).comes(drive, together=together)
+        self._crowd(drive).comes(drive, unsure=together or drive.kind.family.prefix in self._moved)
 
     def came(self, drive: BlockDrive) -> None:
         """Takes note that the machine has a drive."""

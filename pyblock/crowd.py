@@ -42,10 +42,10 @@ class Crowd(msgspec.Struct, gc=False, eq=False):
         self.crowded += 1
         self.restored = True
 
-    def comes(self, drive: BlockDrive, *, together: bool) -> None:
-        """Takes note that a drive is on its way. `together`: with others, which may not have been told of yet."""
+    def comes(self, drive: BlockDrive, *, unsure: bool) -> None:
+        """Takes note that a drive is on its way. `unsure`: its name is not known, whatever the crowd knows."""
         met = [one.id for one in (self.leaving or {}).values() if _may_leave_its_name(one, drive)]
-        if together or self.coming or met or self.restored or drive.ordinal in (self.vague or ()):
+        if unsure or self.coming or met or self.restored or drive.ordinal in (self.vague or ()):
             self._crowd(drive)
         self.coming = self.coming or {}
         for other in self.coming.values() if len(self.coming) == 1 else ():  # of more than one all are crowded already

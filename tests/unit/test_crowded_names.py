@@ -188,6 +188,8 @@ async def test_the_machines_own_disks_change(change: str, make_image: MakeImage)
         vm._existing = tuple(own)
         await sandbox.reconcile()
         assert names(await sandbox.attach(make_image("fourth"))) == [None]
+        await sandbox.detach_many(sandbox.devices)
+        assert not sandbox._allotment._crowds  # each that was crowded has been counted, and has gone
 
 
 async def test_an_offset_that_was_given_is_no_count(make_image: MakeImage) -> None:
