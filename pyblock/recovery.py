@@ -150,7 +150,7 @@ class Recovery:
     def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver
         self._asked_at = -1  # as _now was when the machine was asked
-        self._asking: SharedWork[None] = SharedWork()
+        self._asking: SharedWork[None] | None = None  # while somebody asks
         self._doubts = 0
         self._ended = False
         self._questions: set[asyncio.Task[list[Difference]]] | None = None
@@ -183,18 +183,23 @@ class Recovery:
         """
         if self._asked:
             return
+        asking = self._asking = self._asking or SharedWork()
         try:
             async with asyncio.timeout_at(deadline):
-                await self._asking.join(self._ask)
+                await asking.join(self._ask)
         except TimeoutError:
             raise self._passed(deadline) from None
         except Ended:
             raise self._closed() from None
+        finally:
+            if self._asking is asking and asking.idle:
+                self._asking = None
 
     async def end(self) -> None:
         """Ends questions that are under way, and the wait for what is being settled; removals that were begun belong to their devices."""
         self._ended = True
-        await self._asking.end()
+        if self._asking is not None:
+            await self._asking.end()
         tasks = [*(self._questions or ()), *(self._settling or ())]
         for task in tasks:
             task.cancel()

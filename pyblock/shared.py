@@ -26,6 +26,11 @@ class SharedWork(Generic[Result]):
         self._task: asyncio.Task[Result] | None = None
         self._waiters = 0
 
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way, and nobody waits."""
+        return self._task is None
+
     async def join(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
         """Starts `work` unless it is under way, and returns or raises what it does. Raises Ended when `end` cuts it off."""
         if self._task is None or self._task.done():
