@@ -192,10 +192,10 @@ def leak_memory(patch: Patch) -> None:
 def hang_for_ever(patch: Patch) -> None:
     """A fault of ours in a task that nobody waits for."""
 
-    def broken(vmm: QemuHypervisor, drive: Any) -> None:
+    def broken(allotment: Allotment, drive: Any) -> None:
         raise KeyError(drive.id)
 
-    patch.setattr(QemuHypervisor, "vacate", broken)
+    patch.setattr(Allotment, "release", broken)
 
 
 SHORT = (forget_to_delete, leave_a_backend, open_another_image, lose_what_is_there, hang_for_ever)  # some seconds each
