@@ -6,15 +6,15 @@ import asyncio
 import contextlib
 import os
 import shutil
-import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from kit import Machine
 from kit.proxy import Fault, Proxy
+from loops import loop_devices
 
 from pyblock import BlockDevice, ImageReplaced, Sandbox
 from pyblock.host import OpenedImage
@@ -215,23 +215,10 @@ async def test_the_descriptor_is_as_the_drive(bare_machine: Machine, store: Sqli
         await sandbox.detach(device, timeout=ENOUGH)
 
 
-@contextmanager
-def loop_device(image: Path) -> Iterator[Path]:
-    if os.geteuid() or shutil.which("losetup") is None:
-        pytest.skip("a loop device needs root and losetup")
-    made = subprocess.run(["losetup", "--show", "-f", str(image)], capture_output=True, text=True, check=False)
-    if made.returncode:
-        pytest.skip(f"no loop device can be made here: {made.stderr.strip()}")
-    device = Path(made.stdout.strip())
-    try:
-        yield device
-    finally:
-        subprocess.run(["losetup", "-d", str(device)], check=True)
-
-
 @pytest.mark.parametrize("read_only", [False, True])
 async def test_a_block_device(bare_machine: Machine, store: SqliteStore, read_only: bool) -> None:
-    with loop_device(bare_machine.image("image", 4 * MIB)) as path:
+    with loop_devices() as loops:
+        path = loops.loop(bare_machine.image("image", 4 * MIB))
         async with Sandbox("one", f"qemu:{bare_machine.qmp_path}", store=store) as sandbox:
             device = await sandbox.attach(path, read_only=read_only, timeout=ENOUGH)
             assert size_of(bare_machine, device) == 4 * MIB and device.held.verified
