@@ -298,8 +298,8 @@ class BlockDevice:
             except TimeoutError:
                 if operation.done:  # in the very moment of the deadline
                     return await operation.result(None)
-                if self.phase is Phase.ATTACHED and self.said_count:
-                    return None  # it is written down, along with another device: what is still waited for changes nothing about that
+                if operation.undoing and self.phase is Phase.ATTACHED and self.said_count:
+                    return None  # an attach that is written down, along with another device: what it still waits for changes nothing
                 if operation.begun:
                     self._give_up(receiver)
                     raise self._pending(why) from None
