@@ -308,5 +308,6 @@ async def test_two_hundred_cycles_of_sixty_disks(guest_machine: Machine, make_st
         await asyncio.to_thread(machine.guest.wait_for_disks, 0, TIMEOUT)
         assert not sandbox.devices and not len(sandbox.index) and ours(machine) == (set(), set())
         one = await sandbox.attach(images[0])
-        [disk] = (await asyncio.to_thread(machine.guest.wait_for_disks, lambda disks: len(disks) == 1, TIMEOUT)).values()
-        assert disk.serial == one.id
+        # After 12,000 plugs the guest may still be working off old events: a disk that left is shown for a moment once more.
+        only = lambda disks: [disk.serial for disk in disks.values()] == [one.id]  # noqa: E731
+        await asyncio.to_thread(machine.guest.wait_for_disks, only, TIMEOUT)
