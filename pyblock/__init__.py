@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from pyblock.device import BlockDevice as BlockDevice
 from pyblock.device import DeviceReceiver as DeviceReceiver
-from pyblock.device import Phase as Phase
 from pyblock.drivers import DRIVERS as DRIVERS
 from pyblock.drivers import Driver as Driver
 from pyblock.errors import *  # noqa: F403 - the whole tree of exceptions is public
@@ -41,6 +40,7 @@ from pyblock.recovery import Finding as Finding
 from pyblock.recovery import Found as Found
 from pyblock.recovery import Outcome as Outcome
 from pyblock.sandbox import Sandbox as Sandbox
+from pyblock.table import Phase as Phase
 
 if TYPE_CHECKING:
     from pyblock import blocking as blocking

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 
 from pyblock.device import BlockDevice
-from pyblock.operation import over
+from pyblock.tasks import over
 
 NOTES = 5  # different errors of a batch that are shown beside the first
 

@@ -22,9 +22,9 @@ from pyblock.errors import PyblockError, SandboxClosed
 from pyblock.hypervisors.base import Hypervisor
 from pyblock.index import BlockIndex
 from pyblock.manager import Device, DeviceManager
-from pyblock.operation import log
 from pyblock.receiver import GRACE
 from pyblock.recovery import Finding
+from pyblock.tasks import log
 
 if TYPE_CHECKING:
     from pyblock.state import SandboxState

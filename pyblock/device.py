@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Coroutine
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pyblock.errors import (
@@ -23,7 +22,9 @@ from pyblock.errors import (
     TransportError,
     VmmRefused,
 )
-from pyblock.operation import Operation, over
+from pyblock.hypervisors.base import Unsettled
+from pyblock.table import ATTACH_COUNT_MAX, PENDING, Event, Phase, after
+from pyblock.tasks import Operation, over
 
 if TYPE_CHECKING:
     from pyblock.generic import GenericDevice
@@ -32,65 +33,9 @@ if TYPE_CHECKING:
     from pyblock.state import DeviceState
 
 CORRECTING = 1.0  # seconds that a cancelled call waits for what it leaves behind to be written down, before its caller goes on
-ATTACH_COUNT_MAX = 2**63 - 1  # the original's count is a Go uint, which JSON readers hold in 64 bits with a sign
 
-
-class Phase(StrEnum):
-    """Where a device stands."""
-
-    DETACHED = "detached"
-    ATTACHING = "attaching"
-    ATTACHED = "attached"
-    DETACHING = "detaching"
-    ATTACH_PENDING = "attach-pending"
-    DETACH_PENDING = "detach-pending"
-
-
-class Event(StrEnum):
-    """What moves it on."""
-
-    ATTACH = "first attach"
-    PLUGGED = "VMM has it"
-    UNDONE = "failed and undone"
-    UNKNOWN = "outcome unknown"
-    DETACH = "last detach"
-    GONE = "VMM says gone"
-    KEPT = "refused, VMM keeps it"
-    LOST = "VMM has it no more"
-
-
-LIFE: dict[tuple[Phase, Event], Phase] = {
-    (Phase.DETACHED, Event.ATTACH): Phase.ATTACHING,
-    (Phase.ATTACHING, Event.PLUGGED): Phase.ATTACHED,
-    (Phase.ATTACHING, Event.UNDONE): Phase.DETACHED,
-    (Phase.ATTACHING, Event.UNKNOWN): Phase.ATTACH_PENDING,
-    (Phase.ATTACH_PENDING, Event.DETACH): Phase.DETACHING,
-    (Phase.ATTACH_PENDING, Event.GONE): Phase.DETACHED,
-    (Phase.ATTACH_PENDING, Event.KEPT): Phase.ATTACHED,
-    (Phase.ATTACHED, Event.DETACH): Phase.DETACHING,
-    (Phase.ATTACHED, Event.LOST): Phase.DETACHED,
-    (Phase.ATTACHED, Event.UNKNOWN): Phase.ATTACH_PENDING,
-    (Phase.DETACHING, Event.GONE): Phase.DETACHED,
-    (Phase.DETACHING, Event.KEPT): Phase.ATTACHED,
-    (Phase.DETACHING, Event.UNKNOWN): Phase.DETACH_PENDING,
-    (Phase.DETACH_PENDING, Event.DETACH): Phase.DETACHING,
-    (Phase.DETACH_PENDING, Event.GONE): Phase.DETACHED,
-    (Phase.DETACH_PENDING, Event.KEPT): Phase.ATTACHED,
-}
 
 _NEW = Phase.DETACHED  # bound once: a member of an enum takes three times as long as a name
-# In these phases an index, an ID, a slot and an address are taken.
-HOLDING = frozenset(Phase) - {Phase.DETACHED}
-# In these nobody knows what the VMM has, or nobody was told.
-PENDING = frozenset({Phase.ATTACH_PENDING, Phase.DETACH_PENDING})
-
-
-class Unsettled(Exception):
-    """Raised by a receiver when the VMM may still hold part of a drive; `error` is what the caller is to see."""
-
-    def __init__(self, error: PyblockError) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 class Forgotten(Exception):
@@ -528,7 +473,7 @@ class BlockDevice:
         receiver.release(self, drive, late=late, counted=counted)
 
     def _move(self, event: Event) -> None:
-        self.phase = LIFE[self.phase, event]
+        self.phase = after(self.phase, event)
 
     def _unsure(self) -> None:
         """The outcome is not known, or nobody hears of it."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pyblock.device import ATTACH_COUNT_MAX
 from pyblock.errors import AttachCountExhausted, NotAttached
+from pyblock.table import ATTACH_COUNT_MAX
 
 if TYPE_CHECKING:
     from pyblock.model import DeviceInfo

@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 from collections.abc import Sequence
 
-from pyblock.device import HOLDING, BlockDevice, Phase
+from pyblock.device import BlockDevice
 from pyblock.errors import CallerError, ImageInUse, InvalidValue, PyblockError
 from pyblock.manager import Device, DeviceManager
-from pyblock.operation import log
 from pyblock.persist import device_to_state
 from pyblock.state import encode_device
 from pyblock.stores.base import Claim, Row, Store
+from pyblock.table import HOLDING, Phase
+from pyblock.tasks import log
 
 RETRY = 1.0  # seconds between two tries to write what could not be written at once
 

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from pyblock.allotment import Allotment
-from pyblock.device import BlockDevice, Phase
+from pyblock.device import BlockDevice
 from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_MMIO, VIRTIO_SCSI, Driver
 from pyblock.errors import InvalidID, InvalidIndex, InvalidState, PyblockError
 from pyblock.formats import RAW
@@ -22,6 +22,7 @@ from pyblock.manager import NO_OPTIONS, Device, DeviceManager
 from pyblock.model import BlockDrive, DeviceInfo, check_device_id
 from pyblock.naming import scsi_address
 from pyblock.state import DeviceNotes, DeviceState, DriveNotes, DriveState, HypervisorState, SandboxNotes, SandboxState
+from pyblock.table import Phase
 
 # An operation that was under way when the state was saved has an unknown outcome for whoever loads it.
 _SAVED_PHASE = {Phase.ATTACHING: Phase.ATTACH_PENDING, Phase.DETACHING: Phase.DETACH_PENDING}

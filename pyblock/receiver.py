@@ -11,16 +11,17 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pyblock.allotment import Allotment
-from pyblock.device import BlockDevice, DeviceReceiver, Forgotten, Phase, Unsettled
+from pyblock.device import BlockDevice, DeviceReceiver, Forgotten
 from pyblock.errors import CallerError, InvalidState, PyblockError, SandboxClosed, TransportError, UnknownDriver, WrongEventLoop
 from pyblock.formats import RAW
 from pyblock.host import open_claimed
-from pyblock.hypervisors.base import Hypervisor, fault, typed
+from pyblock.hypervisors.base import Hypervisor, Unsettled, fault, typed
 from pyblock.loading import loading
 from pyblock.manager import Device, DeviceManager
 from pyblock.model import BlockDrive
-from pyblock.operation import Operation, log, passed
 from pyblock.recovery import Recovery
+from pyblock.table import Phase
+from pyblock.tasks import Operation, log, passed
 
 if TYPE_CHECKING:
     from pyblock.ledger import Ledger

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from pyblock.device import BlockDevice, Phase, Unsettled
+from pyblock.device import BlockDevice
 from pyblock.errors import DeadlinePassed, PyblockError, SandboxClosed, TransportError, VmmUnreachable
-from pyblock.hypervisors.base import CONNECT_TIMEOUT, Held, Inventory, typed
+from pyblock.hypervisors.base import CONNECT_TIMEOUT, Held, Inventory, Unsettled, typed
 from pyblock.manager import DeviceManager
 from pyblock.model import BlockDrive
-from pyblock.operation import Operation, log, passed
-from pyblock.shared import Ended, SharedWork
+from pyblock.table import Phase
+from pyblock.tasks import Ended, Operation, SharedWork, log, passed
 
 if TYPE_CHECKING:
     from pyblock.receiver import Receiver

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pyblock.allotment import Allotment
 from pyblock.batch import Batch, raise_first
-from pyblock.device import BlockDevice, Forgotten, Phase
+from pyblock.device import BlockDevice, Forgotten
 from pyblock.errors import (
     InvalidID,
     InvalidImage,
@@ -31,9 +31,10 @@ from pyblock.index import BlockIndex
 from pyblock.loading import loading
 from pyblock.manager import Device, DeviceManager
 from pyblock.model import DeviceInfo
-from pyblock.operation import deadline_after, log, over
 from pyblock.receiver import GRACE, Receiver
 from pyblock.recovery import SETTLE_TIME, Finding
+from pyblock.table import Phase
+from pyblock.tasks import deadline_after, log, over
 
 if TYPE_CHECKING:
     from pyblock.state import SandboxState

@@ -21,10 +21,10 @@ import eager
 
 import pyblock
 from pyblock import BlockDevice, Phase, PyblockError, Sandbox
-from pyblock.device import HOLDING
 from pyblock.hypervisors.memory import MemoryHypervisor
 from pyblock.model import BlockDrive
 from pyblock.stores.sqlite import SqliteStore
+from pyblock.table import HOLDING
 
 PENDING = (Phase.ATTACH_PENDING, Phase.DETACH_PENDING)
 ADDING = ("backend-add", "device-add")

@@ -22,9 +22,9 @@ from pyblock.cli.survey import Survey
 from pyblock.device import BlockDevice
 from pyblock.errors import PyblockError
 from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.operation import deadline_after
 from pyblock.sandbox import TIMEOUT, Sandbox
 from pyblock.stores import host_store
+from pyblock.tasks import deadline_after
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -12,7 +12,7 @@ from pyblock.loading import loading
 
 # scheme -> module, and what opens an adapter in it; imported when first opened, so that importing pyblock loads no network library
 SCHEMES = {
-    "memory": ("pyblock.hypervisors.memory", "open_memory"),
+    "memory": ("pyblock.hypervisors.memory_file", "open_memory"),
     "qemu": ("pyblock.hypervisors.qemu", "QemuHypervisor"),
 }
 

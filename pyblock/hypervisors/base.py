@@ -13,7 +13,6 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from pyblock.device import Unsettled
 from pyblock.drivers import Driver, Family
 from pyblock.errors import PyblockError, TransportError, VmmProtocolError, VmmRefused
 from pyblock.host import OpenedImage
@@ -23,6 +22,14 @@ from pyblock.model import BlockDrive
 Result = TypeVar("Result")
 
 CONNECT_TIMEOUT = 30.0  # seconds that making a connection may take when the caller's own deadline is later
+
+
+class Unsettled(Exception):
+    """Raised by an adapter when the VMM may still hold part of a drive; `error` is what the caller is to see."""
+
+    def __init__(self, error: PyblockError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 def fault(doing: str, error: Exception) -> PyblockError:

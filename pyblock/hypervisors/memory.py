@@ -239,19 +239,3 @@ def _number(slot: str) -> int:
     if slot.isascii() and slot.isdigit() and len(slot) < 4 and int(slot) < BRIDGES * BRIDGE_SLOTS:
         return int(slot)
     raise InvalidValue(f"slot {slot!r} is not in 0 … {BRIDGES * BRIDGE_SLOTS - 1}")
-
-
-_NO_JOURNAL: list[tuple[str, str]] = []  # one for all
-
-
-def open_memory(address: str) -> MemoryHypervisor:
-    """The machine behind `memory:`, or the one in a file behind `memory:/tmp/vm1`. Nobody can look at its journal, so it keeps none: there
-    may be thousands of them."""
-    if "/" in address:
-        from pyblock.hypervisors.memory_file import FileMachine  # noqa: PLC0415 - it derives from this module's
-
-        machine: MemoryHypervisor = FileMachine(address)
-    else:
-        machine = MemoryHypervisor(address)
-    machine._keep_journal, machine.journal = False, _NO_JOURNAL
-    return machine

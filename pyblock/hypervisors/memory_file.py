@@ -76,3 +76,14 @@ class FileMachine(MemoryHypervisor):
         new = self._path.with_name(self._path.name + ".new")
         new.write_bytes(msgspec.json.format(msgspec.json.encode(_Contents(self.backends, self.devices)), indent=1))
         new.replace(self._path)
+
+
+_NO_JOURNAL: list[tuple[str, str]] = []  # one for all
+
+
+def open_memory(address: str) -> MemoryHypervisor:
+    """The machine behind `memory:`, or the one in a file behind `memory:/tmp/vm1`. Nobody can look
+    at its journal, so it keeps none: there may be thousands of them."""
+    machine = FileMachine(address) if "/" in address else MemoryHypervisor(address)
+    machine._keep_journal, machine.journal = False, _NO_JOURNAL
+    return machine

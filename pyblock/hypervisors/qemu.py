@@ -22,7 +22,7 @@ from pyblock.hypervisors.qemu_inventory import KATA_MEMORY, KATA_NVDIMM, LUNS, m
 from pyblock.hypervisors.qemu_tree import Slot, Tree, bus_numbers, properties, read_tree
 from pyblock.hypervisors.qmp import QmpSession, qemu_process
 from pyblock.model import BlockDrive
-from pyblock.operation import log
+from pyblock.tasks import log
 
 # QEMU works off its commands one by one, and each takes longer the more block nodes there are: with a hundred drives begun at once, every
 # device would be added among a hundred nodes. A few in flight keep QEMU busy.

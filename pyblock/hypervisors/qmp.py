@@ -20,8 +20,8 @@ import msgspec
 from pyblock.errors import ConnectionLost, PyblockError, VmmProtocolError, VmmRefused, VmmUnreachable
 from pyblock.hypervisors.base import CONNECT_TIMEOUT
 from pyblock.hypervisors.qmp_connection import Connection
-from pyblock.shared import Ended, SharedWork
 from pyblock.shown import shown
+from pyblock.tasks import Ended, SharedWork
 
 _SOCKET_PATH_MAX = 107  # bytes: sun_path of sockaddr_un less its NUL
 _CROWD_PAUSE = 0.05  # seconds until a monitor that too many wait for is tried again

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 import pyblock
-from pyblock.device import HOLDING, LIFE, Event, Phase
 from pyblock.drivers import SD, VD
 from pyblock.hypervisors.base import FoundDisk
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
+from pyblock.table import HOLDING, LIFE, Event, IllegalEvent, Phase, after
 
 pytestmark = pytest.mark.anyio
 
@@ -423,13 +423,25 @@ async def test_a_batch_may_hold_one_image_twice(image: Make) -> None:
         nothing_left(sandbox, vm)
 
 
+@pytest.mark.parametrize("phase", Phase)
+@pytest.mark.parametrize("event", Event)
+def test_an_event_that_cannot_happen_is_a_named_fault_of_ours(phase: Phase, event: Event) -> None:
+    if (phase, event) in LIFE:
+        assert after(phase, event) is LIFE[phase, event]
+        return
+    with pytest.raises(IllegalEvent, match=f"'{event}'.* {phase}: a fault in pyblock") as raised:
+        after(phase, event)
+    assert (raised.value.phase, raised.value.event) == (phase, event)
+    assert not isinstance(raised.value, pyblock.PyblockError)
+
+
 def test_the_table_of_life_is_complete() -> None:
     """Every phase can be reached, can be left, and leads back to detached."""
     assert {phase for phase, _ in LIFE} == set(Phase) == set(LIFE.values())
     assert {event for _, event in LIFE} == set(Event)
     home = {Phase.DETACHED}
     for _ in Phase:
-        home |= {phase for (phase, _), after in LIFE.items() if after in home}
+        home |= {phase for (phase, _), then in LIFE.items() if then in home}
     assert home == set(Phase)
 
 
@@ -445,4 +457,4 @@ async def test_operations_leave_no_garbage_task(image: Make) -> None:
 def test_the_diagram_in_the_docs_is_the_table() -> None:
     text = (Path(__file__).parents[2] / "docs" / "recovery.md").read_text()
     drawn = re.findall(r"^    ([a-z-]+) --> ([a-z-]+): (.+)$", text, re.MULTILINE)
-    assert sorted(drawn) == sorted((before.value, after.value, event.value) for (before, event), after in LIFE.items())
+    assert sorted(drawn) == sorted((before.value, then.value, event.value) for (before, event), then in LIFE.items())

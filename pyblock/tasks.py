@@ -1,17 +1,20 @@
-"""One running attach or detach, which outlives its caller.
+"""Work that outlives its callers: a task, and those who wait for it.
 
-A deadline or a cancellation ends the waiting, never the work: a VMM that was sent half of an operation would be left half done.
-The work goes on in its own task and looks at `abandoned` to learn that nobody waits for it any more.
+A deadline or a cancellation ends the waiting, never an operation: a VMM that was sent half of it
+would be left half done. It goes on in its own task, and looks at `abandoned` to learn that nobody
+waits for it any more. Work that several wait for together ends with the last of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
 
 from pyblock.errors import DeadlinePassed, InvalidTimeout
+
+Result = TypeVar("Result")
 
 log = logging.getLogger("pyblock")
 log.addHandler(logging.NullHandler())  # a library is silent until its user sets a handler
@@ -124,3 +127,53 @@ class Operation:
     def _over(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None and self.abandoned:
             log.warning("an operation that nobody waits for any more ended in: %s", error)
+
+
+class Ended(Exception):
+    """The work was ended by `end`, not by whoever waits for it."""
+
+
+class SharedWork(Generic[Result]):
+    """One piece of work that several callers wait for together (connecting to a VMM, asking it what
+    it has), while it is under way, and how many do.
+
+    Whoever comes meanwhile joins it. When the last one leaves (a deadline, a cancellation), it is
+    ended, so that a silent peer holds up nobody who comes later. An answer is for those who asked:
+    the next caller starts anew.
+    """
+
+    __slots__ = ("_task", "_waiters")
+
+    def __init__(self) -> None:
+        self._task: asyncio.Task[Result] | None = None
+        self._waiters = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is under way, and nobody waits."""
+        return self._task is None
+
+    async def join(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
+        """Starts `work` unless it is under way, and returns or raises what it does. Raises Ended when `end` cuts it off."""
+        if self._task is None or self._task.done():
+            self._task, self._waiters = asyncio.create_task(work()), 0
+            self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may be that all have left
+        task = self._task
+        self._waiters += 1
+        try:
+            await asyncio.wait([task])  # no shield: from Python 3.14 on that reports an error after a cancelled wait to the event loop
+        finally:
+            if self._task is task:
+                self._waiters -= 1
+                if not self._waiters:
+                    self._task = None
+                    task.cancel()
+        if task.cancelled():
+            raise Ended
+        return task.result()
+
+    async def end(self) -> None:
+        """Ends what is under way, and returns when it is over."""
+        if (task := self._task) is not None:
+            task.cancel()
+            await asyncio.wait([task])
