@@ -11,7 +11,7 @@ help:
 	@echo 'make quick   what takes two minutes: formatting, types, the unit tests but for the slow ones, two files on a paused QEMU'
 	@echo 'make lint types c-tests py-tests    the parts of make test, without the set-up'
 	@echo 'make bench   all benchmarks: one table of ratios, the plots, docs/benchmarks.md'
-	@echo 'make bench-short    the guards of CI: instructions, crossings, a few rounds of each ratio'
+	@echo 'make bench-short    the guards of CI: instructions, crossings, calls, a few rounds of each ratio'
 	@echo 'make fuzz SECONDS=600    coverage-guided fuzzing of the core'
 	@echo 'make sanitize-extension    the unit tests on an extension built with the address and undefined-behaviour sanitizers'
 	@echo 'make soak    a million operations on 10,000 sandboxes in memory, through one store (OPERATIONS=, SANDBOXES=)'
@@ -65,6 +65,7 @@ bench:
 
 bench-short: instructions
 	$(PYTHON) benchmarks/crossings.py --check
+	$(PYTHON) benchmarks/story.py --check
 	$(PYTHON) -m pytest benchmarks --short --benchmark-quiet
 
 instructions:
