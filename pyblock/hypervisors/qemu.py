@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 from collections.abc import Collection
 from typing import Annotated, Any
 
@@ -17,10 +16,11 @@ from pyblock.drivers import NVDIMM, VIRTIO_BLK, VIRTIO_SCSI
 from pyblock.errors import ImageReplaced, PyblockError, SlotsExhausted, UnknownDriver, VmmRefused
 from pyblock.host import OpenedImage
 from pyblock.hypervisors.base import Inventory, SteppedHypervisor
-from pyblock.hypervisors.qemu_descriptors import DescriptorSets, Passed, has_open, set_behind
+from pyblock.hypervisors.qemu_descriptors import DescriptorSets, Passed, set_behind
 from pyblock.hypervisors.qemu_inventory import KATA_MEMORY, KATA_NVDIMM, LUNS, memory_modules, nodes, take_listing, user_of
 from pyblock.hypervisors.qemu_tree import Slot, Tree, bus_numbers, properties, read_tree
 from pyblock.hypervisors.qmp import QmpSession, qemu_process
+from pyblock.hypervisors.unix import has_open, real_path
 from pyblock.model import BlockDrive
 from pyblock.tasks import log
 
@@ -85,9 +85,7 @@ class QemuHypervisor(SteppedHypervisor):
 
     @property
     def address(self) -> str:
-        with contextlib.suppress(ValueError):  # of a NUL in it; connecting will say so
-            return f"qemu:{os.path.realpath(self._qmp.path)}"
-        return f"qemu:{self._qmp.path}"
+        return f"qemu:{real_path(self._qmp.path)}"
 
     @property
     def waits_for(self) -> str:

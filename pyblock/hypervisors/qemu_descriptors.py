@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
-import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Annotated
 
@@ -19,6 +17,7 @@ import msgspec
 from pyblock.errors import ConnectionLost, VmmProtocolError, VmmRefused
 from pyblock.host import OpenedImage
 from pyblock.hypervisors.qmp import QmpSession, qemu_process
+from pyblock.hypervisors.unix import is_open_as
 from pyblock.lineage import Identity
 
 _MARK = "pb:"
@@ -168,39 +167,6 @@ def set_behind(file: str) -> int | None:
     """The number of the set that a block node of that file has open; None for another file."""
     found = _SET.fullmatch(file)
     return int(found[1]) if found else None
-
-
-def is_open_as(pid: int, descriptor: int, image: OpenedImage) -> bool | None:
-    """Whether that descriptor of a process is the image; None where that cannot be seen."""
-    if pid in (0, os.getpid()):  # not known, or a pair of sockets that this process made
-        return None
-    try:
-        return _is_same(os.stat(f"/proc/{pid}/fd/{descriptor}"), os.fstat(image.fd))  # noqa: PTH116
-    except OSError:
-        return None
-
-
-def has_open(pid: int, image: OpenedImage) -> bool | None:
-    """Whether a process has the image open (True), or something else under the image's path (False); None where neither can be seen."""
-    if pid in (0, os.getpid()):
-        return None
-    other, wanted = None, os.fstat(image.fd)
-    try:
-        for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208
-            with contextlib.suppress(OSError):
-                if _is_same(os.stat(f"/proc/{pid}/fd/{name}"), wanted):  # noqa: PTH116
-                    return True
-                if os.readlink(f"/proc/{pid}/fd/{name}") == image.path:  # noqa: PTH115
-                    other = False
-    except OSError:
-        return None
-    return other
-
-
-def _is_same(one: os.stat_result, other: os.stat_result) -> bool:
-    if stat.S_ISBLK(other.st_mode):
-        return stat.S_ISBLK(one.st_mode) and one.st_rdev == other.st_rdev
-    return (one.st_dev, one.st_ino) == (other.st_dev, other.st_ino)
 
 
 def _image_behind(opaque: str | None) -> Identity | None:

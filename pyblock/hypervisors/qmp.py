@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import random
 import socket
-import stat
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 
 from pyblock.errors import ConnectionLost, PyblockError, VmmProtocolError, VmmRefused, VmmUnreachable
+from pyblock.hypervisors import unix
 from pyblock.hypervisors.base import CONNECT_TIMEOUT
 from pyblock.hypervisors.qmp_connection import Connection
 from pyblock.shown import shown
 from pyblock.tasks import Ended, SharedWork
 
-_SOCKET_PATH_MAX = 107  # bytes: sun_path of sockaddr_un less its NUL
 _CROWD_PAUSE = 0.05  # seconds until a monitor that too many wait for is tried again
 
 Reply = TypeVar("Reply")
@@ -123,14 +121,7 @@ class QmpSession:
 
     def is_gone(self) -> bool:
         """Whether the socket is absent or nobody listens there. A peer that is there and says nothing is not gone."""
-        with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)) as probe:
-            try:
-                probe.connect(self.path)
-            except (FileNotFoundError, NotADirectoryError, ConnectionRefusedError):
-                return True
-            except (OSError, ValueError):
-                pass  # taken, or not to be touched by this user: something is there
-        return False
+        return unix.is_gone(self.path)
 
     async def close(self) -> None:
         """Ends the connection, if there is one."""
@@ -150,7 +141,7 @@ class QmpSession:
         connection: Connection | None = None
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                self._check_socket()
+                unix.check_socket(self.path, f"QMP socket {self.path!r}", hint="is QEMU running?")
                 connection = Connection(f"QMP socket {self.path!r}", await self._connected(), self._event, self._end)
                 self.waits_for = f"the QMP greeting at {self.path!r}: {_why_silent(connection.pid)}"
                 await connection.greeted()
@@ -211,16 +202,6 @@ class QmpSession:
         why = _why_silent(connection.pid) if connection is not None else "its queue of clients is full, and QEMU serves one at a time"
         return f"QMP socket {self.path!r}: no QMP greeting within {CONNECT_TIMEOUT:g} s: {why}"
 
-    def _check_socket(self) -> None:
-        if len(os.fsencode(self.path)) > _SOCKET_PATH_MAX:
-            raise VmmUnreachable(f"QMP socket {self.path!r}: a unix socket's path has at most {_SOCKET_PATH_MAX} bytes")
-        try:
-            mode = os.stat(self.path).st_mode  # noqa: PTH116
-        except (OSError, ValueError) as error:
-            raise VmmUnreachable(f"QMP socket {self.path!r}: {getattr(error, 'strerror', error)}; is QEMU running?") from error
-        if not stat.S_ISSOCK(mode):
-            raise VmmUnreachable(f"QMP socket {self.path!r} is not a socket")
-
     def _event(self, name: str, data: msgspec.Raw | None) -> None:
         if name == "RESUME":
             return self.on_resume()
@@ -251,26 +232,11 @@ class QmpSession:
 
 def qemu_process(pid: int) -> str:
     """What tells a process from all others of this boot, if it is a QEMU and can be looked at; else ""."""
-    try:
-        program = os.readlink(f"/proc/{pid}/exe").rpartition("/")[2]  # noqa: PTH115
-        started = _stat(pid)[19]
-    except (OSError, IndexError):
-        return ""
-    return f"process {pid} {started}" if "qemu" in program or "kvm" in program else ""
-
-
-def _stat(pid: int) -> list[str]:
-    """The words of /proc/PID/stat from the state on, which is the third; the name before it may hold anything."""
-    with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123 - of a file of one line
-        return file.read().rpartition(")")[2].split()
+    return unix.process(pid, "qemu", "kvm")
 
 
 def _why_silent(pid: int) -> str:
     """What keeps a monitor from greeting, as far as can be told from here."""
-    try:
-        state = _stat(pid)[0]
-    except (OSError, IndexError):
-        state = ""
-    if state in ("T", "t"):
+    if unix.is_stopped(pid):
         return f"process {pid}, which has it open, is stopped"
     return "another client may hold it, since QEMU serves one at a time (give pyblock a monitor of its own), or QEMU hangs"

@@ -12,7 +12,6 @@ import itertools
 import os
 import random
 import socket
-import struct
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import msgspec
 
 from pyblock.errors import ConnectionLost, PyblockError, VmmProtocolError, VmmRefused, VmmUnreachable
+from pyblock.hypervisors.unix import peer_of
 from pyblock.shown import shown
 
 LINE_MAX = 64 << 20  # bytes of one message: a listing of block nodes has 0.9 KB a disk, and a sandbox 65,536 disks
@@ -30,7 +30,6 @@ UNSENT_MAX = 64 << 20  # bytes that wait for a peer that does not read
 _TIDY_MIN = 100  # commands that wait before it is looked for those that nobody waits for any more
 STRAYS_MAX = 64  # messages before the greeting: replies that an earlier client did not wait for (QEMU 10)
 _CHUNK = 65536
-_PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -105,7 +104,7 @@ class Connection:
         on_end: Callable[[PyblockError], None],
     ) -> None:
         self.ended: PyblockError | None = None
-        self.pid = _peer_of(peer)
+        self.pid = peer_of(peer)
         self._where = where
         self._socket = peer
         self._on_event = on_event
@@ -343,11 +342,3 @@ def _refused(request: Request, refusal: Refusal) -> VmmRefused:
         request={"execute": request.command, "arguments": request.arguments or {}},
         reply={"class": shown(refusal.kind, 80), "desc": text},
     )
-
-
-def _peer_of(peer: socket.socket) -> int:
-    try:
-        pid, _, _ = _PEER.unpack(peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-    except (OSError, struct.error):
-        return 0
-    return int(pid)
