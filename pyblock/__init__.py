@@ -1,62 +1,84 @@
 """pyblock plugs block devices into running virtual machines, and knows where each one appears in the guest.
 
-`Sandbox` is the asyncio front door, `pyblock.blocking.Sandbox` the blocking one. Importing pyblock loads no network library.
+`Sandbox` is the asyncio front door, `pyblock.blocking.Sandbox` the blocking one. What is public
+stands in `__all__`; what not every program needs is imported when it is first asked for.
 """
+
+# ruff: noqa: F403, F405 - all of the tree of errors is public
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from pyblock.device import BlockDevice as BlockDevice
-from pyblock.device import DeviceReceiver as DeviceReceiver
-from pyblock.drivers import DRIVERS as DRIVERS
-from pyblock.drivers import Driver as Driver
-from pyblock.errors import *  # noqa: F403 - the whole tree of exceptions is public
-from pyblock.generic import GenericDevice as GenericDevice
-from pyblock.index import BlockIndex as BlockIndex
-from pyblock.manager import DeviceManager as DeviceManager
-from pyblock.model import BlockDrive as BlockDrive
-from pyblock.model import DeviceInfo as DeviceInfo
-from pyblock.naming import (
-    drive_index as drive_index,
-)
-from pyblock.naming import (
-    drive_name as drive_name,
-)
-from pyblock.naming import (
-    drive_names as drive_names,
-)
-from pyblock.naming import (
-    make_name_id as make_name_id,
-)
-from pyblock.naming import (
-    scsi_address as scsi_address,
-)
-from pyblock.naming import (
-    scsi_index as scsi_index,
-)
-from pyblock.recovery import Finding as Finding
-from pyblock.recovery import Found as Found
-from pyblock.recovery import Outcome as Outcome
-from pyblock.sandbox import Sandbox as Sandbox
-from pyblock.table import Phase as Phase
+from pyblock.device import BlockDevice
+from pyblock.drivers import DRIVERS, Driver
+from pyblock.errors import *
+from pyblock.generic import GenericDevice
+from pyblock.hypervisors.base import Hypervisor
+from pyblock.index import BlockIndex
+from pyblock.model import BlockDrive, DeviceInfo
+from pyblock.naming import drive_index, drive_name, drive_names, make_name_id, scsi_address, scsi_index
+from pyblock.recovery import Finding, Found, Outcome
+from pyblock.sandbox import Sandbox
+from pyblock.table import Phase
 
-if TYPE_CHECKING:
-    from pyblock import blocking as blocking
-    from pyblock.state import DeviceState as DeviceState
-    from pyblock.stores.base import Store as Store
-    from pyblock.stores.sqlite import SqliteStore as SqliteStore
+if _TYPE_CHECKING:
+    from pyblock import blocking
+    from pyblock.hypervisors.memory import Fault, MemoryHypervisor
+    from pyblock.state import DeviceState
+    from pyblock.stores.base import Store
+    from pyblock.stores.sqlite import SqliteStore
 
 __version__ = "0.1.0"
 
-# What not every program needs, and takes long to import.
-_LATE = {"DeviceState": "pyblock.state", "SqliteStore": "pyblock.stores.sqlite", "Store": "pyblock.stores.base"}
+# fmt: off
+__all__ = [  # noqa: RUF022 - by what they are about
+    # doors
+    "Sandbox", "blocking",
+    # disks
+    "BlockDevice", "BlockDrive", "DRIVERS", "DeviceInfo", "Driver", "GenericDevice", "Phase",
+    # what recovery found
+    "Finding", "Found", "Outcome",
+    # machines and stores
+    "Hypervisor", "MemoryHypervisor", "Fault", "DeviceState", "SqliteStore", "Store",
+    # numbers and names
+    "BlockIndex", "drive_index", "drive_name", "drive_names", "make_name_id", "scsi_address",
+    "scsi_index",
+    # errors, as their tree has them
+    "PyblockError",
+    "CallerError",
+    "InvalidValue", "InvalidIndex", "InvalidName", "InvalidAddress", "InvalidID", "InvalidSerial",
+    "InvalidTimeout", "InvalidImage", "ImageReplaced", "UnknownDriver", "UnknownScheme",
+    "UnknownDevice", "DeviceConflict", "NotAttached", "IndexTaken", "IndexFree", "SandboxClosed",
+    "WrongEventLoop", "SandboxBusy", "MachineAnswers", "SandboxConflict", "UnknownSandbox",
+    "ImageInUse", "StateError", "InvalidState", "NewerState",
+    "CapacityError", "IndexesExhausted", "SlotsExhausted", "DescriptorsExhausted",
+    "AttachCountExhausted",
+    "VmmRefused",
+    "TransportError", "VmmUnreachable", "VmmProtocolError", "ConnectionLost",
+    "StoreError", "StoreBusy", "DeadlinePassed", "AttachPending", "DetachPending",
+]
+# fmt: on
+
+_LATE = {
+    "DeviceState": "pyblock.state",
+    "Fault": "pyblock.hypervisors.memory",
+    "MemoryHypervisor": "pyblock.hypervisors.memory",
+    "SqliteStore": "pyblock.stores.sqlite",
+    "Store": "pyblock.stores.base",
+}
 
 
-def __getattr__(name: str) -> Any:
-    if name == "blocking":  # loads anyio, which the asyncio front door does without
-        return import_module("pyblock.blocking")
-    if name in _LATE:
-        return getattr(import_module(_LATE[name]), name)
-    raise AttributeError(f"module 'pyblock' has no attribute {name!r}")
+if not _TYPE_CHECKING:  # to a type checker, a name that is not public is a mistake
+
+    def __getattr__(name: str) -> object:
+        if name == "blocking":  # loads anyio, which the asyncio front door does without
+            return _import_module("pyblock.blocking")
+        if name in _LATE:
+            return getattr(_import_module(_LATE[name]), name)
+        raise AttributeError(f"module 'pyblock' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -95,7 +95,7 @@ class Sandbox:
 
     @property
     def manager(self) -> DeviceManager:
-        """See pyblock.DeviceManager."""
+        """The devices by ID, and their counts."""
         return self._sandbox.manager
 
     @property
