@@ -21,6 +21,7 @@ from pyblock.errors import (
     InvalidIndex,
     InvalidName,
     InvalidValue,
+    PyblockError,
 )
 
 Handle = NewType("Handle", object)
@@ -127,13 +128,18 @@ def _show(value: object) -> str:
 
 
 def _fail(function: str, status: int, **facts: object) -> NoReturn:
+    """:param facts: what the text is made of; the first is what was asked for."""
     error, template = FAULTS[function][status]
-    raise error(template.format_map({name: _show(value) for name, value in facts.items()}))
+    text = template.format_map({name: _show(value) for name, value in facts.items()})
+    if not issubclass(error, PyblockError):
+        raise error(text)
+    index = facts.get("value")
+    raise error(text, index=index if isinstance(index, int) else None, value=next(iter(facts.values()), None))
 
 
 def _fail_index(function: str, status: int, handle: Handle, **facts: object) -> NoReturn:
     capacity = index_capacity(handle)
-    _fail(function, status, capacity=capacity, last=capacity - 1, free=capacity - index_count(handle), **facts)
+    _fail(function, status, **facts, capacity=capacity, last=capacity - 1, free=capacity - index_count(handle))
 
 
 def _fail_plan(function: str, status: int, handle: Handle, ordinals: Handle, **facts: object) -> NoReturn:
@@ -162,7 +168,8 @@ def _encode(text: str, error: type[InvalidValue]) -> bytes:
     try:
         return str.encode(text)
     except UnicodeEncodeError:
-        raise error(f"{_show(text)} holds half a surrogate pair, which UTF-8 cannot carry: give whole characters") from None
+        why = "holds half a surrogate pair, which UTF-8 cannot carry: give whole characters"
+        raise error(f"{_show(text)} {why}", value=text) from None
 
 
 def _count(n: int, most: int) -> int:
@@ -215,7 +222,8 @@ def index_new(capacity: int) -> Handle:
         return index
     if 1 <= capacity <= CAPACITY_MAX:
         raise MemoryError("no memory for a block index")
-    raise InvalidIndex(f"capacity {_show(capacity)} is outside 1 ... {CAPACITY_MAX}: give one in that range")
+    text = f"capacity {_show(capacity)} is outside 1 ... {CAPACITY_MAX}: give one in that range"
+    raise InvalidIndex(text, value=capacity)
 
 
 def index_refused(function: str, status: int, handle: Handle, **facts: object) -> NoReturn:
@@ -362,7 +370,7 @@ def make_id(kind: str, device_id: str, salt: int, limit: int) -> str:
     except OverflowError:
         got = ERANGE
     if got < 0:
-        _fail("pb_make_id", got, kind=kind, id=device_id, salt=salt, limit=limit, least=len(head) + ID_DIGEST + 2)
+        _fail("pb_make_id", got, id=device_id, kind=kind, salt=salt, limit=limit, least=len(head) + ID_DIGEST + 2)
     return _text(out, got)
 
 

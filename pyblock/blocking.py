@@ -207,7 +207,8 @@ class Sandbox:
     @property
     def _loop(self) -> BlockingPortal:
         if self._portal is None or self._pid != os.getpid():
-            raise SandboxClosed(f"sandbox {self.id} is not open in this process; use it inside 'with'")
+            text = f"sandbox {self.id} is not open in this process; use it inside 'with'"
+            raise SandboxClosed(text, sandbox=self.id)
         return self._portal
 
 

@@ -66,4 +66,5 @@ def driver_named(name: str) -> Driver:
     try:
         return DRIVERS[name]
     except (KeyError, TypeError):
-        raise UnknownDriver(f"unknown block driver {name!r}; known are {', '.join(DRIVERS)}") from None
+        text = f"unknown block driver {name!r}; known are {', '.join(DRIVERS)}"
+        raise UnknownDriver(text, driver=name if isinstance(name, str) else None, value=name) from None

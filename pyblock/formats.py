@@ -43,7 +43,8 @@ def check_format(text: object) -> None:
     """Raises InvalidValue unless it is "raw", or None: whatever does not look like something else."""
     if text is not None and text != RAW:
         raise InvalidValue(
-            f"format {text!r} cannot be plugged in: only raw images can, so it is 'raw' or left out (qemu-img convert makes one)"
+            f"format {text!r} cannot be plugged in: only raw images can, so it is 'raw' or left out (qemu-img convert makes one)",
+            value=text,
         )
 
 
@@ -51,5 +52,6 @@ def not_raw(path: str, name: str) -> InvalidImage:
     """The error for an image that begins like another format."""
     return InvalidImage(
         f"image {path!r} begins like {name}, and would be plugged in as raw: the guest would see the container, not what is in it. Make it "
-        f"raw (qemu-img convert -O raw), or say format='raw' if it is: a guest can write this to its own disk"
+        f"raw (qemu-img convert -O raw), or say format='raw' if it is: a guest can write this to its own disk",
+        path=path,
     )

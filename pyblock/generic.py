@@ -37,11 +37,13 @@ class GenericDevice:
     def attach(self) -> None:
         """Counts one attach. Raises AttachCountExhausted."""
         if self.attach_count >= ATTACH_COUNT_MAX:
-            raise AttachCountExhausted(f"device {self.id} is attached {self.attach_count} times, which is all the count can hold")
+            text = f"device {self.id} is attached {self.attach_count} times, which is all the count can hold"
+            raise AttachCountExhausted(text, device=self.id)
         self.attach_count += 1
 
     def detach(self) -> None:
         """Takes one attach back. Raises NotAttached."""
         if self.attach_count == 0:
-            raise NotAttached(f"device {self.id} is not attached; every detach needs an attach of its own")
+            text = f"device {self.id} is not attached; every detach needs an attach of its own"
+            raise NotAttached(text, device=self.id)
         self.attach_count -= 1

@@ -95,7 +95,8 @@ class OpenedImage:
         if now != identity_from(os.fstat(self.fd)):
             text = in_words(now) if now is not None else "nothing that is a disk"
             raise ImageReplaced(
-                f"what is at {self.path!r} now ({text}) is not what was claimed ({in_words(self.identity)}); attach it again"
+                f"what is at {self.path!r} now ({text}) is not what was claimed ({in_words(self.identity)}); attach it again",
+                path=self.path,
             )
 
     def close(self) -> None:
@@ -141,10 +142,10 @@ def block_special_path(major: int, minor: int, *, sysfs: str = SYSFS_BLOCK) -> s
     try:
         lines = _read(where).splitlines()
     except OSError as error:
-        raise InvalidImage(f"no block device {major}:{minor} on this host ({where}: {error.strerror})") from error
+        raise InvalidImage(f"no block device {major}:{minor} on this host ({where}: {error.strerror})", path=where) from error
     name = next((line[len("DEVNAME=") :] for line in lines if line.startswith("DEVNAME=")), "")
     if not name:
-        raise InvalidImage(f"block device {major}:{minor} has no DEVNAME in {where}")
+        raise InvalidImage(f"block device {major}:{minor} has no DEVNAME in {where}", path=where)
     return f"/dev/{name}"
 
 
@@ -161,7 +162,8 @@ def inspect_image(path: str, *, read_only: bool, raw: bool = False) -> HostImage
     try:
         wanted = os.R_OK if read_only else os.R_OK | os.W_OK
         if not os.access(_itself(fd), wanted, effective_ids=os.access in os.supports_effective_ids):
-            raise InvalidImage(f"image {path!r} may not be {_need(read_only=read_only)} by user {os.geteuid()}{_without_proc()}")
+            why = f"image {path!r} may not be {_need(read_only=read_only)} by user {os.geteuid()}{_without_proc()}"
+            raise InvalidImage(why, path=path)
         kind, major, minor = found
         size = _not_empty(path, size if kind == "file" else _block_size(major, minor))
         looks_like = None if raw else _look_inside(path, fd)
@@ -195,7 +197,7 @@ def open_image(path: str, *, read_only: bool) -> OpenedImage:
     except BaseException as error:
         os.close(fd)
         if isinstance(error, OSError):
-            raise InvalidImage(f"image {path!r} has no size: {error.strerror}") from error
+            raise InvalidImage(f"image {path!r} has no size: {error.strerror}", path=path) from error
         raise
 
 
@@ -224,9 +226,11 @@ def _check_claimed(image: OpenedImage, identity: Identity | None, under: tuple[I
     if image.identity == identity and set(image.under) <= set(under):
         return
     if identity is None:
-        raise ImageReplaced(f"image {path!r} was not there when its device was loaded, so nobody claimed it; attach it anew, by its path")
+        why = "was not there when its device was loaded, so nobody claimed it; attach it anew, by its path"
+        raise ImageReplaced(f"image {path!r} {why}", path=path)
     was, now = (_all_in_words(*lineage) for lineage in ((identity, under), (image.identity, image.under)))
-    raise ImageReplaced(f"what is at {path!r} now ({now}) is not what was claimed ({was}): it was replaced meanwhile; attach it again")
+    why = f"({now}) is not what was claimed ({was}): it was replaced meanwhile; attach it again"
+    raise ImageReplaced(f"what is at {path!r} now {why}", path=path)
 
 
 def _all_in_words(identity: Identity, under: tuple[Identity, ...]) -> str:
@@ -236,20 +240,22 @@ def _all_in_words(identity: Identity, under: tuple[Identity, ...]) -> str:
 def absolute(path: str) -> str:
     """The path as a device keeps it. Raises InvalidImage for what cannot be one."""
     if not path or "\0" in path:
-        raise InvalidImage(f"image path {path!r} is empty or holds a NUL; give the path of a disk image or block device")
+        why = "is empty or holds a NUL; give the path of a disk image or block device"
+        raise InvalidImage(f"image path {path!r} {why}", path=path)
     if not path.startswith("/"):
         try:
             path = f"{os.getcwd()}/{path}"  # noqa: PTH109
         except OSError as error:
             why = f"the working directory is gone ({error.strerror})"
-            raise InvalidImage(f"image path {path!r} is relative, and {why}; give an absolute path") from error
+            raise InvalidImage(f"image path {path!r} is relative, and {why}; give an absolute path", path=path) from error
     if "//" in path or "/./" in path:  # these two mean nothing, wherever they stand; a last "/" or "/." does
         first, *inner, last = path.split("/")
         path = "/".join([first, *(part for part in inner if part not in ("", ".")), last])
     try:
         path.encode()
     except UnicodeEncodeError:
-        raise InvalidImage(f"image path {path!r} is not UTF-8; neither a VMM's JSON nor a saved state can hold it") from None
+        why = "is not UTF-8; neither a VMM's JSON nor a saved state can hold it"
+        raise InvalidImage(f"image path {path!r} {why}", path=path) from None
     return path
 
 
@@ -260,13 +266,13 @@ def _look(path: str) -> tuple[int, Identity, int]:
     except OSError as error:
         if error.errno in USED_UP:
             raise _used_up(path, error) from error
-        raise InvalidImage(f"image {path!r}: {error.strerror}") from error
+        raise InvalidImage(f"image {path!r}: {error.strerror}", path=path) from error
     try:
         status = os.fstat(fd)
         identity = identity_from(status)
         if identity is None:
             kind = _WHAT.get(stat.S_IFMT(status.st_mode), "not a file")
-            raise InvalidImage(f"image {path!r} is {kind}; a regular file or a block device is needed")
+            raise InvalidImage(f"image {path!r} is {kind}; a regular file or a block device is needed", path=path)
     except BaseException:
         os.close(fd)
         raise
@@ -280,8 +286,8 @@ def _reopen(path: str, look: int, flags: int) -> int:
     except OSError as error:
         if error.errno in USED_UP:
             raise _used_up(path, error) from error
-        why = f"{error.strerror}{_without_proc()}"
-        raise InvalidImage(f"image {path!r} cannot be {_need(read_only=not flags & os.O_RDWR)} by user {os.geteuid()}: {why}") from error
+        why = f"by user {os.geteuid()}: {error.strerror}{_without_proc()}"
+        raise InvalidImage(f"image {path!r} cannot be {_need(read_only=not flags & os.O_RDWR)} {why}", path=path) from error
 
 
 def _look_inside(path: str, look: int) -> str | None:
@@ -298,7 +304,7 @@ def _begins_like(path: str, fd: int) -> str | None:
         return format_of(os.pread(fd, HEAD, 0))
     except OSError as error:
         why = f"the beginning of image {path!r} cannot be read: {error.strerror}"
-        raise InvalidImage(f"{why}; say format='raw' if it is to be plugged in all the same") from error
+        raise InvalidImage(f"{why}; say format='raw' if it is to be plugged in all the same", path=path) from error
 
 
 def _itself(fd: int) -> str:
@@ -315,12 +321,13 @@ def _without_proc() -> str:
 
 
 def _used_up(path: str, error: OSError) -> DescriptorsExhausted:
-    return DescriptorsExhausted(f"{path!r} cannot be opened now: {error.strerror}; raise the limit of open files (ulimit -n)")
+    why = f"{error.strerror}; raise the limit of open files (ulimit -n)"
+    return DescriptorsExhausted(f"{path!r} cannot be opened now: {why}", path=path)
 
 
 def _not_empty(path: str, size: int) -> int:
     if size == 0:
-        raise InvalidImage(f"image {path!r} is empty; give it a size first, for example with truncate")
+        raise InvalidImage(f"image {path!r} is empty; give it a size first, for example with truncate", path=path)
     return size
 
 
@@ -336,4 +343,4 @@ def _block_size(major: int, minor: int) -> int:
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in USED_UP:
             raise _used_up(where, error) from error
-        raise InvalidImage(f"block device {major}:{minor} has no readable size in {where}") from error
+        raise InvalidImage(f"block device {major}:{minor} has no readable size in {where}", path=where) from error

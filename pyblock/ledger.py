@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Sequence
 
 from pyblock.device import BlockDevice
-from pyblock.errors import CallerError, ImageInUse, InvalidValue, PyblockError
+from pyblock.errors import ImageInUse, InvalidValue, PyblockError
 from pyblock.manager import Device, DeviceManager
 from pyblock.persist import device_to_state
 from pyblock.state import encode_device
@@ -38,7 +38,7 @@ class Ledger:
         self._touched: dict[str, int] = {}  # device ID to when it was touched last
         self._state: bytes | None = None  # the sandbox's own saved form, while it is to be written
         self._stamp = 0
-        self._refused: dict[str, CallerError] = {}
+        self._refused: dict[str, ImageInUse | InvalidValue] = {}
         self._later: asyncio.Task[None] | None = None
 
     def touch(self, device_id: str) -> None:

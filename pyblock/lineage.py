@@ -70,7 +70,7 @@ def lineage_of(identity: Identity, node: str = "", *, sysfs: str = SYSFS_BLOCK) 
             _collect(one, under, sysfs)
     except OSError as error:  # what cannot be looked at for this reason is not taken to be nothing; other reasons do not come here
         why = f"{error.strerror}; raise the limit of open files (ulimit -n)"
-        raise DescriptorsExhausted(f"{in_words(identity)} cannot be looked at now: {why}") from error
+        raise DescriptorsExhausted(f"{in_words(identity)} cannot be looked at now: {why}", path=node or None) from error
     return Lineage(identity, tuple(under), tuple(names))
 
 

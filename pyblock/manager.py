@@ -27,10 +27,11 @@ def check_serial(serial: str, driver: Driver) -> str:
     """The serial itself, or InvalidSerial: printable ASCII without spaces, as many bytes as the driver carries (20 virtio-blk, 36
     scsi-hd)."""
     if not serial or not serial.isascii() or not serial.isprintable() or " " in serial:
-        raise InvalidSerial(f"serial {serial!r} is empty or not printable ASCII without spaces")
+        raise InvalidSerial(f"serial {serial!r} is empty or not printable ASCII without spaces", value=serial)
     if len(serial) > driver.serial_max:
         room = f"at most {driver.serial_max} bytes" if driver.serial_max else "no serial at all"
-        raise InvalidSerial(f"serial {serial!r} has {len(serial)} bytes; {driver.name} carries {room}")
+        text = f"serial {serial!r} has {len(serial)} bytes; {driver.name} carries {room}"
+        raise InvalidSerial(text, driver=driver.name, value=serial)
     return serial
 
 
@@ -38,9 +39,9 @@ def check_options(options: dict[str, str]) -> None:
     """Raises InvalidValue for an option of a disk that nobody understands. What a loaded state has is not asked about."""
     for name, value in options.items():
         if name not in OPTIONS:
-            raise InvalidValue(f"option {name!r} is unknown; known are {', '.join(OPTIONS)}")
+            raise InvalidValue(f"option {name!r} is unknown; known are {', '.join(OPTIONS)}", value=name)
         if not isinstance(value, str):
-            raise InvalidValue(f"option {name!r} is {value!r}, which is no text")
+            raise InvalidValue(f"option {name!r} is {value!r}, which is no text", value=value)
 
 
 class DeviceManager:
@@ -68,7 +69,8 @@ class DeviceManager:
         try:
             return self._by_id[device_id]
         except (KeyError, TypeError):
-            raise UnknownDevice(f"no device {device_id!r} in this sandbox; it has {len(self._by_id)} devices") from None
+            text = f"no device {device_id!r} in this sandbox; it has {len(self._by_id)} devices"
+            raise UnknownDevice(text, device=device_id if isinstance(device_id, str) else None, value=device_id) from None
 
     def get(self, device_id: str) -> Device | None:
         """The device of that ID, or None."""
@@ -148,7 +150,7 @@ class DeviceManager:
         seen = set(self._by_id)
         for device in devices:
             if device.id in seen:
-                raise DeviceConflict(f"two devices have the ID {device.id!r}")
+                raise DeviceConflict(f"two devices have the ID {device.id!r}", device=device.id)
             seen.add(device.id)
 
     def load(self, devices: Collection[Device]) -> None:
@@ -171,7 +173,7 @@ class DeviceManager:
         path = info.path or (block_special_path(info.major, info.minor) if info.dev_type == "b" else "")
         image = inspect_image(path, read_only=info.read_only, raw=info.format == RAW)
         if info.dev_type == "b" and not image.is_block:
-            raise InvalidImage(f"image {path!r} is not the block device that dev_type 'b' says it is")
+            raise InvalidImage(f"image {path!r} is not the block device that dev_type 'b' says it is", path=path)
         if (device := self._by_identity.get(image.identity)) is not None:
             return self._same(device, info, image.path)
         if image.looks_like is not None:
@@ -202,9 +204,8 @@ class DeviceManager:
     def _new_id(self, info: DeviceInfo) -> str:
         if info.id is not None:
             if check_device_id(info.id) in self._by_id:
-                raise DeviceConflict(
-                    f"device ID {info.id!r} belongs to another device of this sandbox; give this one another or leave it out"
-                )
+                text = f"device ID {info.id!r} belongs to another device of this sandbox; give this one another or leave it out"
+                raise DeviceConflict(text, device=info.id, path=info.path or None)
             return info.id
         while (device_id := os.urandom(8).hex()) in self._by_id:
             pass
@@ -222,7 +223,8 @@ class DeviceManager:
             wanted.append(("ID", device.id, info.id))
         for what, had, asked in wanted:
             if had != asked:
-                raise DeviceConflict(f"{path!r} is device {device.id} of this sandbox already, with {what} {had!r}, not {asked!r}")
+                text = f"{path!r} is device {device.id} of this sandbox already, with {what} {had!r}, not {asked!r}"
+                raise DeviceConflict(text, device=device.id, path=path, value=asked)
         if info.format is not None and have.format is None:
             device.info = msgspec.structs.replace(have, format=info.format)
         return device

@@ -24,12 +24,13 @@ def check_device_id(text: Any) -> str:
     if isinstance(text, str) and 0 < len(text) <= DEVICE_ID_MAX and text.isalnum() and text.isascii():
         return text  # nearly all are plain
     if not isinstance(text, str) or not text:
-        raise InvalidID(f"device ID {text!r} is empty or not text; leave it out to have one chosen")
+        raise InvalidID(f"device ID {text!r} is empty or not text; leave it out to have one chosen", value=text)
     if len(text) > DEVICE_ID_MAX:
-        raise InvalidID(f"device ID {text[:40]!r}… has {len(text)} characters; at most {DEVICE_ID_MAX} are taken")
+        raise InvalidID(f"device ID {text[:40]!r}… has {len(text)} characters; at most {DEVICE_ID_MAX} are taken", value=text)
     if not _ID_CHARACTERS.issuperset(text):
         bad = next(character for character in text if character not in _ID_CHARACTERS)
-        raise InvalidID(f"device ID {text!r} holds {bad!r}; QEMU takes letters, digits, '-', '.' and '_' only")
+        why = f"holds {bad!r}; QEMU takes letters, digits, '-', '.' and '_' only"
+        raise InvalidID(f"device ID {text!r} {why}", value=text)
     return text
 
 

@@ -34,10 +34,16 @@ class Deadline(float):
     given: float
 
 
+def given(deadline: float | None) -> float | None:
+    """The seconds that the caller gave, where the deadline knows them."""
+    return deadline.given if isinstance(deadline, Deadline) else None
+
+
 def passed(deadline: float | None, doing: str) -> DeadlinePassed:
     """What to raise when a caller's deadline has passed and nothing was changed."""
     which = f"deadline of {deadline.given:g} s" if isinstance(deadline, Deadline) else "deadline"
-    return DeadlinePassed(f"the {which} that was given passed while {doing}; nothing was changed")
+    text = f"the {which} that was given passed while {doing}; nothing was changed"
+    return DeadlinePassed(text, timeout=given(deadline))
 
 
 def deadline_after(timeout: float | None) -> float | None:
@@ -45,7 +51,7 @@ def deadline_after(timeout: float | None) -> float | None:
     if timeout is None:
         return None
     if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout <= TIMEOUT_MAX:
-        raise InvalidTimeout(f"timeout {timeout!r} is not a number of seconds that is 0 or more; None waits without end")
+        raise InvalidTimeout(f"timeout {timeout!r} is not a number of seconds that is 0 or more; None waits without end", value=timeout)
     deadline = Deadline(asyncio.get_running_loop().time() + timeout)
     deadline.given = timeout
     return deadline

@@ -33,11 +33,14 @@ def _one(sandbox: Sandbox, word: str) -> Device:
     if len(found) > 1:
         named = ", ".join(_named(device) for device in found[:NAMED])
         more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-        raise InvalidID(f"{word!r} fits {len(found)} devices of sandbox {sandbox.id}: {named}{more}; say which by a longer ID")
+        text = f"{word!r} fits {len(found)} devices of sandbox {sandbox.id}: {named}{more}; say which by a longer ID"
+        raise InvalidID(text, sandbox=sandbox.id, value=word)
     if not found:
         raise UnknownDevice(
             f"no device {word!r} in sandbox {sandbox.id}, which has {len(sandbox.manager)}: it is no ID, no beginning of one, and no path "
-            "of an image that is attached; see pyblock list"
+            "of an image that is attached; see pyblock list",
+            sandbox=sandbox.id,
+            value=word,
         )
     return found[0]
 

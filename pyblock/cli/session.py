@@ -20,7 +20,7 @@ from pyblock.errors import (
     AttachPending,
     DeadlinePassed,
     DetachPending,
-    InvalidState,
+    InvalidValue,
     PyblockError,
     SandboxBusy,
     SandboxConflict,
@@ -85,8 +85,9 @@ async def by_sandbox(sandbox_id: str, deadline: float | None = None) -> Target:
         return Target(sandbox_id, stored.vm, store)
     text = f"sandbox {sandbox_id!r} has a machine in memory, which only the process that made it can reach"
     if stored.owner:
-        raise SandboxBusy(f"{text}: {stored.owner}")
-    raise SandboxConflict(f"{text}; that has ended, so give it up with: pyblock forget {sandbox_id}")
+        raise SandboxBusy(f"{text}: {stored.owner}", sandbox=sandbox_id, owner=stored.owner)
+    text = f"{text}; that has ended, so give it up with: pyblock forget {sandbox_id}"
+    raise SandboxConflict(text, sandbox=sandbox_id, owner="")
 
 
 def derived_id(vm: str) -> str:
@@ -155,7 +156,8 @@ async def _open(sandbox: Sandbox, deadline: float | None, wait: float) -> None:
                 await sandbox.__aenter__()
             return
         except TimeoutError:
-            raise StoreBusy(f"sandbox {sandbox.id}: the deadline passed while another process was holding the store's lock") from None
+            text = f"sandbox {sandbox.id}: the deadline passed while another process was holding the store's lock"
+            raise StoreBusy(text, sandbox=sandbox.id) from None
         except SandboxBusy:
             if not loop.time() < until:
                 raise
@@ -177,7 +179,8 @@ async def recover(sandbox: Sandbox, deadline: float | None) -> None:
 
 
 def needs_store(target: Target) -> Store:
-    """The store of a target that has one. Raises InvalidState."""
+    """The store of a target that has one. Raises InvalidValue."""
     if target.store is None:
-        raise InvalidState(f"the machine {target.vm!r} ends with this command, so nothing is kept of it; give --vm an address that stays")
+        text = f"the machine {target.vm!r} ends with this command, so nothing is kept of it; give --vm an address that stays"
+        raise InvalidValue(text, vm=target.vm, value=target.vm)
     return target.store

@@ -23,7 +23,8 @@ def open_hypervisor(address: str) -> Hypervisor:
     scheme, colon, rest = address.partition(":")
     if not colon or scheme not in SCHEMES:
         known = ", ".join(f"{known}:" for known in SCHEMES)
-        raise UnknownScheme(f"VMM address {address!r} begins with no known scheme; known are {known} (for example qemu:/run/vm1/qmp.sock)")
+        text = f"VMM address {address!r} begins with no known scheme; known are {known} (for example qemu:/run/vm1/qmp.sock)"
+        raise UnknownScheme(text, vm=address, value=address)
     return _adapter(scheme)(rest)
 
 
