@@ -1,4 +1,4 @@
-"""The floor: a bare QMP socket, every byte prepared beforehand, the next command sent when the last was answered or all at once."""
+"""The floor: a bare blocking QMP socket, every byte prepared beforehand, each command sent when the last was answered, or all at once."""
 
 from __future__ import annotations
 
@@ -45,13 +45,18 @@ def encode(commands: Sequence[Command]) -> list[bytes]:
     return [json.dumps({"execute": name, "arguments": arguments}).encode() + b"\n" for name, arguments in commands]
 
 
-def scsi_commands(paths: Sequence[Path]) -> list[Command]:
-    """What pyblock sends for these disks at indexes 0, 1, 2…."""
+def plain_commands(paths: Sequence[Path], driver: str = "virtio-scsi") -> list[Command]:
+    """Two commands a disk as anybody would write them: short names, a serial, the image's path, nothing that QEMU assumes anyway.
+
+    virtio-blk: the ports are `rp0`, `rp1`, ….
+    """
     commands: list[Command] = []
     for index, path in enumerate(paths):
-        file = {"driver": "file", "filename": str(path), "read-only": False}
-        commands.append(("blockdev-add", {"driver": "raw", "node-name": f"d{index}", "read-only": False, "file": file}))
+        name, file = f"d{index}", {"driver": "file", "filename": str(path)}
+        commands.append(("blockdev-add", {"driver": "raw", "node-name": name, "file": file}))
         target, lun = divmod(index, 256)
-        place = {"bus": "scsi0.0", "channel": 0, "scsi-id": target, "lun": lun}
-        commands.append(("device_add", {"driver": "scsi-hd", **place, "id": f"d{index}", "drive": f"d{index}", "serial": f"serial{index}"}))
+        place: dict[str, Any] = {"driver": "virtio-blk-pci", "bus": f"rp{index}"}
+        if driver == "virtio-scsi":
+            place = {"driver": "scsi-hd", "bus": "scsi0.0", "scsi-id": target, "lun": lun}
+        commands.append(("device_add", {**place, "id": name, "drive": name, "serial": f"serial{index}"}))
     return commands
