@@ -6,13 +6,14 @@ import asyncio
 import json
 import sqlite3
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import samples
 from snapshot import drive_ids
+from turns import LATE, until
 
 from pyblock import (
     BlockDevice,
@@ -25,8 +26,6 @@ from pyblock.hypervisors.memory import MemoryHypervisor
 from pyblock.model import BlockDrive
 from pyblock.state import SandboxState, decode
 from pyblock.stores.sqlite import SqliteStore
-
-SOON, LATE = 0.05, 30.0  # seconds: a deadline meant to pass, and one that is not
 
 
 class Gate:
@@ -104,12 +103,6 @@ def locked(store: SqliteStore) -> Iterator[None]:
             yield
         finally:
             db.execute("ROLLBACK")
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(LATE):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def ended(*tasks: asyncio.Task[Any]) -> None:

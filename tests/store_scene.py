@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
 from collections.abc import Awaitable, Callable
 from contextlib import closing
@@ -19,15 +18,6 @@ from pyblock import (
 from pyblock.hypervisors.memory import MemoryHypervisor
 from pyblock.stores import sqlite_file
 from pyblock.stores.sqlite import SqliteStore
-
-SOON = 0.05  # seconds: a deadline meant to pass
-LATE = 30.0  # seconds: one that is not
-
-
-async def settle(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(LATE):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 def rows(path: Path) -> dict[str, list[tuple[Any, ...]]]:

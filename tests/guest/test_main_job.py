@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from kit.guest import GuestDisk
 from kit.machine import Machine
+from turns import at_rest
 
 import pyblock
 from pyblock import BlockDevice, Phase
@@ -145,7 +146,8 @@ async def test_a_guest_that_ignores_the_unplug(start_machine: Start) -> None:
             await sandbox.attach(machine.image("b", MIB))
         assert list(machine.guest.disks()) == ["vda"]
         retry = asyncio.create_task(sandbox.detach(device, timeout=TIMEOUT))
-        await asyncio.sleep(0.2)
+        await at_rest()  # it has asked once more, and waits
+        assert not retry.done()
         machine.guest.heed_pci()
         await retry
         machine.guest.wait_for_disks(0, TIMEOUT)

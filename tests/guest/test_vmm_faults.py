@@ -157,13 +157,13 @@ async def test_a_socket_that_is_closed(guest_machine: Machine, make_store: MakeS
     machine = guest_machine
     path = machine.folder / "proxy"
     async with Sandbox("one", f"qemu:{path}", driver="virtio-blk", store=make_store()) as sandbox:
-        async with Proxy(path, machine.qmp_path):
+        async with Proxy(path, machine.qmp_path) as proxy:
             device = await sandbox.attach(machine.image("disk"))
             await asyncio.to_thread(machine.guest.wait_for_disks, 1, TIMEOUT)
             machine.guest.ignore_pci()
             task = asyncio.create_task(sandbox.detach(device, timeout=TIMEOUT))
-            await until(lambda: device.phase is Phase.DETACHING)
-            await asyncio.sleep(SOON)
+            await until(lambda: "device_del" in proxy.answered)
+            assert not task.done()
         with pytest.raises(DetachPending):
             await task
         with pytest.raises(TransportError):

@@ -33,12 +33,17 @@ class Fault(Enum):
 
 
 class Proxy:
-    """An asynchronous context manager. `commands` holds what was sent since `expect`; connections work until `drop`."""
+    """An asynchronous context manager; connections work until `drop`.
+
+    :ivar commands: the names of those that were sent since `expect`.
+    :ivar answered: the names of those whose replies have come back.
+    """
 
     def __init__(self, path: Path, target: Path) -> None:
         self.path = path
         self._target = target
         self.commands: list[str] = []
+        self.answered: list[str] = []
         self.struck = False
         self.held = asyncio.Event()
         self.let_go = asyncio.Event()
@@ -65,7 +70,7 @@ class Proxy:
 
     def expect(self, fault: Fault | None = None, which: str | tuple[str, int] = "") -> None:
         """From here on commands are counted anew, and one is spoiled, once."""
-        self.commands = []
+        self.commands, self.answered = [], []
         self._fault, self._which, self.struck = fault, which, False
 
     async def drop(self) -> None:
@@ -112,6 +117,7 @@ class _Link:
         self._qemu = qemu
         self._loop = asyncio.get_running_loop()
         self._descriptors: list[int] = []  # that came, and have not gone on
+        self._names: dict[Any, str] = {}  # of commands that are not answered yet, by ID
         self._instead: dict[Any, Callable[[bytes], bytes | None]] = {}  # by the ID of a command: what its reply becomes
 
     async def run(self) -> None:
@@ -132,6 +138,7 @@ class _Link:
     async def _up(self) -> None:
         async for command in self._commands():
             fault, number = self._proxy._strikes(command["execute"]), command.get("id")
+            self._names[number] = command["execute"]
             match fault:
                 case Fault.REFUSE:
                     error = {"class": "GenericError", "desc": f"refused by the proxy: {command['execute']}"}
@@ -198,7 +205,10 @@ class _Link:
             for line in lines:
                 passed: bytes | None = bytes(rest + line) + b"\n"
                 rest = bytearray()
-                if self._instead and (change := self._instead.pop(json.loads(passed or b"").get("id"), None)):
+                number = json.loads(passed or b"").get("id")
+                if name := self._names.pop(number, None):
+                    self._proxy.answered.append(name)
+                if change := self._instead.pop(number, None):
                     passed = change(passed or b"")
                 if passed is None:
                     return

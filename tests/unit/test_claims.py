@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from held_store import HeldStore, ended, until
+from held_store import HeldStore, ended
 from loops import Loops, loop_devices
 from snapshot import MakeImage, MakeStore, refused
 from store_scene import first_version, rows
+from turns import until
 
 from pyblock import DeviceInfo, ImageInUse, ImageReplaced, Sandbox
 from pyblock.hypervisors.memory import MemoryHypervisor

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from held_store import SOON, HeldStore, reached, until
+from held_store import HeldStore, reached
 from snapshot import MakeImage
+from turns import SOON, until
 
 from pyblock import AttachPending, BlockDevice, DetachPending, Sandbox, VmmRefused, VmmUnreachable
 from pyblock.drivers import SD

@@ -9,8 +9,9 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from held_store import LATE, SOON, HeldStore, ended, facts, nothing_left, reached, rows, until
+from held_store import HeldStore, ended, facts, nothing_left, reached, rows
 from snapshot import MakeImage
+from turns import LATE, SOON, until
 
 from pyblock import AttachPending, BlockDevice, DetachPending, Phase, Sandbox, SandboxClosed
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor

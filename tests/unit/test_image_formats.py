@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from held_store import HeldStore, ended, nothing_left, until
+from held_store import HeldStore, ended, nothing_left
 from loops import Loops, loop_devices
 from snapshot import Busy, MakeImage, refused
+from turns import until
 
 from pyblock import DeviceInfo, InvalidImage, InvalidState, InvalidValue, Sandbox, blocking
 from pyblock.formats import format_of

@@ -8,17 +8,19 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from anyio.from_thread import BlockingPortal
+from held_store import Gate, SlowMachine
+from turns import LATE, SOON, at_rest, until
 
 import pyblock
 from pyblock import BlockDevice, Phase, blocking
 from pyblock.drivers import SD
-from pyblock.hypervisors.base import FoundDisk, Inventory
+from pyblock.hypervisors.base import FoundDisk
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
 from pyblock.model import BlockDrive
 from pyblock.recovery import Found, Outcome
@@ -26,14 +28,7 @@ from pyblock.stores import json_file
 
 pytestmark = pytest.mark.anyio
 
-SOON, LATE = 0.05, 30.0  # seconds: a deadline meant to pass, and one that is not
 MakeImage = Callable[..., Path]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(LATE):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 async def test_one_attaches_while_another_resumes_its_detach(make_image: MakeImage) -> None:
@@ -45,9 +40,10 @@ async def test_one_attaches_while_another_resumes_its_detach(make_image: MakeIma
         with pytest.raises(pyblock.DetachPending):
             await sandbox.detach(mine, timeout=SOON)
         other = asyncio.create_task(sandbox.attach(image))
-        await asyncio.sleep(0.01)
+        await at_rest()
         resumed = asyncio.create_task(sandbox.detach(mine))
-        await asyncio.sleep(0.01)
+        await at_rest()
+        assert not other.done() and not resumed.done()
         vm.let_go("device-gone")
         await resumed
         theirs = await other
@@ -65,7 +61,8 @@ async def test_a_safe_retry_takes_nobody_elses_disk(make_image: MakeImage) -> No
         with pytest.raises(pyblock.DetachPending):
             await sandbox.detach(mine, timeout=SOON)
         other = asyncio.create_task(sandbox.attach(image))
-        await asyncio.sleep(0.01)
+        await at_rest()
+        assert not other.done()
         vm.let_go("device-gone")
         theirs = await other
         assert theirs is not mine
@@ -118,17 +115,15 @@ async def test_a_cancelled_batch_does_not_wait_for_its_slowest(make_image: MakeI
 
 
 async def test_nothing_is_plugged_after_close(make_image: MakeImage) -> None:
-    class Slow(MemoryHypervisor):
-        async def inventory(self, known: Collection[str] = ()) -> Inventory:
-            await asyncio.sleep(0.05)
-            return await super().inventory(known)
-
-    vm = Slow()
+    vm = SlowMachine()
     async with pyblock.Sandbox("sb", vm) as sandbox:
+        asked = vm.answer = Gate()
         task = asyncio.create_task(sandbox.attach(make_image("a")))
-        await asyncio.sleep(0.01)
+        await until(lambda: asked.reached)
+    asked.let_go()
     with pytest.raises(pyblock.SandboxClosed):
         await task
+    await at_rest()
     assert not vm.backends
 
 
@@ -151,21 +146,24 @@ async def test_an_operation_that_close_meets_before_its_first_step(make_image: M
 
 
 async def test_the_newer_of_two_saves_stays(make_image: MakeImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = threading.Event()
+    writing, go_on = threading.Event(), threading.Event()
     write = json_file.write
 
     def slow(path: Any, state: Any) -> None:
-        if not first.is_set():
-            first.set()
-            threading.Event().wait(0.2)
+        if not writing.is_set():
+            writing.set()
+            assert go_on.wait(LATE)
         write(path, state)
 
     monkeypatch.setattr(json_file, "write", slow)
     async with pyblock.Sandbox("sb", "memory:") as sandbox:
         old = asyncio.create_task(sandbox.save(tmp_path / "state"))
-        await asyncio.sleep(0.01)
+        await until(writing.is_set)
         await sandbox.attach(make_image("a"))
-        await asyncio.gather(old, sandbox.save(tmp_path / "state"))
+        new = asyncio.create_task(sandbox.save(tmp_path / "state"))
+        await at_rest()
+        go_on.set()
+        await asyncio.gather(old, new)
     assert len(json.loads((tmp_path / "state").read_text())["Devices"]) == 1
 
 
@@ -203,12 +201,24 @@ def test_an_index_has_one_owner() -> None:
 
 
 def test_an_interrupted_blocking_call_is_undone(make_image: MakeImage) -> None:
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    class Journal(list[tuple[str, str]]):
+        """Interrupts the caller at the step that is held back."""
+
+        def append(self, entry: tuple[str, str]) -> None:
+            super().append(entry)
+            if entry[0] == "device-add":
+                loops.append(asyncio.get_running_loop())
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
     vm = MemoryHypervisor()
-    vm.fail("device-add", Fault("delay", 0.3))
+    vm.journal = Journal()
+    vm.fail("device-add", Fault("hold"))
     with blocking.Sandbox("sb", vm) as sandbox:
-        threading.Timer(0.1, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
             sandbox.attach(make_image("a"))
+        loops[0].call_soon_threadsafe(vm.let_go, "device-add")
         sandbox.settle(LATE)
         assert not sandbox.devices and not vm.devices and not vm.backends
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from turns import LATE, SOON, at_rest, until
 
 import pyblock
 from pyblock.drivers import SD, VD
@@ -21,8 +22,6 @@ from pyblock.table import HOLDING, LIFE, Event, IllegalEvent, Phase, after
 
 pytestmark = pytest.mark.anyio
 
-SOON = 0.05  # seconds: a deadline meant to pass
-LATE = 30.0  # seconds: one that is not
 DRIVERS = list(pyblock.DRIVERS)
 ATTACH_STEPS = ("backend-add", "device-add")
 DETACH_STEPS = ("device-del", "device-gone", "backend-del")
@@ -65,12 +64,6 @@ def nothing_left(sandbox: pyblock.Sandbox, vm: MemoryHypervisor) -> None:
     assert not vm.devices
     assert not vm.backends
     assert not sandbox.running
-
-
-async def settle(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(LATE):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -150,7 +143,7 @@ async def test_two_attaches_at_once_plug_once(image: Make) -> None:
     async with pyblock.Sandbox("sb1", vm) as sandbox:
         path = image("a")
         both = [asyncio.create_task(sandbox.attach(path)) for _ in range(2)]
-        await settle(lambda: ("device-add", next(iter(vm.backends), "")) in vm.journal)
+        await until(lambda: ("device-add", next(iter(vm.backends), "")) in vm.journal)
         assert not any(task.done() for task in both)
         vm.let_go("device-add")
         one, other = await asyncio.gather(*both)
@@ -163,7 +156,7 @@ async def test_a_slow_device_does_not_delay_another(image: Make) -> None:
     vm.fail("device-add", Fault("hold"))
     async with pyblock.Sandbox("sb1", vm) as sandbox:
         slow = asyncio.create_task(sandbox.attach(image("slow")))
-        await settle(lambda: len(vm.journal) == 2)
+        await until(lambda: len(vm.journal) == 2)
         await sandbox.attach(image("quick"))
         assert not slow.done()
         vm.let_go("device-add")
@@ -231,7 +224,7 @@ async def test_an_attach_past_its_deadline_undoes_itself(step: str, image: Make)
         consistent(sandbox, vm)
         assert len(sandbox.index) == 1
         vm.let_go(step)
-        await settle(lambda: not sandbox.devices)
+        await until(lambda: not sandbox.devices)
         nothing_left(sandbox, vm)
 
 
@@ -243,13 +236,13 @@ async def test_a_cancelled_attach_is_undone(step: str | None, image: Make) -> No
     async with pyblock.Sandbox("sb1", vm) as sandbox:
         task = asyncio.create_task(sandbox.attach(image("a")))
         if step:
-            await settle(lambda: any(one == step for one, _ in vm.journal))
+            await until(lambda: any(one == step for one, _ in vm.journal))
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         if step:
             vm.let_go(step)
-        await settle(lambda: not sandbox.devices)
+        await until(lambda: not sandbox.devices)
         nothing_left(sandbox, vm)
 
 
@@ -275,7 +268,7 @@ async def test_cancellation_at_every_turn_of_the_loop(image: Make) -> None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
                 outcomes.add(f"{work} {'done' if done else 'cut'}")
-                await settle(lambda: not sandbox.running)
+                await until(lambda: not sandbox.running)
                 consistent(sandbox, vm)
                 for left in [one for one in sandbox.devices if one is not keep]:
                     await sandbox.detach(left)  # not cancelled in time, or cancelled before it began
@@ -344,7 +337,7 @@ async def test_a_late_confirmation_finishes_the_detach_by_itself(image: Make) ->
         with pytest.raises(pyblock.DetachPending):
             await sandbox.attach(image("a"), timeout=SOON)
         vm.let_go("device-gone")
-        await settle(lambda: not sandbox.devices)
+        await until(lambda: not sandbox.devices)
         nothing_left(sandbox, vm)
         await sandbox.detach(device)  # calling again is safe
         with pytest.raises(pyblock.UnknownDevice):
@@ -360,7 +353,7 @@ async def test_a_retry_asks_the_guest_again_and_waits(image: Make) -> None:
             await sandbox.detach(device, timeout=SOON)
         asked = sum(step == "device-del" for step, _ in vm.journal)
         retry = asyncio.create_task(sandbox.detach(device, timeout=LATE))
-        await settle(lambda: sum(step == "device-del" for step, _ in vm.journal) == asked + 1)
+        await until(lambda: sum(step == "device-del" for step, _ in vm.journal) == asked + 1)
         assert not retry.done()
         vm.let_go("device-gone")
         await retry
@@ -385,10 +378,15 @@ async def test_a_dead_vmm_changes_nothing(image: Make) -> None:
 
 async def test_closing_undoes_what_nobody_waits_for(image: Make) -> None:
     vm = MemoryHypervisor()
-    vm.fail("device-add", Fault("delay", 0.1))
+    vm.fail("device-add", Fault("hold"))
     async with pyblock.Sandbox("sb1", vm) as sandbox:
         with pytest.raises(pyblock.AttachPending):
-            await sandbox.attach(image("a"), timeout=SOON / 10)
+            await sandbox.attach(image("a"), timeout=SOON)
+        closing = asyncio.create_task(sandbox.close())
+        await at_rest()
+        assert not closing.done()
+        vm.let_go("device-add")
+        await closing
     nothing_left(sandbox, vm)
 
 

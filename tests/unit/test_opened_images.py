@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from children import in_child
 from descriptors import descriptors, no_more_than
-from held_store import Gate, HeldStore, ended, nothing_left, query, until
+from held_store import Gate, HeldStore, ended, nothing_left, query
 from snapshot import Busy, MakeImage, refused
+from turns import until
 
 from pyblock import BlockDevice, DescriptorsExhausted, DeviceInfo, ImageReplaced, InvalidImage, PyblockError, Sandbox, SlotsExhausted
 from pyblock.host import OpenedImage, open_image

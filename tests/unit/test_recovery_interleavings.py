@@ -9,17 +9,9 @@ from pathlib import Path
 
 import pytest
 from children import in_child
-from held_store import (
-    Gate,
-    HeldStore,
-    SlowMachine,
-    facts,
-    nothing_left,
-    reached,
-    rows,
-    until,
-)
+from held_store import Gate, HeldStore, SlowMachine, facts, nothing_left, reached, rows
 from snapshot import MakeImage
+from turns import until
 
 from pyblock import (
     AttachPending,

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from children import in_child
-from held_store import HeldStore, facts, locked, until
+from held_store import HeldStore, facts, locked
 from snapshot import MakeImage, MakeStore
+from turns import until
 
 from pyblock import Sandbox, SandboxBusy, StoreBusy
 from pyblock.hypervisors.memory import MemoryHypervisor

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import pytest
 from children import NOBODY, in_child
 from snapshot import MakeImage, MakeStore, machine, refused, snapshot
-from store_scene import BEFORE, LATE, OPERATIONS, SOON, Scene, agreed, facts, make_scene, rows, settle
+from store_scene import BEFORE, OPERATIONS, Scene, agreed, facts, make_scene, rows
+from turns import LATE, SOON, at_rest, until
 
 from pyblock import (
     ImageInUse,
@@ -159,8 +160,7 @@ async def test_an_operation_under_a_fault_changes_nothing_and_succeeds_later(nam
 async def test_a_lock_that_is_let_go_in_time_is_waited_for(scene: Scene) -> None:
     with locked(scene.store):
         task = asyncio.create_task(scene.sandbox.attach(scene.free[0], timeout=LATE))
-        turn = asyncio.create_task(asyncio.sleep(SOON))
-        await turn  # others have their turns while it waits
+        await at_rest()  # others have their turns while it waits
         assert not task.done() and len(scene.vm.devices) == 2
     await task
     await agreed(scene.store, scene.sandbox, scene.vm)
@@ -395,7 +395,7 @@ async def test_what_could_not_be_written_is_written_by_itself(
         with pytest.raises(ImageInUse, match="victim"):
             await sandbox.attach(tmp_path / "once")
         store.fail(StoreError, 0, times=0)
-        await settle(lambda: len(rows(store.path)["device"]) == 1)
+        await until(lambda: len(rows(store.path)["device"]) == 1)
         await agreed(store, scene.sandbox, scene.vm)
         await sandbox.attach(tmp_path / "once")
     other.close()

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from children import in_child
 from snapshot import MakeImage, MakeStore
-from store_scene import LATE, agreed, facts, make_scene, rows
+from store_scene import agreed, facts, make_scene, rows
+from turns import LATE
 
 from pyblock import (
     InvalidState,

@@ -21,8 +21,8 @@ from typing import Any
 
 import pytest
 from children import in_child
-from held_store import LATE, until
 from snapshot import MakeStore
+from turns import LATE, until
 
 from pyblock import StoreBusy
 from pyblock.stores.base import Row

@@ -17,24 +17,9 @@ from typing import Any
 import pytest
 import samples
 from children import in_child
-from held_store import (
-    LATE,
-    SOON,
-    Gate,
-    HeldStore,
-    SlowMachine,
-    ended,
-    facts,
-    kept_only,
-    locked,
-    nothing_left,
-    query,
-    reached,
-    rows,
-    saved_with,
-    until,
-)
+from held_store import Gate, HeldStore, SlowMachine, ended, facts, kept_only, locked, nothing_left, query, reached, rows, saved_with
 from snapshot import MakeImage, MakeStore
+from turns import LATE, SOON, until
 
 from pyblock import (
     AttachPending,
@@ -156,9 +141,10 @@ async def test_the_store_is_free_in_the_moment_of_the_deadline(attaches: bool, s
         gate = store.hold()
         b = make_image("b")
         work: Awaitable[Any] = sandbox.attach(b, timeout=SOON) if attaches else sandbox.detach(device, timeout=SOON)
-        late = asyncio.get_running_loop().time() + SOON
         task = asyncio.ensure_future(work)
-        await until(lambda: gate.reached and asyncio.get_running_loop().time() > late)
+        await until(lambda: gate.reached)
+        late = asyncio.get_running_loop().time() + SOON  # its own deadline began before
+        await until(lambda: asyncio.get_running_loop().time() > late)
         gate.let_go()
         await ended(task)
         with pytest.raises(StoreBusy):

@@ -15,11 +15,9 @@ from pathlib import Path
 
 import pytest
 from children import in_child
-from held_store import (
-    LATE,
-    facts,
-)
+from held_store import facts
 from snapshot import MakeImage, MakeStore
+from turns import LATE
 
 from pyblock import (
     ImageInUse,
