@@ -5,6 +5,14 @@
  * are full; the top words say the same of mid words.  Four top words cover 4 * 64 * 64 * 64 = 2^20 indexes, so the
  * lowest free index is the first zero bit of one top word, one mid word and one leaf word.
  *
+ * With 0 ... 4098 taken, and 70 given back (the rightmost bit is the lowest; what is not drawn is 0):
+ *
+ *     top    [ ...0 0 0 ]                            bit 0: not all of mid word 0 is full
+ *                     |
+ *     mid    [ 1 1 1 ... 1 0 1 ]  [ ...0 ]           its bit 1: leaf word 1 is not full
+ *                          |
+ *     leaf   [ 1...1 ]  [ 1...1 0 1 1 1 1 1 1 ]  ... its bit 6 is free: 1 * 64 + 6 = 70
+ *
  * One fact saves most of the cases: of the indexes 0 ... used, at least one is free.  So the lowest free index is
  * never above `used`, the n lowest never above `used + n - 1`, and once the words for those are there, taking them
  * cannot fail.  For the same reason nothing marks the bits behind the capacity: while used < capacity, the search
@@ -75,7 +83,7 @@ static void take(pb_index *index, uint32_t i) {
     index->top[mid / 64] |= bit(mid);
 }
 
-void pb_give_back(pb_index *index, uint32_t i) {
+static void give_back(pb_index *index, uint32_t i) {
     uint32_t leaf = i / 64, mid = leaf / 64;
     index->used--;
     index->leaf[leaf] &= ~bit(i);
@@ -208,7 +216,7 @@ int64_t pb_index_reserve_many(pb_index *index, int64_t n, const int64_t *values,
     if (status == 0 && good < n) status = PB_ERANGE;
     if (status < 0) {
         if (bad && status != PB_ENOMEM) *bad = done;
-        while (done > 0) pb_give_back(index, (uint32_t)values[--done]);
+        while (done > 0) give_back(index, (uint32_t)values[--done]);
     }
     pb_unlock(index);
     return status < 0 ? status : n;
@@ -219,7 +227,7 @@ int64_t pb_index_release(pb_index *index, int64_t value) {
     uint32_t i = (uint32_t)value;
     pb_lock(index);
     bool taken = is_taken(index, i);
-    if (taken) pb_give_back(index, i);
+    if (taken) give_back(index, i);
     pb_unlock(index);
     return taken ? value : PB_EFREE;
 }

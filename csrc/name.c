@@ -8,7 +8,22 @@
 
 #define LETTERS_MAX 14 /* of INT64_MAX */
 
-int64_t pb_name_set(pb_name *name, int64_t number, const char *prefix, size_t prefix_len) {
+/*
+ * A drive name and the '\n' behind it, which name_next turns into the name that follows.
+ *
+ * Two things make a row of names fast.  The text is of a fixed size, so that it is copied whole: two moves, no call.
+ * And the last letter, which nearly every step changes, is kept aside: a byte written into text would make the copy
+ * that comes next wait for it.
+ */
+typedef struct {
+    size_t prefix_len;
+    size_t len; /* without the '\n' */
+    char last;
+    char text[PB_NAME_MAX + 1];
+} drive_name;
+
+/* Returns 0.  PB_ERANGE: number < 0.  PB_ETOOLONG. */
+static int64_t name_set(drive_name *name, int64_t number, const char *prefix, size_t prefix_len) {
     if (number < 0) return PB_ERANGE;
     char letters[LETTERS_MAX];
     size_t at = LETTERS_MAX;
@@ -17,7 +32,7 @@ int64_t pb_name_set(pb_name *name, int64_t number, const char *prefix, size_t pr
     size_t count = LETTERS_MAX - at;
     if (prefix_len > PB_NAME_MAX - count) return PB_ETOOLONG;
 
-    *name = (pb_name){.prefix_len = prefix_len, .len = prefix_len + count};
+    *name = (drive_name){.prefix_len = prefix_len, .len = prefix_len + count};
     if (prefix_len > 0) memcpy(name->text, prefix, prefix_len);
     memcpy(name->text + prefix_len, letters + at, count);
     name->text[name->len] = '\n';
@@ -25,7 +40,8 @@ int64_t pb_name_set(pb_name *name, int64_t number, const char *prefix, size_t pr
     return 0;
 }
 
-void pb_name_next(pb_name *name) {
+/* Only while the name that follows is known to fit. */
+static void name_next(drive_name *name) {
     if (name->last != 'z') {
         name->last++;
         return;
@@ -41,9 +57,16 @@ void pb_name_next(pb_name *name) {
     }
 }
 
+/* Writes the name and its '\n'; returns their end.  Needs room for sizeof name->text bytes whatever the length. */
+static char *name_put(const drive_name *name, char *out) {
+    memcpy(out, name->text, sizeof name->text);
+    out[name->len - 1] = name->last;
+    return out + name->len + 1;
+}
+
 int64_t pb_drive_name(int64_t number, const char *prefix, size_t prefix_len, char *out, size_t room) {
-    pb_name name;
-    int64_t status = pb_name_set(&name, number, prefix, prefix_len);
+    drive_name name;
+    int64_t status = name_set(&name, number, prefix, prefix_len);
     if (status < 0) return status;
     if (name.len > room) return PB_ETOOLONG;
     memcpy(out, name.text, name.len);
@@ -57,14 +80,14 @@ int64_t pb_drive_names(int64_t first, int64_t count, const char *prefix, size_t 
     if (prefix_len > 0 && memchr(prefix, '\n', prefix_len)) return PB_EINVAL;
     if ((uint64_t)count > room / (PB_NAME_MAX + 1)) return PB_ETOOLONG;
 
-    pb_name name;
-    int64_t status = pb_name_set(&name, first + (count - 1), prefix, prefix_len); /* the last fits: so do all */
+    drive_name name;
+    int64_t status = name_set(&name, first + (count - 1), prefix, prefix_len); /* the last fits: so do all */
     if (status < 0) return status;
-    pb_name_set(&name, first, prefix, prefix_len);
+    name_set(&name, first, prefix, prefix_len);
     char *at = out;
     for (int64_t left = count; left > 0; left--) {
-        at = pb_name_put(&name, at);
-        if (left > 1) pb_name_next(&name);
+        at = name_put(&name, at);
+        if (left > 1) name_next(&name);
     }
     return at - out;
 }

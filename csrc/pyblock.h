@@ -42,7 +42,6 @@
 #define PB_SCSI_ADDRESS_MAX 7     /* bytes of "255:255" */
 #define PB_ID_MAX 31              /* bytes of a drive ID: QEMU's node names hold 31 */
 #define PB_ID_DIGEST 13           /* bytes that stand for what was cut out of an ID: 64 bits in base 32 */
-#define PB_PLAN_MAX 72            /* bytes that one drive needs in pb_plan_text: PB_ID_MAX + PB_SCSI_ADDRESS_MAX + PB_NAME_MAX + 3 */
 
 /*
  * The block index: hands out the lowest free integer of 0 ... capacity - 1.
@@ -145,7 +144,7 @@ int64_t pb_scsi_index(const char *address, size_t address_len);
 int64_t pb_make_id(const char *kind, size_t kind_len, const char *id, size_t id_len, int64_t salt, int64_t limit, char *out, size_t room);
 
 /*
- * Plan: what a drive is given before it is plugged in, in one crossing.
+ * Plan: the numbers that a drive is given before it is plugged in, in one crossing.
  *
  * index hands out block indexes, ordinals the numbers behind the names of one family of drives (sd, vd, pmem).  The
  * two must not be the same object (PB_EINVAL).  Both are locked together, in an order of the core's, so any two may be
@@ -157,19 +156,6 @@ int64_t pb_plan(pb_index *index, pb_index *ordinals);
 
 /* The same for n drives, into indexes[] and numbers[]; returns n.  All or none.  PB_EFULL, PB_ENOMEM, PB_EINVAL; PB_ERANGE: n < 0. */
 int64_t pb_plan_many(pb_index *index, pb_index *ordinals, int64_t n, uint32_t *indexes, uint32_t *numbers);
-
-/*
- * The same with its text: ids holds n device IDs, each followed by '\n'; out receives 3 n lines: all drive IDs (as
- * pb_make_id writes them, with salt 0 and limit PB_ID_MAX), then all SCSI addresses (empty when scsi is 0), then all names
- * (of ordinal + offset, behind prefix).  indexes[] and numbers[] receive the numbers, the ordinals without offset.
- * Returns the bytes written; all n or none.  PB_EFULL, PB_ENOMEM.
- * PB_EINVAL: ids does not hold n IDs, one of them is empty, kind is empty, or there is a '\n' in kind or prefix.
- * PB_ERANGE: n < 0, offset not in 0 ... INT64_MAX - PB_CAPACITY_MAX, or an index past PB_SCSI_INDEX_MAX with scsi set.
- * PB_ETOOLONG: kind and an ID, or a name, do not fit, or room is less than n * PB_PLAN_MAX.
- */
-int64_t pb_plan_text(pb_index *index, pb_index *ordinals, int64_t n, const char *ids, size_t ids_len, const char *kind, size_t kind_len,
-                     const char *prefix, size_t prefix_len, int64_t offset, int scsi, uint32_t *indexes, uint32_t *numbers,
-                     char *out, size_t room);
 
 /* <<< cffi */
 

@@ -18,7 +18,8 @@ static char *put_byte(char *out, uint32_t number) {
     return out;
 }
 
-size_t pb_put_scsi(char *out, uint32_t index) {
+/* Writes the address of index, which is at most PB_SCSI_INDEX_MAX; returns its length. */
+static size_t put_address(char *out, uint32_t index) {
     char *end = put_byte(out, index / 256);
     *end++ = ':';
     return (size_t)(put_byte(end, index % 256) - out);
@@ -27,7 +28,7 @@ size_t pb_put_scsi(char *out, uint32_t index) {
 int64_t pb_scsi_address(int64_t index, char *out, size_t room) {
     if (index < 0 || index > PB_SCSI_INDEX_MAX) return PB_ERANGE;
     char text[PB_SCSI_ADDRESS_MAX];
-    size_t len = pb_put_scsi(text, (uint32_t)index);
+    size_t len = put_address(text, (uint32_t)index);
     if (len > room) return PB_ETOOLONG;
     for (size_t i = 0; i < len; i++) out[i] = text[i];
     return (int64_t)len;
@@ -39,7 +40,7 @@ int64_t pb_scsi_addresses(int64_t first, int64_t count, char *out, size_t room) 
     if ((uint64_t)count > room / (PB_SCSI_ADDRESS_MAX + 1)) return PB_ETOOLONG;
     char *at = out;
     for (int64_t i = 0; i < count; i++) {
-        at += pb_put_scsi(at, (uint32_t)(first + i));
+        at += put_address(at, (uint32_t)(first + i));
         *at++ = '\n';
     }
     return at - out;

@@ -34,7 +34,6 @@ SCSI_INDEX_MAX: Final[int] = lib.PB_SCSI_INDEX_MAX
 SCSI_ADDRESS_MAX: Final[int] = lib.PB_SCSI_ADDRESS_MAX
 ID_MAX: Final[int] = lib.PB_ID_MAX
 ID_DIGEST: Final[int] = lib.PB_ID_DIGEST
-PLAN_MAX: Final[int] = lib.PB_PLAN_MAX
 INT64_MAX: Final[int] = 2**63 - 1
 
 EINVAL: Final[int] = lib.PB_EINVAL
@@ -102,17 +101,6 @@ FAULTS: Final[dict[str, dict[int, tuple[type[Exception], str]]]] = {
     },
     "pb_plan": {EFULL: _FULL, ENOMEM: _NO_MEMORY, EINVAL: _SAME},
     "pb_plan_many": {EFULL: _FULL, ENOMEM: _NO_MEMORY, EINVAL: _SAME, ERANGE: _COUNT},
-    "pb_plan_text": {
-        EFULL: _FULL,
-        ENOMEM: _NO_MEMORY,
-        EINVAL: (InvalidID, "kind {kind} or device ID {id} is empty or holds a newline: give each a character, and no newline"),
-        ERANGE: (
-            InvalidIndex,
-            f"offset {{offset}} is outside 0 ... {INT64_MAX - CAPACITY_MAX}, or an index passes {SCSI_INDEX_MAX}, the last SCSI address:"
-            " give a smaller offset, or release indexes",
-        ),
-        ETOOLONG: (InvalidName, f"prefix {{prefix}} and the letters of a number from {{offset}} on exceed {NAME_MAX} bytes: shorten it"),
-    },
 }
 """What each function of the core may answer besides a result: the exception, and the text that says what to do."""
 
@@ -146,22 +134,6 @@ def _fail_plan(function: str, status: int, handle: Handle, ordinals: Handle, **f
     """Speaks of the fuller of the two indexes, which is the one that was found full."""
     room = [(index_capacity(each) - index_count(each), each) for each in (ordinals, handle)]
     _fail_index(function, status, min(room, key=lambda pair: pair[0])[1], **facts)
-
-
-def _fail_plan_text(
-    status: int, handle: Handle, ordinals: Handle, device_ids: Sequence[str], kind: str, prefix: str, offset: int
-) -> NoReturn:
-    """Where one text is to blame, the function for that text says so."""
-    if handle is ordinals:
-        _fail("pb_plan", EINVAL)
-    if status in (EINVAL, ETOOLONG):
-        for each in device_ids:
-            make_id(kind, each, 0, ID_MAX)
-            if "\n" in each or "\n" in kind:
-                _fail("pb_plan_text", EINVAL, kind=kind, id=each)
-        if "\n" in prefix:
-            _fail("pb_drive_names", EINVAL, prefix=prefix)
-    _fail_plan("pb_plan_text", status, handle, ordinals, n=len(device_ids), kind=kind, id=None, prefix=prefix, offset=offset)
 
 
 def _encode(text: str, error: type[InvalidValue]) -> bytes:
@@ -395,24 +367,3 @@ def plan_many(handle: Handle, ordinals: Handle, n: int) -> tuple[list[int], list
     if got < 0:
         _fail_plan("pb_plan_many", got, handle, ordinals, n=n)
     return _numbers(indexes, asked), _numbers(numbers, asked)
-
-
-def plan_text(
-    handle: Handle, ordinals: Handle, device_ids: Sequence[str], kind: str, prefix: str, offset: int, scsi: bool
-) -> tuple[list[int], list[int], list[str]]:
-    """The indexes, the ordinals, and for n devices 3n texts: all drive IDs, all SCSI addresses (empty without scsi), all names."""
-    n = len(device_ids)
-    ids = _encode("\n".join([*device_ids, ""]), InvalidID)
-    head, start = _encode(kind, InvalidID), _encode(prefix, InvalidName)
-    indexes, numbers = _new_raw(_UINT32S, n), _new_raw(_UINT32S, n)
-    room = n * PLAN_MAX
-    out = _new_raw(_CHARS, room)
-    try:
-        got: int = lib.pb_plan_text(
-            handle, ordinals, n, ids, len(ids), head, len(head), start, len(start), offset, bool(scsi), indexes, numbers, out, room
-        )
-    except OverflowError:
-        got = ERANGE
-    if got < 0:
-        _fail_plan_text(got, handle, ordinals, device_ids, kind, prefix, offset)
-    return _numbers(indexes, n), _numbers(numbers, n), _text(out, got).split("\n")[:-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -153,13 +153,8 @@ class DeviceManager:
                 raise DeviceConflict(f"two devices have the ID {device.id!r}", device=device.id)
             seen.add(device.id)
 
-    def load(self, devices: Collection[Device]) -> None:
-        """Takes in many devices, for example out of a saved state. Raises as `check_new`; nothing is then taken in."""
-        self.check_new(devices)
-        self.take_in(devices)
-
     def take_in(self, devices: Iterable[Device]) -> None:
-        """The same for devices that `check_new` was asked about."""
+        """Takes in devices, out of a saved state for example, that `check_new` was asked about."""
         for device in devices:
             self._by_id[device.id] = device
             if isinstance(device, BlockDevice) and device.identity is not None:

@@ -139,7 +139,7 @@ def errors(failed: Mapping[str, str]) -> None:
         say(f"pyblock: sandbox {sandbox_id}: {text}")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], dispensable: Sequence[str] = (), *, title: str | None = None) -> None:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], dispensable: Sequence[str] = ()) -> None:
     """Prints a table. Without a terminal it is as wide as its text; on one that is too narrow it goes without the dispensable columns, in
     their order, as far as is needed, and if that is not enough each row becomes lines of its own."""
     from rich.cells import cell_len  # noqa: PLC0415 - rich is a quarter of the start-up time, and only needed here
@@ -159,26 +159,24 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], dispensable: Se
             left_out.append(name)
     kept = [name for name in columns if name not in left_out]
     if needed(kept) > room:
-        _lines(columns, cells, title)
+        _lines(columns, cells)
         return
-    _table(Console(width=room), kept, [[cell for name, cell in zip(columns, row, strict=True) if name in kept] for row in cells], title)
+    _table(Console(width=room), kept, [[cell for name, cell in zip(columns, row, strict=True) if name in kept] for row in cells])
     if left_out:
         say(f"left out for want of width: {', '.join(left_out)}; --json has all")
 
 
-def _table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None) -> None:
+def _table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    body = Table(*columns, title=title, title_justify="left")
+    body = Table(*columns)
     for row in rows:
         body.add_row(*(Text(cell) for cell in row))  # a str would be read as markup
     console.print(body)
 
 
-def _lines(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None) -> None:
-    if title is not None:
-        out(title)
+def _lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     width = max(map(len, columns))
     click.echo("\n\n".join("\n".join(f"{name:{width}}  {cell}" for name, cell in zip(columns, row, strict=True) if cell) for row in rows))
 

@@ -36,10 +36,6 @@
     X(id_known_digests)             \
     X(plan_pairs)                   \
     X(plan_any_two)                 \
-    X(plan_text_agrees)             \
-    X(plan_text_copies_any_length)  \
-    X(plan_text_refuses)            \
-    X(plan_text_leaves_nothing)     \
     X(threads_never_share_an_index) \
     X(threads_plan_both_ways)       \
     X(threads_write_own_text)       \

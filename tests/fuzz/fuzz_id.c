@@ -1,12 +1,9 @@
 /*
- * fuzz_id.c - drive IDs alone and in a plan, from arbitrary bytes.
+ * fuzz_id.c - drive IDs from arbitrary bytes.
  *
- * An ID that fits is verbatim; one that does not keeps the longest beginning that cuts no character of valid UTF-8.  A plan's IDs
- * are those that pb_make_id writes, and a plan that is refused leaves both indexes as they were.
+ * An ID that fits is verbatim; one that does not keeps the longest beginning that cuts no character of valid UTF-8.
  */
 #include "fuzz.h"
-
-enum { MOST = 24 };
 
 /* How many bytes the character at text has; 0 where no valid one begins.  RFC 3629, table by table. */
 static size_t character(const unsigned char *text, size_t len) {
@@ -82,13 +79,15 @@ static char *valid_text(fuzz_input *in, size_t most, size_t *len) {
     return block;
 }
 
-static void single(fuzz_input *in) {
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    fuzz_input input = {data, size}, *in = &input;
+    fuzz_no_memory = false;
     size_t kind_len, id_len;
     char *kind = fuzz_text(in, 40, &kind_len);
     char *id = fuzz_word(in, 1) % 2 ? valid_text(in, 120, &id_len) : fuzz_text(in, 120, &id_len);
     int64_t salt = fuzz_number(in), limit = (int64_t)fuzz_word(in, 1);
     size_t room = (size_t)limit;
-    switch (limit % 4) { /* three in four as the plan asks for it; the rest by any limit and room */
+    switch (limit % 4) { /* three in four as a drive asks for it; the rest by any limit and room */
     case 0:
         limit = fuzz_number(in);
         room = (size_t)fuzz_word(in, 1);
@@ -111,116 +110,5 @@ static void single(fuzz_input *in) {
         MUST(other != got || memcmp(out, again, (size_t)got) != 0);
     }
     free(kind), free(id), free(out), free(again);
-}
-
-typedef struct {
-    pb_index *core;
-    int64_t capacity, used;
-    uint32_t *list;
-} before;
-
-static before remember(pb_index *index) {
-    before b = {index, pb_index_capacity(index), pb_index_count(index), NULL};
-    b.list = fuzz_block((size_t)b.used * sizeof *b.list);
-    MUST(pb_index_list(index, 0, b.used, b.list) == b.used);
-    return b;
-}
-
-/* The index holds what it held, and the n in more besides. */
-static void compare(before *b, int64_t n, const uint32_t *more) {
-    MUST(pb_index_count(b->core) == b->used + n);
-    for (int64_t i = 0; i < b->used; i++) MUST(pb_index_release(b->core, b->list[i]) == b->list[i]);
-    for (int64_t i = 0; i < n; i++) MUST(pb_index_release(b->core, more[i]) == more[i] && (i == 0 || more[i] > more[i - 1]));
-    free(b->list);
-}
-
-static pb_index *some_index(fuzz_input *in) {
-    static const int64_t capacities[] = {1, 8, 70, 5000, 65535, 65536, 65600, 262145};
-    pb_index *index = pb_index_new(capacities[fuzz_word(in, 1) % 8]);
-    MUST(index);
-    uint32_t *out = fuzz_block(128 * sizeof *out);
-    pb_index_acquire_many(index, (int64_t)fuzz_word(in, 1) % 128, out);
-    free(out);
-    for (uint64_t more = fuzz_word(in, 1) % 4; more > 0; more--) pb_index_reserve(index, fuzz_number(in));
-    for (uint64_t less = fuzz_word(in, 1) % 8; less > 0; less--) pb_index_release(index, fuzz_number(in));
-    if (fuzz_word(in, 1) == 0x77) { /* all below the first index that has no SCSI address */
-        int64_t rest = PB_SCSI_INDEX_MAX - pb_index_count(index);
-        out = fuzz_block((size_t)rest * sizeof *out);
-        pb_index_acquire_many(index, rest, out);
-        free(out);
-    }
-    return index;
-}
-
-static void planned(fuzz_input *in) {
-    pb_index *index = some_index(in), *ordinals = some_index(in);
-    size_t kind_len, prefix_len, ids_len;
-    char *kind = fuzz_text(in, 34, &kind_len), *prefix = fuzz_text(in, 34, &prefix_len);
-    int64_t offset = fuzz_number(in);
-    bool scsi = fuzz_word(in, 1) % 2, exact = fuzz_word(in, 1) % 4 != 0;
-    int64_t asked = exact ? 0 : fuzz_number(in);
-    fuzz_no_memory = fuzz_word(in, 1) >= 0xE0;
-    ids_len = in->left;
-    char *ids = fuzz_block(ids_len);
-    if (ids_len > 0) memcpy(ids, in->at, ids_len);
-    int64_t n = 0;
-    for (size_t i = 0; i < ids_len && n < MOST; i++) {
-        if (ids[i] == '\n' && ++n == MOST && exact) ids_len = i + 1;
-    }
-    ids = realloc(ids, ids_len + !ids_len);
-    MUST(ids);
-    size_t places = (size_t)n;
-    if (!exact) n = asked;
-    before index_before = remember(index), ordinals_before = remember(ordinals);
-    size_t room = places * PB_PLAN_MAX;
-    uint32_t *indexes = fuzz_block(places * sizeof *indexes), *numbers = fuzz_block(places * sizeof *numbers);
-    char *out = fuzz_block(room);
-    fuzz_was_refused = false;
-    int64_t got = pb_plan_text(index, ordinals, n, ids, ids_len, kind, kind_len, prefix, prefix_len, offset, scsi, indexes, numbers, out, room);
-    fuzz_no_memory = false;
-    MUST(got >= 0 || (got >= PB_ETOOLONG && got != PB_ETAKEN && got != PB_EFREE));
-    if (fuzz_was_refused) MUST(got == PB_ENOMEM);
-    if (got >= 0) {
-        MUST(n >= 0 && (n == 0) == (got == 0));
-        const char *at = out, *end = out + got, *id = ids;
-        for (int64_t i = 0; i < n; i++) {
-            size_t len = (size_t)((const char *)memchr(id, '\n', ids_len - (size_t)(id - ids)) - id);
-            char want[PB_ID_MAX];
-            int64_t made = make(kind, kind_len, id, len, 0, PB_ID_MAX, want, sizeof want);
-            MUST(made > 0 && end - at > made && memcmp(at, want, (size_t)made) == 0 && at[made] == '\n');
-            at += made + 1;
-            id += len + 1;
-        }
-        MUST(id == ids + ids_len);
-        for (int64_t i = 0; i < n; i++) {
-            char want[PB_SCSI_ADDRESS_MAX];
-            int64_t made = scsi ? pb_scsi_address(indexes[i], want, sizeof want) : 0;
-            MUST(made >= 0 && end - at > made && memcmp(at, want, (size_t)made) == 0 && at[made] == '\n');
-            at += made + 1;
-        }
-        for (int64_t i = 0; i < n; i++) {
-            char want[PB_NAME_MAX];
-            int64_t made = pb_drive_name(numbers[i] + offset, prefix, prefix_len, want, sizeof want);
-            MUST(made > 0 && end - at > made && memcmp(at, want, (size_t)made) == 0 && at[made] == '\n');
-            at += made + 1;
-        }
-        MUST(at == end);
-    }
-    compare(&index_before, got > 0 ? n : 0, indexes);
-    compare(&ordinals_before, got > 0 ? n : 0, numbers);
-    MUST(pb_plan_text(index, index, 0, ids, 0, kind, kind_len, prefix, prefix_len, 0, scsi, indexes, numbers, out, room) == PB_EINVAL);
-    pb_index_free(index);
-    pb_index_free(ordinals);
-    free(kind), free(prefix), free(ids), free(indexes), free(numbers), free(out);
-}
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    fuzz_input in = {data, size};
-    fuzz_no_memory = false;
-    if (fuzz_word(&in, 1) % 2) {
-        planned(&in);
-    } else {
-        single(&in);
-    }
     return 0;
 }

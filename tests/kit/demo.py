@@ -79,7 +79,8 @@ def compare(plugged: list[BlockDevice], disks: dict[str, GuestDisk]) -> bool:
             ]
         )
     columns = ["driver", "index", "predicted", "guest", "guest_match", "link in the guest's /sys/devices", "size", "serial", "match"]
-    show.table(columns, rows, title="predicted by pyblock, and what the guest reports")
+    print("predicted by pyblock, and what the guest reports:")
+    show.table(columns, rows)
     return good
 
 

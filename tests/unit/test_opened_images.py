@@ -259,7 +259,7 @@ async def test_a_loaded_device_whose_image_was_not_there(tmp_path: Path) -> None
     path = tmp_path / "img"
     vm = MemoryHypervisor()
     async with Sandbox("s1", vm) as sandbox:
-        sandbox.manager.load([BlockDevice("loaded", DeviceInfo(path=str(path), driver="virtio-scsi", id="loaded"))])
+        sandbox.manager.take_in([BlockDevice("loaded", DeviceInfo(path=str(path), driver="virtio-scsi", id="loaded"))])
         path.write_bytes(b"x" * 512)
         with pytest.raises(ImageReplaced, match="was not there"):
             await sandbox.manager.attach("loaded", sandbox)
