@@ -15,7 +15,7 @@ from oracle import letters
 from pyroaring import BitMap
 
 from pyblock.drivers import VIRTIO_SCSI
-from pyblock.model import BlockDrive
+from pyblock.model import BlockDrive, DeviceInfo
 
 
 class LinearProbe:
@@ -107,7 +107,8 @@ def plan_drives(indexes: Heap, ordinals: Heap, device_ids: Sequence[str], files:
     drives: list[BlockDrive] = []
     for device_id, file in zip(device_ids, files, strict=True):
         index, ordinal = heapq.heappop(indexes.free), heapq.heappop(ordinals.free)
-        drive = BlockDrive(f"drive-{device_id}", index, ordinal, 0, VIRTIO_SCSI, file, "raw", False, device_id)
+        info = DeviceInfo(file, VIRTIO_SCSI.name, False, device_id)
+        drive = BlockDrive(f"drive-{device_id}", index, ordinal, 0, VIRTIO_SCSI, info)
         texts: Any = (f"{index // 256}:{index % 256}", f"/dev/sd{letters(ordinal)}")
         assert texts
         drives.append(drive)

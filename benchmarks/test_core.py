@@ -21,7 +21,7 @@ from rivals import scsi_address as plain_address
 import pyblock
 from pyblock._core import ffi, lib
 from pyblock.drivers import VIRTIO_SCSI
-from pyblock.model import BlockDrive
+from pyblock.model import BlockDrive, DeviceInfo
 from pyblock.plan import plan_many
 
 # Nothing here waits: the thread's own processor time leaves out what else the machine does.
@@ -160,7 +160,7 @@ def test_plan_to_drives(versus: Versus, texts: bool) -> None:
     def ours(index: pyblock.BlockIndex, ordinals: pyblock.BlockIndex) -> object:
         indexes, numbers = plan_many(index, ordinals, len(ids))
         drives = [
-            BlockDrive("drive-" + device_id, place, ordinal, 0, VIRTIO_SCSI, file, "raw", False, device_id)
+            BlockDrive("drive-" + device_id, place, ordinal, 0, VIRTIO_SCSI, DeviceInfo(file, VIRTIO_SCSI.name, False, device_id))
             for device_id, file, place, ordinal in zip(ids, files, indexes, numbers, strict=True)
         ]
         return [(drive.scsi_addr, drive.predicted_name) for drive in drives] if texts else drives

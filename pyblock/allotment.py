@@ -188,8 +188,7 @@ class Allotment:
         for seen in self._watches:
             seen.add(drive_id)
         offset = self._offsets.get(kind.family.prefix, kind.offset) if self._offsets else kind.offset
-        format_ = (info.options.get("fstype") if info.options else None) or "raw"
-        drive = BlockDrive(drive_id, index, ordinal, offset, kind, info.path, format_, info.read_only, info.serial, share=info.share)
+        drive = BlockDrive(drive_id, index, ordinal, offset, kind, info)
         self.comes(drive, together=planned)  # else it would not have been planned
         return drive
 

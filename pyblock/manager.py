@@ -222,4 +222,6 @@ class DeviceManager:
                 raise DeviceConflict(text, device=device.id, path=path, value=asked)
         if info.format is not None and have.format is None:
             device.info = msgspec.structs.replace(have, format=info.format)
+            if device.drive is not None:
+                device.drive.info = device.info
         return device

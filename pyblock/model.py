@@ -74,16 +74,12 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     :ivar ordinal: the number behind the name among the drives of the same family, without the offset.
     :ivar offset: how many names of the family the guest used before ordinal 0.
     :ivar kind: the driver, with all that follows from it.
-    :ivar file: the host path.
-    :ivar format: Kata's Format: the `fstype` among the options, "raw" where there is none.
-    :ivar read_only: the guest may not write.
-    :ivar serial: what the guest reads as serial, None for none.
+    :ivar info: what was asked for: the image, the driver by name, and the options.
     :ivar pci_path: slots from the root bus down in two hex digits, as Kata writes them: "02/00" is slot 0 behind the port in slot 2 (a
         function other than 0 is added: "02.1/00"). None where the drive is not on PCI.
     :ivar dev_no: the CCW device number as the guest has it: "0.0.0002".
     :ivar guest_match: what the target of the guest's `/sys/block/<name>` link contains for this disk and for no other.
     :ivar slot: the adapter's own word for the place that the drive takes in the machine.
-    :ivar share: others may write the image as well.
     :ivar verified: False where the VMM was given a path, and what it opened there could not be compared with what was claimed.
     :ivar known_name: a guest path that came from elsewhere (an imported state) and stands in for the computed one.
     :ivar imported: another program plugged it in, under names that may not be ours.
@@ -95,16 +91,12 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     ordinal: int
     offset: int
     kind: Driver
-    file: str
-    format: str = "raw"
-    read_only: bool = False
-    serial: str | None = None
+    info: DeviceInfo
     pci_path: str | None = None
     dev_no: str | None = None
     guest_match: str | None = None
     slot: str | None = None
     known_name: str | None = None
-    share: bool = False
     imported: bool = False
     verified: bool = True
     crowded: bool = False
@@ -113,6 +105,31 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     def driver(self) -> str:
         """The driver's name."""
         return self.kind.name
+
+    @property
+    def file(self) -> str:
+        """The host path."""
+        return self.info.path
+
+    @property
+    def format(self) -> str:
+        """Kata's Format: the `fstype` among the options, "raw" where there is none."""
+        return self.info.options.get("fstype") or "raw"
+
+    @property
+    def read_only(self) -> bool:
+        """The guest may not write."""
+        return self.info.read_only
+
+    @property
+    def serial(self) -> str | None:
+        """What the guest reads as serial, None for none."""
+        return self.info.serial
+
+    @property
+    def share(self) -> bool:
+        """Others may write the image as well."""
+        return self.info.share
 
     @property
     def pmem(self) -> bool:

@@ -92,10 +92,10 @@ def _drive_to_state(drive: BlockDrive, saved: DriveState | None) -> DriveState:
     plugged it in, but for a PCI address that the machine told."""
     if saved is None or not drive.imported:
         state = DriveState(
-            file=drive.file, format=drive.format, id=drive.id, index=drive.index,
+            file=drive.info.path, format=drive.info.options.get("fstype") or "raw", id=drive.id, index=drive.index,
             pci_addr=drive.pci_path or "", scsi_addr=drive.scsi_addr or "",
             nvdimm_id=drive.nvdimm_id or "", virt_path=drive.guess if drive.kind.guest_path else "", dev_no=drive.dev_no or "",
-            pmem=drive.pmem, read_only=drive.read_only, share_rw=True if drive.share else UNSET,
+            pmem=drive.pmem, read_only=drive.info.read_only, share_rw=True if drive.info.share else UNSET,
         )  # fmt: skip
         if saved is not None:
             state.extra, state.pci_path, state.mmio_addr = saved.extra, saved.pci_path, saved.mmio_addr
@@ -105,7 +105,7 @@ def _drive_to_state(drive: BlockDrive, saved: DriveState | None) -> DriveState:
         if drive.pci_path is not None:
             state.pci_addr = drive.pci_path
     state.notes = DriveNotes(
-        driver=drive.driver, ordinal=drive.ordinal, offset=drive.offset, serial=drive.serial, guest_match=drive.guest_match,
+        driver=drive.driver, ordinal=drive.ordinal, offset=drive.offset, serial=drive.info.serial, guest_match=drive.guest_match,
         slot=drive.slot, known_name=drive.known_name, imported=drive.imported, unverified=not drive.verified, crowded=drive.crowded,
     )  # fmt: skip
     return state
@@ -158,26 +158,21 @@ def _block(state: DeviceState, default: Driver, *, share: bool) -> BlockDevice:
     phase = _phase(notes, state, saved)
     options = state.driver_options or NO_OPTIONS
     driver = _driver(notes.driver or options.get("block-driver"), saved, default)
-    drive = _drive(saved, driver) if saved is not None and phase is not _DETACHED else None
     path = notes.path or (saved.file if saved is not None else "")
     serial = notes.serial
     if serial == state.id:
-        serial = state.id  # one text in memory, not two; likewise below
-    read_only = notes.read_only
-    share = share or notes.share
-    if drive is not None:
-        if drive.file == path:
-            drive.file = path
-        if drive.serial == serial:
-            drive.serial = serial
-        read_only = read_only or drive.read_only
-        share = drive.share = share or drive.share
+        serial = state.id  # one text in memory, not two
+    read_only, share = notes.read_only, share or notes.share
+    if saved is not None and phase is not _DETACHED:
+        read_only = read_only or saved.read_only is True
+        share = share or saved.share_rw is True
     ours = _is_our_own(state, saved, driver)
     if ours and len(options) == 1:
         options = NO_OPTIONS  # the driver alone, which is written anew
-    info = DeviceInfo(
-        path, driver.name, read_only, serial, state.id, state.dev_type, state.major, state.minor, options, share, notes.format
-    )
+    plain = ours and (state.major, state.minor) == FILE  # which the original has no words for
+    special = ("", -1, -1) if plain else (state.dev_type, state.major, state.minor)
+    info = DeviceInfo(path, driver.name, read_only, serial, state.id, *special, options, share, notes.format)
+    drive = _drive(saved, driver, info) if saved is not None and phase is not _DETACHED else None
     identity = notes.identity or _identity(state, path, driver)
     if identity is None or identity[0] == "file":  # nothing lies under a file
         device = BlockDevice(state.id, info, identity)
@@ -264,7 +259,7 @@ _DIGITS = 8  # of a number behind /dev/pmem; a machine has 256 memory slots
 _HOST_CSS, _GUEST_CSS = "fe.", "0."
 
 
-def _drive(saved: DriveState, driver: Driver) -> BlockDrive:
+def _drive(saved: DriveState, driver: Driver, info: DeviceInfo) -> BlockDrive:
     notes = saved.notes if saved.notes is not UNSET else _NO_DRIVE_NOTES
     if driver.scsi and saved.scsi_addr and saved.scsi_addr != scsi_address(saved.index):
         raise InvalidState(f"SCSIAddr {saved.scsi_addr!r} does not belong to Index {saved.index} ({scsi_address(saved.index)})")
@@ -276,9 +271,8 @@ def _drive(saved: DriveState, driver: Driver) -> BlockDrive:
         notes = _NO_DRIVE_NOTES  # it was taken for what it is not
     known_name = _told_name(saved, driver) if saved.notes is UNSET or notes.ordinal < 0 else notes.known_name
     return BlockDrive(
-        saved.id, saved.index, notes.ordinal, notes.offset if notes.ordinal >= 0 else driver.offset, driver,
-        saved.file, saved.format or "raw", saved.read_only is True, notes.serial,
-        saved.pci_addr or None, saved.dev_no or None, notes.guest_match, notes.slot, known_name, saved.share_rw is True,
+        saved.id, saved.index, notes.ordinal, notes.offset if notes.ordinal >= 0 else driver.offset, driver, info,
+        saved.pci_addr or None, saved.dev_no or None, notes.guest_match, notes.slot, known_name,
         _is_imported(saved), not notes.unverified, notes.crowded,
     )  # fmt: skip
 

@@ -186,7 +186,7 @@ class Receiver(DeviceReceiver):
         async with self._lanes or contextlib.nullcontext():  # an image that waits for its turn is not open yet
             drive = device.held
             raw = device.info.format == RAW
-            with open_claimed(drive.file, device.identity, device.under, read_only=drive.read_only, raw=raw) as image:
+            with open_claimed(drive.info.path, device.identity, device.under, read_only=drive.info.read_only, raw=raw) as image:
                 try:
                     await self._vmm.plug(drive, image)
                 except (TransportError, Unsettled):

@@ -17,7 +17,7 @@ from pyblock.device import BlockDevice
 from pyblock.errors import DeadlinePassed, PyblockError, SandboxClosed, TransportError, VmmUnreachable
 from pyblock.hypervisors.base import CONNECT_TIMEOUT, Held, Inventory, Unsettled, typed
 from pyblock.manager import DeviceManager
-from pyblock.model import BlockDrive
+from pyblock.model import BlockDrive, DeviceInfo
 from pyblock.table import Phase
 from pyblock.tasks import Ended, Operation, SharedWork, log, passed
 
@@ -352,7 +352,7 @@ class Recovery:
     async def _remove_orphan(self, one: Difference) -> Outcome:
         assert one.held is not None  # an orphan is something that is there
         try:
-            await self._receiver.unplug(BlockDrive(one.drive_id, 0, 0, 0, one.held.kind, ""))
+            await self._receiver.unplug(BlockDrive(one.drive_id, 0, 0, 0, one.held.kind, DeviceInfo()))
         except Unsettled as unsettled:
             raise unsettled.error from unsettled
         self.doubt()  # its ID and place are free, which asking again tells

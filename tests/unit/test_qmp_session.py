@@ -26,7 +26,7 @@ from pyblock.drivers import VIRTIO_SCSI
 from pyblock.hypervisors import qmp, qmp_connection
 from pyblock.hypervisors.qemu import QemuHypervisor
 from pyblock.hypervisors.qmp import QmpSession
-from pyblock.model import BlockDrive
+from pyblock.model import BlockDrive, DeviceInfo
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
@@ -215,7 +215,7 @@ async def test_a_removal_is_asked_for_again_once_at_a_time(path: Path) -> None:
 
     async with monitor(path, answer):
         adapter = QemuHypervisor(str(path))
-        drive = BlockDrive("drive-x", 0, 0, 0, VIRTIO_SCSI, "/x")
+        drive = BlockDrive("drive-x", 0, 0, 0, VIRTIO_SCSI, DeviceInfo("/x"))
         for _ in range(100):
             adapter.nudge(drive)
         await heard.wait()

@@ -9,7 +9,6 @@ import stat
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from snapshot import MakeImage
 
@@ -33,7 +32,11 @@ def facts(sandbox: Sandbox) -> dict[str, tuple[Any, ...]]:
             found[device.id] = (device.attach_count, device.ref_count, device.info)
         else:
             drive = device.drive
-            shown = (*msgspec.structs.astuple(drive), drive.predicted_name, drive.virt_path, drive.scsi_addr) if drive else None
+            shown = None
+            if drive is not None:
+                own = [getattr(drive, name) for name in drive.__struct_fields__ if name != "info"]
+                asked_for = (drive.driver, drive.file, drive.format, drive.read_only, drive.serial, drive.share)
+                shown = (*own, *asked_for, drive.predicted_name, drive.virt_path, drive.scsi_addr)
             info = device.info
             asked = (info.path, info.driver, info.read_only, info.serial, device.identity)
             found[device.id] = (device.phase, device.attach_count, device.ref_count, asked, shown)
