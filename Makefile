@@ -29,7 +29,7 @@ setup:
 	scripts/setup guest || echo 'going on without a real guest'
 
 demo:
-	scripts/setup python
+	scripts/setup blocking cli
 	scripts/setup guest || echo 'going on without a real guest'
 	$(PYTHON) -m tests.kit.demo
 

@@ -4,16 +4,15 @@
 stands in `__all__`; what not every program needs is imported when it is first asked for.
 """
 
-# ruff: noqa: F403, F405 - all of the tree of errors is public
-
 from __future__ import annotations
 
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
+from pyblock import errors
 from pyblock.device import BlockDevice
 from pyblock.drivers import DRIVERS, Driver
-from pyblock.errors import *
+from pyblock.errors import *  # noqa: F403
 from pyblock.generic import GenericDevice
 from pyblock.hypervisors.base import Hypervisor
 from pyblock.index import BlockIndex
@@ -24,7 +23,7 @@ from pyblock.sandbox import Sandbox
 from pyblock.table import Phase
 
 if _TYPE_CHECKING:
-    from pyblock import blocking
+    from pyblock import blocking as blocking
     from pyblock.hypervisors.memory import Fault, MemoryHypervisor
     from pyblock.state import DeviceState
     from pyblock.stores.base import Store
@@ -34,8 +33,8 @@ __version__ = "0.1.0"
 
 # fmt: off
 __all__ = [  # noqa: RUF022 - by what they are about
-    # doors
-    "Sandbox", "blocking",
+    # the door; pyblock.blocking is the other one, whose extra may be missing
+    "Sandbox",
     # disks
     "BlockDevice", "BlockDrive", "DRIVERS", "DeviceInfo", "Driver", "GenericDevice", "Phase",
     # what recovery found
@@ -45,21 +44,9 @@ __all__ = [  # noqa: RUF022 - by what they are about
     # numbers and names
     "BlockIndex", "drive_index", "drive_name", "drive_names", "make_name_id", "scsi_address",
     "scsi_index",
-    # errors, as their tree has them
-    "PyblockError",
-    "CallerError",
-    "InvalidValue", "InvalidIndex", "InvalidName", "InvalidAddress", "InvalidID", "InvalidSerial",
-    "InvalidTimeout", "InvalidImage", "ImageReplaced", "UnknownDriver", "UnknownScheme",
-    "UnknownDevice", "DeviceConflict", "NotAttached", "IndexTaken", "IndexFree", "SandboxClosed",
-    "WrongEventLoop", "SandboxBusy", "MachineAnswers", "SandboxConflict", "UnknownSandbox",
-    "ImageInUse", "StateError", "InvalidState", "NewerState",
-    "CapacityError", "IndexesExhausted", "SlotsExhausted", "DescriptorsExhausted",
-    "AttachCountExhausted",
-    "VmmRefused",
-    "TransportError", "VmmUnreachable", "VmmProtocolError", "ConnectionLost",
-    "StoreError", "StoreBusy", "DeadlinePassed", "AttachPending", "DetachPending",
 ]
 # fmt: on
+__all__ += errors.__all__
 
 _LATE = {
     "DeviceState": "pyblock.state",

@@ -14,7 +14,11 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Literal, Self, TypeVar
 
-from anyio.from_thread import BlockingPortal, BlockingPortalProvider
+try:
+    from anyio.from_thread import BlockingPortal, BlockingPortalProvider
+except ModuleNotFoundError as error:
+    why = "pyblock.blocking needs anyio: pip install pyblock-hotplug[blocking]"
+    raise ImportError(why, name=error.name) from error
 
 from pyblock import sandbox as door
 from pyblock.device import BlockDevice

@@ -57,6 +57,24 @@ from typing import Any, ClassVar, NamedTuple, Self, TypedDict, Unpack
 
 from pyblock.shown import SHOWN_MAX, shown
 
+# fmt: off
+__all__ = [  # noqa: RUF022 - as the tree has them
+    "PyblockError", "DeviceOutcome",
+    "CallerError", "InvalidValue", "InvalidIndex", "InvalidName", "InvalidAddress", "InvalidID",
+    "InvalidSerial", "InvalidTimeout", "InvalidImage", "ImageReplaced", "UnknownDriver",
+    "UnknownScheme", "UnknownDevice", "UnknownSandbox", "NotAttached", "IndexTaken", "IndexFree",
+    "SandboxClosed", "WrongEventLoop",
+    "Conflict", "SandboxBusy", "ImageInUse", "MachineAnswers", "SandboxConflict", "DeviceConflict",
+    "CapacityError", "IndexesExhausted", "SlotsExhausted", "DescriptorsExhausted",
+    "AttachCountExhausted",
+    "StateError", "InvalidState", "NewerState",
+    "StoreError", "StoreBusy",
+    "VmmRefused",
+    "TransportError", "VmmUnreachable", "VmmProtocolError", "ConnectionLost",
+    "DeadlinePassed", "ClosedMeanwhile", "AttachPending", "DetachPending",
+]
+# fmt: on
+
 TEXT_MAX = 40960  # characters of one text in `to_dict`: a path of PATH_MAX bytes, each of them escaped
 ITEMS_MAX = 64  # of one list or mapping there
 DEPTH_MAX = 6  # of what is in one another there

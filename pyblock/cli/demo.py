@@ -7,27 +7,34 @@ from pathlib import Path
 
 import click
 
-from pyblock import blocking
-from pyblock.cli import show
+from pyblock.cli import session, show
+from pyblock.device import BlockDevice
 from pyblock.hypervisors.memory import MemoryHypervisor
+from pyblock.sandbox import Sandbox
 
 PLAN = (("virtio-scsi", 3), ("virtio-blk", 3), ("nvdimm", 1))
 SIZE = 16 << 20  # bytes
 
 
+WHAT = "This runs on the in-memory VMM: no guest boots, so names are predictions. `make demo` in a checkout uses a real guest."
+
+
 @click.command()
-def demo() -> None:
+@session.command
+async def demo() -> None:
     """Attach and detach seven disks on a machine that exists in memory only."""
-    click.echo("This runs on the in-memory VMM: no guest boots, so names are predictions. `make demo` in a checkout uses a real guest.")
+    click.echo(WHAT)
     vm = MemoryHypervisor("demo")
-    with tempfile.TemporaryDirectory() as folder, blocking.Sandbox("demo", vm) as sandbox:
-        for driver, count in PLAN:
-            images = [Path(folder, f"{driver}-{number}.img") for number in range(count)]
-            for image in images:
-                with image.open("wb") as file:
-                    file.truncate(SIZE)
-            sandbox.attach_many(images, driver=driver)
-        devices = [device for device in sandbox.devices if hasattr(device, "drive")]
-        show.devices([show.record(sandbox.id, device) for device in devices], as_json=False)  # type: ignore[arg-type]
-        sandbox.detach_many(devices)
-        click.echo(f"detached all: {len(sandbox.devices)} devices, {len(sandbox.index)} indexes taken, {len(vm.backends)} backends left")
+    with tempfile.TemporaryDirectory() as folder:
+        async with Sandbox("demo", vm) as sandbox:
+            devices: list[BlockDevice] = []
+            for driver, count in PLAN:
+                images = [Path(folder, f"{driver}-{number}.img") for number in range(count)]
+                for image in images:
+                    with image.open("wb") as file:
+                        file.truncate(SIZE)
+                devices += await sandbox.attach_many(images, driver=driver)
+            show.devices([show.record(sandbox.id, device) for device in devices], as_json=False)
+            await sandbox.detach_many(devices)
+            left = f"{len(sandbox.devices)} devices, {len(sandbox.index)} indexes taken, {len(vm.backends)} backends left"
+            click.echo(f"detached all: {left}")

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import click
 
-import pyblock
 from pyblock.cli import session, show
 from pyblock.cli.demo import demo
 from pyblock.cli.pending import STATUS as INTERRUPTED
@@ -20,8 +19,10 @@ from pyblock.cli.pick import pick, plugged
 from pyblock.cli.session import Target
 from pyblock.cli.survey import Survey
 from pyblock.device import BlockDevice
+from pyblock.drivers import DRIVERS
 from pyblock.errors import PyblockError
 from pyblock.hypervisors.memory import MemoryHypervisor
+from pyblock.naming import drive_index, drive_name
 from pyblock.sandbox import TIMEOUT, Sandbox
 from pyblock.stores import host_store
 from pyblock.tasks import deadline_after
@@ -47,7 +48,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @names_target
-@click.version_option(pyblock.__version__, prog_name="pyblock")
+@click.version_option(package_name="pyblock-hotplug", prog_name="pyblock")
 def cli() -> None:
     """Plug block devices into a running virtual machine, and know where each one appears in the guest.
 
@@ -77,7 +78,7 @@ async def _target(context: click.Context, deadline: float | None = None) -> Targ
 
 @cli.command()
 @click.argument("images", nargs=-1, required=True, metavar="IMAGE…")
-@click.option("--driver", help=f"One of {', '.join(pyblock.DRIVERS)}; virtio-scsi unless given.")
+@click.option("--driver", help=f"One of {', '.join(DRIVERS)}; virtio-scsi unless given.")
 @click.option("--read-only", is_flag=True, help="The guest may not write.")
 @click.option("--serial", help="What the guest reads as serial (one image only).")
 @click.option("--share", is_flag=True, help="Others may write the image too, if they say so as well.")
@@ -267,7 +268,7 @@ async def export(context: click.Context, file: str) -> None:
 @click.option("--prefix", default="vd", show_default=True)
 def name(number: int, prefix: str) -> None:
     """Print the drive name of a number."""
-    show.out(pyblock.drive_name(number, prefix=prefix))
+    show.out(drive_name(number, prefix=prefix))
 
 
 @cli.command()
@@ -275,7 +276,7 @@ def name(number: int, prefix: str) -> None:
 @click.option("--prefix", default="vd", show_default=True)
 def index(name: str, prefix: str) -> None:
     """Print the number of a drive name."""
-    show.out(str(pyblock.drive_index(name, prefix=prefix)))
+    show.out(str(drive_index(name, prefix=prefix)))
 
 
 cli.add_command(demo)

@@ -20,8 +20,8 @@ PACKAGE = Path(pyblock.__file__).parent
 # From the ground up: a room may import rooms that stand before it, and no other. A room is a folder or a file of the package; behind it,
 # modules that stand elsewhere, and belong there.
 HOUSE: dict[str, str] = {
-    "errors": "",
     "shown": "",
+    "errors": "",
     "loading": "",
     "tasks": "",
     "core": "_native _native_build _core naming index plan",
@@ -32,8 +32,8 @@ HOUSE: dict[str, str] = {
     "kata": "state persist stores.json_file",
     "sandbox": "",
     "blocking": "",
-    "pyblock": "",
     "cli": "",
+    "pyblock": "",
     "__main__": "",
 }
 
