@@ -48,14 +48,15 @@ PyblockError
 
 Each class has a `code`, a text that never changes, and says whether the same call may be made again
 (`retryable`); each error has the facts that its raiser knew as fields. `to_dict` is all of it as JSON.
+
+What a tenant, a guest or a VMM wrote stands in an error as it was written; `shown` makes it fit for a
+terminal and a log. A file name may hold anything but NUL and "/", and a VMM's error repeats it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self, TypedDict, Unpack
-
-from pyblock.shown import SHOWN_MAX, shown
 
 # fmt: off
 __all__ = [  # noqa: RUF022 - as the tree has them
@@ -75,10 +76,42 @@ __all__ = [  # noqa: RUF022 - as the tree has them
 ]
 # fmt: on
 
+SHOWN_MAX = 500  # characters, where nobody says otherwise
 TEXT_MAX = 40960  # characters of one text in `to_dict`: a path of PATH_MAX bytes, each of them escaped
 ITEMS_MAX = 64  # of one list or mapping there
 DEPTH_MAX = 6  # of what is in one another there
 INT_MAX = 2**63 - 1  # larger ones are texts there: few readers of JSON hold them
+
+# str.isprintable() is False for controls, format characters (bidi, zero-width), lone surrogates (a byte that is no UTF-8), unassigned and
+# private ones, and separators but the space. These it lets through, and they show as nothing: joiner, fillers, variation selectors, the
+# vowels and free selectors of Khmer and Mongolian, the empty Braille cell.
+_NOTHING = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0").union(
+    *(map(chr, codes) for codes in (range(0x180B, 0x1810), range(0xFE00, 0xFE10), range(0xE0100, 0xE01F0)))
+)
+
+
+def shown(text: str, limit: int = SHOWN_MAX) -> str:
+    """The text, at most `limit` characters of it after escaping, and where more was there a mark that says how many are left out.
+
+    A backslash stays one backslash, so that text which was escaped before (by `!r`) stays readable; no escape is cut in two.
+    """
+    beginning = text[:limit]
+    if len(beginning) == len(text) and _is_plain(beginning):
+        return text
+    kept: list[str] = []
+    room = limit
+    for char in beginning:
+        piece = char if _is_plain(char) else char.encode("unicode_escape").decode()
+        room -= len(piece)
+        if room < 0:
+            break
+        kept.append(piece)
+    left_out = len(text) - len(kept)
+    return "".join(kept) + (f"… (+{left_out})" if left_out else "")
+
+
+def _is_plain(text: str) -> bool:
+    return text.isprintable() and _NOTHING.isdisjoint(text)
 
 
 class Facts(TypedDict, total=False):
@@ -117,7 +150,8 @@ class PyblockError(Exception):
     :ivar owner: who has that sandbox open, in words; "" for nobody who lives.
     :ivar timeout: the seconds that the caller had given.
     :ivar value: what was refused, as it was given.
-    :ivar outcomes: of a call about many (`attach_many`, `detach_many`): what became of each, in the order given.
+    :ivar outcomes: of a call about many (`attach_many`, `detach_many`): what became of each, in the order given;
+        empty where nothing was begun with any.
     """
 
     code: ClassVar[str] = "error"
@@ -187,8 +221,11 @@ class PyblockError(Exception):
 class DeviceOutcome(NamedTuple):
     """What became of one device of a call about many.
 
-    :ivar device: its ID, None where it has none: its image was refused.
-    :ivar path: of its image, None where only the device was named.
+    `attach_many` raises when one could not be attached: then `error` says why, all that were attached are `undone`, and what could not be
+    detached again has an `undoing`. `detach_many` raises when one could not be detached; those without `error` are.
+
+    :ivar device: its ID, None where it has none: its image was refused, or was not looked at.
+    :ivar path: of its image, None where only the device was named, and is not known.
     :ivar error: what went wrong with it; None: nothing did.
     :ivar undone: it was attached, and was detached again, since another failed.
     :ivar undoing: what went wrong in detaching it again: it is still attached, or pending.
@@ -529,7 +566,7 @@ class DeadlinePassed(PyblockError, TimeoutError):
 
 
 class ClosedMeanwhile(PyblockError):
-    """The sandbox was closed while the work was under way. What it had done is undone, or pending: `outcomes` says which."""
+    """The sandbox was closed while the work was under way. What had been done is undone; what could not be is pending."""
 
     code = "closed-meanwhile"
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pyblock.device import BlockDevice
-from pyblock.shown import shown
+from pyblock.errors import shown
 
 if TYPE_CHECKING:
     from rich.console import Console

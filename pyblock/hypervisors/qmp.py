@@ -15,11 +15,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from pyblock.errors import ConnectionLost, PyblockError, VmmProtocolError, VmmRefused, VmmUnreachable
+from pyblock.errors import ConnectionLost, PyblockError, VmmProtocolError, VmmRefused, VmmUnreachable, shown
 from pyblock.hypervisors import unix
 from pyblock.hypervisors.base import CONNECT_TIMEOUT
 from pyblock.hypervisors.qmp_connection import Connection
-from pyblock.shown import shown
 from pyblock.tasks import Ended, SharedWork
 
 _CROWD_PAUSE = 0.05  # seconds until a monitor that too many wait for is tried again

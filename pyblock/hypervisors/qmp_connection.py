@@ -18,9 +18,8 @@ from typing import Any
 
 import msgspec
 
-from pyblock.errors import ConnectionLost, PyblockError, VmmProtocolError, VmmRefused, VmmUnreachable
+from pyblock.errors import ConnectionLost, PyblockError, VmmProtocolError, VmmRefused, VmmUnreachable, shown
 from pyblock.hypervisors.unix import peer_of
-from pyblock.shown import shown
 
 LINE_MAX = 64 << 20  # bytes of one message: a listing of block nodes has 0.9 KB a disk, and a sandbox 65,536 disks
 EVENTS_MAX = 100_000  # within EVENTS_TIME; 10,000 disks that leave at once send 20,000

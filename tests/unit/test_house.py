@@ -20,7 +20,6 @@ PACKAGE = Path(pyblock.__file__).parent
 # From the ground up: a room may import rooms that stand before it, and no other. A room is a folder or a file of the package; behind it,
 # modules that stand elsewhere, and belong there.
 HOUSE: dict[str, str] = {
-    "shown": "",
     "errors": "",
     "loading": "",
     "tasks": "",

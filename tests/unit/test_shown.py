@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from pyblock.shown import shown
+from pyblock.errors import shown
 
 LEFT_ALONE = ["", "/srv/vm-1/data disk.img", "x[/nope].img", ":smile:", "Müllers Abbild.img", "数据.img", "e\u0301.img", r"a\b", "'quoted'"]
 
