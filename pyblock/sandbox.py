@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
@@ -17,12 +17,13 @@ from pyblock.allotment import Allotment
 from pyblock.batch import Batch, raise_first
 from pyblock.device import BlockDevice, Forgotten
 from pyblock.errors import (
+    ClosedMeanwhile,
+    DeviceOutcome,
     InvalidID,
     InvalidImage,
     InvalidValue,
     MachineAnswers,
     PyblockError,
-    SandboxClosed,
     UnknownDevice,
 )
 from pyblock.hypervisors import open_hypervisor
@@ -217,7 +218,8 @@ class Sandbox(Receiver):
     ) -> list[BlockDevice]:
         """Attaches many images at once, with indexes in the order given, and returns their devices in that order. All or none.
 
-        When one fails, the others are detached again and the first error is raised; trouble in undoing is added to it as notes.
+        When one fails, the others are detached again and the first error is raised; trouble in undoing is added to it as notes, and its
+        `outcomes` say of each position what became of it (DeviceOutcome). Closed meanwhile, it raises ClosedMeanwhile.
 
         :param timeout: seconds for all of them together, None for no deadline.
         :param progress: called with each device when it is attached.
@@ -226,7 +228,7 @@ class Sandbox(Receiver):
             raise InvalidValue(f"images {images!r} is one path; give a list of them, or use attach")
         infos = [self._info(image, driver=driver, read_only=read_only, share=share, format=format) for image in images]
         deadline = deadline_after(timeout)
-        devices = self._obtain(infos)
+        devices = self._obtain(infos, many=True)
         if not devices:
             return []
         try:
@@ -238,12 +240,13 @@ class Sandbox(Receiver):
                 self.manager.drop(device)
             raise
         batch = Batch(
+            devices,
             lambda position: self._attach(devices[position], infos[position], deadline),
             partial(self.detach, timeout=GRACE),
             begun=lambda: self._allotment.unplan(fresh),  # all have reserved by now but those that wait for their turn
             progress=progress,
         )
-        task = asyncio.ensure_future(batch.run(len(devices)))
+        task = asyncio.ensure_future(batch.run())
         self._batches = self._batches or set()
         self._batches.add(task)
         try:
@@ -257,9 +260,10 @@ class Sandbox(Receiver):
         finally:
             self._batches = self._batches - {task} or None  # an empty set would be a fifth of an idle sandbox's own memory
         if task.cancelled():
-            raise SandboxClosed(
-                f"sandbox {self.id} was closed while {len(devices)} devices were being attached; those that were are detached"
-            )
+            text = f"sandbox {self.id} was closed while {len(devices)} devices were being attached; those that were are detached"
+            closed = ClosedMeanwhile(text, sandbox=self.id)
+            closed.outcomes = batch.outcomes()
+            raise closed
         return task.result()
 
     async def detach(self, device: Device | str, *, timeout: float | None = TIMEOUT) -> None:
@@ -288,9 +292,13 @@ class Sandbox(Receiver):
             self.drop(found)
 
     async def detach_many(self, devices: Iterable[Device | str], *, timeout: float | None = TIMEOUT) -> None:
-        """Detaches many devices at once. All are tried; the first error is raised, the others are its notes."""
-        done = await asyncio.gather(*(self.detach(device, timeout=timeout) for device in list(devices)), return_exceptions=True)
-        raise_first([error for error in done if isinstance(error, BaseException)])
+        """Detaches many devices at once. All are tried; the first error is raised, the others are its notes, and its `outcomes` say of each
+        position what became of it (DeviceOutcome)."""
+        wanted = list(devices)
+        known = [self.manager.get(device) or device if isinstance(device, str) else device for device in wanted]
+        done = await asyncio.gather(*(self.detach(device, timeout=timeout) for device in wanted), return_exceptions=True)
+        errors = [error if isinstance(error, BaseException) else None for error in done]
+        raise_first([error for error in errors if error is not None], tuple(map(_outcome, known, errors)))
 
     async def save(self, path: str | os.PathLike[str]) -> None:
         """Writes devices, counts and indexes to a JSON file, atomically and synced. Raises StateError when the file there is something
@@ -423,7 +431,7 @@ class Sandbox(Receiver):
             raise InvalidImage(f"a character device ({image.major}:{image.minor}) is no disk; count it through sandbox.manager")
         return image
 
-    def _obtain(self, infos: Iterable[DeviceInfo]) -> list[BlockDevice]:
+    def _obtain(self, infos: Sequence[DeviceInfo], *, many: bool = False) -> list[BlockDevice]:
         """The devices for what the caller wants, one user counted on each; all or none."""
         self.check()
         devices: list[BlockDevice] = []
@@ -432,9 +440,14 @@ class Sandbox(Receiver):
                 device = self.manager.obtain(info)
                 assert isinstance(device, BlockDevice)  # _info let no other through
                 devices.append(device)
-        except BaseException:
+        except BaseException as error:
             for device in devices:
                 self.manager.drop(device)
+            if many and isinstance(error, PyblockError):
+                bad = len(devices)
+                error.outcomes = tuple(
+                    DeviceOutcome(one.id, one.path or None, error if at == bad else None) for at, one in enumerate(infos)
+                )
             raise
         return devices
 
@@ -450,6 +463,10 @@ class Sandbox(Receiver):
                 raise
             else:
                 return device
+
+
+def _outcome(device: Device | str, error: BaseException | None) -> DeviceOutcome:
+    return DeviceOutcome(device, None, error) if isinstance(device, str) else DeviceOutcome(device.id, device.info.path or None, error)
 
 
 def _is_sandbox_id(text: object) -> bool:

@@ -22,7 +22,7 @@ UNCHANGED = {
     "AttachPending",
 }
 # An attach that ends so may be finished instead of undone where the VMM does not let go of it.
-OPEN_ENDED = {"AttachPending", "CancelledError", "SandboxClosed"}
+OPEN_ENDED = {"AttachPending", "CancelledError", "SandboxClosed", "ClosedMeanwhile"}
 
 CALLS = 40  # the last calls of an image that a wrong count is shown with
 

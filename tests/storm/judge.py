@@ -40,6 +40,7 @@ MAY_END_ANY = {
     "VmmUnreachable",
     "ConnectionLost",
     "SandboxClosed",
+    "ClosedMeanwhile",
     "CancelledError",
 }
 MAY_END_STICKY = {"VmmRefused", "SlotsExhausted"}

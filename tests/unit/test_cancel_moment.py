@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from snapshot import MakeImage, MakeStore
 
-from pyblock import BlockDevice, DetachPending, ImageInUse, NotAttached, Sandbox, SandboxClosed, UnknownDevice
+from pyblock import BlockDevice, ClosedMeanwhile, DetachPending, ImageInUse, NotAttached, Sandbox, UnknownDevice
 from pyblock.hypervisors.base import Inventory
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
 from pyblock.stores.sqlite import SqliteStore
@@ -83,7 +83,7 @@ async def test_a_failed_batch_is_taken_back_while_its_sandbox_is_closed(make_ima
                 await asyncio.sleep(0)
             db.execute("ROLLBACK")
         await closing_it
-        with pytest.raises((SandboxClosed, ImageInUse)):
+        with pytest.raises((ClosedMeanwhile, ImageInUse)):
             await attaching
         async with Sandbox("one", vm, store=store) as again:
             assert [one.attach_count for one in again.devices] == [1]
@@ -146,7 +146,7 @@ async def test_closed_in_the_moment_in_which_a_batch_is_made(make_image: MakeIma
         while sandbox._batches is None:
             await asyncio.sleep(0)
         await sandbox.close()
-        with pytest.raises(SandboxClosed):
+        with pytest.raises(ClosedMeanwhile):
             await attaching
     async with sandbox:
         assert not len(sandbox.index) and not sandbox.devices

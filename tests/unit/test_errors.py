@@ -10,13 +10,16 @@ import multiprocessing
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
+from snapshot import MakeImage
 
 import pyblock
-from pyblock import errors
+from pyblock import Sandbox, blocking, errors
 from pyblock.errors import DeviceOutcome, Facts, PyblockError
+from pyblock.hypervisors.memory import Fault, MemoryHypervisor
 
 # Programs compare with these: a code that is given out is never changed, nor given to another class.
 CODES = {
@@ -114,7 +117,7 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
 
 
 def test_every_kind_is_public() -> None:
-    assert all(getattr(pyblock, name) is kind for name, kind in KINDS.items())
+    assert all(name in pyblock.__all__ and getattr(pyblock, name) is kind for name, kind in KINDS.items())
 
 
 @pytest.mark.parametrize("name", ["SandboxBusy", "ImageInUse", "MachineAnswers", "SandboxConflict", "DeviceConflict"])
@@ -260,3 +263,118 @@ def test_a_plain_call_says_what_was_refused() -> None:
             call()
         body = caught.value.to_dict()
         assert body.items() >= facts.items(), body
+
+
+# Many at once: the first error is the one raised, and says what became of each.
+
+
+def told(error: PyblockError) -> list[tuple[str | None, str | None, bool, str | None]]:
+    """Each outcome as (path, code of its error, undone, code of the trouble in undoing)."""
+
+    def code(error: BaseException | None) -> str | None:
+        assert error is None or isinstance(error, PyblockError), repr(error)
+        return error.code if error is not None else None
+
+    return [(one.path, code(one.error), one.undone, code(one.undoing)) for one in error.outcomes]
+
+
+@pytest.mark.anyio
+async def test_an_attach_of_many_says_what_became_of_each(make_image: MakeImage) -> None:
+    vm = MemoryHypervisor()
+    images = [str(make_image(name)) for name in "abcd"]
+    async with Sandbox("s1", vm, store=None) as sandbox:
+        # The second is refused; of the others, one is refused when it is to be detached again.
+        vm.fail("backend-add", Fault("delay"))
+        vm.fail("backend-add", Fault("refuse"))
+        vm.fail("device-del", Fault("refuse"))
+        with pytest.raises(errors.VmmRefused) as caught:
+            await sandbox.attach_many(images)
+        [kept] = sandbox.devices
+        failed = [one for one in told(caught.value) if one[1]]
+        assert failed == [(images[1], "vmm-refused", False, None)]
+        assert [one.path for one in caught.value.outcomes if one.undoing is not None] == [kept.info.path]
+        assert sum(one.undone for one in caught.value.outcomes) == 2
+        assert [one.path for one in caught.value.outcomes] == images
+        assert all(one.device for one in caught.value.outcomes)
+        assert any(note.startswith("also: ") for note in caught.value.__notes__)
+
+
+@pytest.mark.anyio
+async def test_an_attach_of_many_says_which_image_was_refused(make_image: MakeImage, tmp_path: Path) -> None:
+    images = [str(make_image("a")), str(tmp_path / "none"), str(make_image("b"))]
+    async with Sandbox("s1", MemoryHypervisor(), store=None) as sandbox:
+        with pytest.raises(errors.InvalidImage) as caught:
+            await sandbox.attach_many(images)
+        assert told(caught.value) == [
+            (images[0], None, False, None), (images[1], "invalid-image", False, None), (images[2], None, False, None),
+        ]  # fmt: skip
+        with pytest.raises(errors.InvalidImage) as one:
+            await sandbox.attach(images[1])
+        assert one.value.outcomes == ()
+        assert sandbox.devices == []
+
+
+@pytest.mark.anyio
+async def test_who_waits_for_the_same_has_an_error_of_his_own(make_image: MakeImage) -> None:
+    vm = MemoryHypervisor()
+    async with Sandbox("s1", vm, store=None) as sandbox:
+        vm.fail("backend-add", Fault("refuse"), times=9)
+        image = make_image("a")
+        many = await asyncio.gather(*(sandbox.attach_many([image, image]) for _ in range(2)), return_exceptions=True)
+        assert all(isinstance(error, errors.VmmRefused) and len(error.outcomes) == 2 for error in many)
+        assert many[0] is not many[1]
+
+
+@pytest.mark.anyio
+async def test_a_detach_of_many_says_what_became_of_each(make_image: MakeImage) -> None:
+    vm = MemoryHypervisor()
+    images = [str(make_image(name)) for name in "abc"]
+    async with Sandbox("s1", vm, store=None) as sandbox:
+        first, second, third = await sandbox.attach_many(images)
+        vm.fail("device-del", Fault("refuse"))
+        with pytest.raises(errors.VmmRefused) as caught:
+            await sandbox.detach_many([first, second.id, third, "nobody"])
+        assert told(caught.value) == [
+            (images[0], "vmm-refused", False, None),
+            (images[1], None, False, None),
+            (images[2], None, False, None),
+            (None, "unknown-device", False, None),
+        ]
+        assert [one.device for one in caught.value.outcomes] == [first.id, second.id, third.id, "nobody"]
+        assert sandbox.devices == [first]
+
+
+@pytest.mark.anyio
+async def test_many_that_were_cut_off_by_closing(make_image: MakeImage) -> None:
+    vm = MemoryHypervisor()
+    images = [str(make_image(name)) for name in "ab"]
+    sandbox = Sandbox("s1", vm, store=None)
+    async with sandbox:
+        vm.fail("device-add", Fault("hold"))
+        task = asyncio.ensure_future(sandbox.attach_many(images))
+        while len(vm.devices) < 1:  # the second; the first is held
+            await asyncio.sleep(0)
+        closing = asyncio.ensure_future(sandbox.close())
+        await asyncio.sleep(0)
+        vm.let_go("device-add")
+        await closing
+        with pytest.raises(errors.ClosedMeanwhile) as caught:
+            await task
+    assert not isinstance(caught.value, errors.CallerError) and caught.value.sandbox == "s1"
+    assert told(caught.value) == [(images[0], "closed-meanwhile", False, None), (images[1], None, True, None)]
+    assert vm.devices == {} == vm.backends
+
+
+def test_the_blocking_door_says_the_same(make_image: MakeImage) -> None:
+    vm = MemoryHypervisor()
+    images = [str(make_image(name)) for name in "ab"]
+    with blocking.Sandbox("s1", vm, store=None) as sandbox:
+        vm.fail("backend-add", Fault("refuse"))
+        with pytest.raises(errors.VmmRefused) as caught:
+            sandbox.attach_many(images)
+        assert told(caught.value) == [(images[0], "vmm-refused", False, None), (images[1], None, True, None)]
+        devices = sandbox.attach_many(images)
+        vm.fail("device-del", Fault("refuse"))
+        with pytest.raises(errors.VmmRefused) as caught:
+            sandbox.detach_many(devices)
+        assert told(caught.value) == [(images[0], "vmm-refused", False, None), (images[1], None, False, None)]

@@ -13,7 +13,7 @@ from held_store import HeldStore, ended, facts, nothing_left, reached, rows
 from snapshot import MakeImage
 from turns import LATE, SOON, until
 
-from pyblock import AttachPending, BlockDevice, DetachPending, Phase, Sandbox, SandboxClosed
+from pyblock import AttachPending, BlockDevice, ClosedMeanwhile, DetachPending, Phase, Sandbox
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
 from pyblock.model import BlockDrive
 
@@ -214,6 +214,6 @@ async def test_closed_while_a_batch_is_taken_back(store: HeldStore, make_image: 
         await asyncio.sleep(0)
     vm.let_go("device-gone")
     await closing
-    with pytest.raises(SandboxClosed):
+    with pytest.raises(ClosedMeanwhile):
         await batch
     assert rows(store) == {} and not vm.backends and not vm.devices
