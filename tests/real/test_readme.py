@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,10 +19,8 @@ README = Path(__file__).resolve().parents[2] / "README.md"
 QUIET = "-nodefaults -no-user-config -display none -accel tcg"  # for what README leaves to the reader; its guest has only firmware
 
 
-def block(language: str) -> str:
-    found = re.search(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
-    assert found is not None
-    return found[1]
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def test_the_first_example() -> None:
@@ -32,8 +31,8 @@ def test_the_first_example() -> None:
     with tempfile.TemporaryDirectory(prefix="pyblock-", dir="/tmp") as name:
         folder = Path(name)
         (folder / "data.img").write_bytes(bytes(1 << 20))
-        command = shlex.split(block("sh").replace("\\\n", " ").replace("…", QUIET).replace("/run/vm1", name))
-        example = block("python").replace("/run/vm1", name).replace("timeout=10", "timeout=1")
+        command = shlex.split(blocks("sh")[0].replace("\\\n", " ").replace("…", QUIET).replace("/run/vm1", name))
+        example = blocks("python")[0].replace("/run/vm1", name).replace("timeout=10", "timeout=1")
         with subprocess.Popen(command, cwd=folder) as qemu:
             try:
                 deadline = time.monotonic() + 60
@@ -45,3 +44,22 @@ def test_the_first_example() -> None:
     index, pci_path, name, match = done.stdout.split()
     assert (index, name) == ("0", "/dev/vda") and re.fullmatch(r"[0-9a-f]{2}/00", pci_path) and match.lstrip("/").startswith("0000:00:")
     assert "DetachPending" in done.stderr  # no guest is there to let go of it
+
+
+def test_the_example_without_an_event_loop(tmp_path: Path) -> None:
+    for name in ("a.img", "b.img"):
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    example = f"import pyblock\n{blocks('python')[1]}    print([one.held.index for one in devices])"
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[0, 1]\n", "")
+
+
+def test_the_extras_that_it_names_are_there() -> None:
+    extras = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    [named] = re.findall(r"^pip install pyblock-hotplug\[(.*)\]", README.read_text(), re.MULTILINE)
+    assert named.split(",") == ["blocking", "cli"] and set(named.split(",")) <= extras.keys()
+
+
+def test_the_pages_that_it_names_are_there() -> None:
+    linked = re.findall(r"\]\(([^)#]+)\)", README.read_text())
+    assert linked and [name for name in linked if not (README.parent / name).exists()] == []
