@@ -10,7 +10,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from pyblock import errors
-from pyblock.device import BlockDevice
+from pyblock.device import AttachedDevice, BlockDevice
 from pyblock.drivers import DRIVERS, Driver
 from pyblock.errors import *  # noqa: F403
 from pyblock.generic import GenericDevice
@@ -36,7 +36,7 @@ __all__ = [  # noqa: RUF022 - by what they are about
     # the door; pyblock.blocking is the other one, whose extra may be missing
     "Sandbox",
     # disks
-    "BlockDevice", "BlockDrive", "DRIVERS", "DeviceInfo", "Driver", "GenericDevice", "Phase",
+    "AttachedDevice", "BlockDevice", "BlockDrive", "DRIVERS", "DeviceInfo", "Driver", "GenericDevice", "Phase",
     # what recovery found
     "Finding", "Found", "Outcome",
     # machines and stores

@@ -11,7 +11,7 @@ import copy
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 
-from pyblock.device import BlockDevice
+from pyblock.device import AttachedDevice, BlockDevice
 from pyblock.errors import ClosedMeanwhile, DeviceOutcome, PyblockError
 from pyblock.tasks import over
 
@@ -29,7 +29,7 @@ class Batch:
     def __init__(
         self,
         devices: Sequence[BlockDevice],
-        attach: Callable[[int], Awaitable[BlockDevice]],
+        attach: Callable[[int], Awaitable[AttachedDevice]],
         detach: Callable[[BlockDevice], Awaitable[None]],
         *,
         begun: Callable[[], None],
@@ -40,11 +40,11 @@ class Batch:
         self._detach = detach
         self._begun = begun
         self._progress = progress
-        self._attached: dict[int, BlockDevice] = {}
+        self._attached: dict[int, AttachedDevice] = {}
         self._failed: dict[int, BaseException] = {}  # in the order in which they failed
         self._undoing: dict[int, BaseException] = {}  # what of the attached could not be detached again
 
-    async def run(self) -> list[BlockDevice]:
+    async def run(self) -> list[AttachedDevice]:
         """The devices, attached; or what the first that failed raised, with the others as its notes."""
         # The tasks start in this order, and an attach reserves before it first waits: so the indexes follow the positions.
         tasks = [asyncio.ensure_future(self._one(position)) for position in range(len(self._devices))]

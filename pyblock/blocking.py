@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
     raise ImportError(why, name=error.name) from error
 
 from pyblock import sandbox as door
-from pyblock.device import BlockDevice
+from pyblock.device import AttachedDevice, BlockDevice
 from pyblock.errors import PyblockError, SandboxClosed
 from pyblock.hypervisors.base import Hypervisor
 from pyblock.index import BlockIndex
@@ -118,10 +118,10 @@ class Sandbox:
         share: bool = False,
         format: str | None = None,
         timeout: float | None = door.TIMEOUT,
-    ) -> BlockDevice:
+    ) -> AttachedDevice:
         """See pyblock.Sandbox.attach."""
         attach = partial(self._sandbox.attach, image, driver=driver, read_only=read_only, serial=serial, device_id=device_id)
-        take_back: Callable[[BlockDevice], Awaitable[None]] = partial(self._sandbox.detach, timeout=GRACE)
+        take_back: Callable[[AttachedDevice], Awaitable[None]] = partial(self._sandbox.detach, timeout=GRACE)
         return self._call(partial(attach, share=share, format=format, timeout=timeout), take_back)
 
     def attach_many(
@@ -134,10 +134,10 @@ class Sandbox:
         format: str | None = None,
         timeout: float | None = door.TIMEOUT,
         progress: Callable[[BlockDevice], None] | None = None,
-    ) -> list[BlockDevice]:
+    ) -> list[AttachedDevice]:
         """See pyblock.Sandbox.attach_many. `progress` is called in the event-loop thread."""
         attach = partial(self._sandbox.attach_many, list(images), driver=driver, read_only=read_only, share=share)
-        take_back: Callable[[list[BlockDevice]], Awaitable[None]] = partial(self._sandbox.detach_many, timeout=GRACE)
+        take_back: Callable[[list[AttachedDevice]], Awaitable[None]] = partial(self._sandbox.detach_many, timeout=GRACE)
         return self._call(partial(attach, format=format, timeout=timeout, progress=progress), take_back)
 
     def detach(self, device: Device | str, *, timeout: float | None = door.TIMEOUT) -> None:

@@ -507,3 +507,15 @@ class BlockDevice:
 def _cause(error: BaseException) -> BaseException | None:
     """What is shown as the cause of what `_broken` makes of an error."""
     return error if isinstance(error, Exception) else None
+
+
+if TYPE_CHECKING:
+
+    class AttachedDevice(BlockDevice):
+        """What `attach` returns: a BlockDevice, whose drive is there until it is detached. So a type checker asks nobody to look whether
+        it is; when the program runs, both are one class."""
+
+        drive: BlockDrive
+
+else:
+    AttachedDevice = BlockDevice

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from pyblock.allotment import Allotment
 from pyblock.batch import Batch, raise_first
-from pyblock.device import BlockDevice, Forgotten
+from pyblock.device import AttachedDevice, BlockDevice, Forgotten
 from pyblock.errors import (
     ClosedMeanwhile,
     DeviceOutcome,
@@ -95,7 +95,7 @@ class Sandbox(Receiver):
         vmm = open_hypervisor(vm) if isinstance(vm, str) else vm
         offsets = None if block_offset is None else {"vd": block_offset}
         super().__init__(sandbox_id, vmm, DeviceManager(driver), Allotment(capacity, offsets))
-        self._batches: set[asyncio.Task[list[BlockDevice]]] | None = None  # that are under way
+        self._batches: set[asyncio.Task[list[AttachedDevice]]] | None = None  # that are under way
         self._saving: asyncio.Future[None] | None = None  # the last save, which may still be under way
         self._store = store
         self._recover = recover
@@ -188,7 +188,7 @@ class Sandbox(Receiver):
         share: bool = False,
         format: str | None = None,
         timeout: float | None = TIMEOUT,
-    ) -> BlockDevice:
+    ) -> AttachedDevice:
         """Attaches an image and returns its device when the VMM has it. The same image again is the same device, counted once more.
 
         :param image: a path (file or block device), or a DeviceInfo, which then says all the rest.
@@ -215,7 +215,7 @@ class Sandbox(Receiver):
         format: str | None = None,
         timeout: float | None = TIMEOUT,
         progress: Callable[[BlockDevice], None] | None = None,
-    ) -> list[BlockDevice]:
+    ) -> list[AttachedDevice]:
         """Attaches many images at once, with indexes in the order given, and returns their devices in that order. All or none.
 
         When one fails, the others are detached again and the first error is raised; trouble in undoing is added to it as notes, and its
@@ -451,7 +451,7 @@ class Sandbox(Receiver):
             raise
         return devices
 
-    async def _attach(self, device: BlockDevice, info: DeviceInfo, deadline: float | None) -> BlockDevice:
+    async def _attach(self, device: BlockDevice, info: DeviceInfo, deadline: float | None) -> AttachedDevice:
         while True:
             try:
                 await self._recovery.ask(deadline)
@@ -462,7 +462,7 @@ class Sandbox(Receiver):
                 self.manager.drop(device)
                 raise
             else:
-                return device
+                return device  # type: ignore[return-value]  # it is attached
 
 
 def _outcome(device: Device | str, error: BaseException | None) -> DeviceOutcome:

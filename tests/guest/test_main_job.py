@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ def seen(device: BlockDevice, disks: dict[str, GuestDisk]) -> GuestDisk:
     return found[0]
 
 
-def agree(machine: Machine, devices: list[BlockDevice]) -> None:
+def agree(machine: Machine, devices: Sequence[BlockDevice]) -> None:
     """Guest and pyblock agree on every disk: address, size, serial, access; and the guest has no others."""
 
     def complete(disks: dict[str, GuestDisk]) -> bool:

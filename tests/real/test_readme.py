@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 from kit import KitMissing
 from kit.machine import find_qemu
+
+import pyblock
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 QUIET = "-nodefaults -no-user-config -display none -accel tcg"  # for what README leaves to the reader; its guest has only firmware
@@ -63,3 +66,13 @@ def test_the_extras_that_it_names_are_there() -> None:
 def test_the_pages_that_it_names_are_there() -> None:
     linked = re.findall(r"\]\(([^)#]+)\)", README.read_text())
     assert linked and [name for name in linked if not (README.parent / name).exists()] == []
+
+
+def test_what_it_shows_type_checks(tmp_path: Path) -> None:
+    """Together, as one program: the second example leaves its import to the first."""
+    pytest.importorskip("mypy")
+    (tmp_path / "example.py").write_text("\n".join(blocks("python")))
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir", str(tmp_path / "cache"), "example.py"]
+    package = str(Path(pyblock.__file__).parents[1])
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "MYPYPATH": package}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "Success: no issues found in 1 source file\n"), done.stderr

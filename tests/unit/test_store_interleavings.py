@@ -348,7 +348,7 @@ async def test_cancelled_at_each_turn(attaches: bool, before: int, make_store: M
         image = make_image(f"{turn}")
         async with Sandbox(f"sb{turn}", MemoryHypervisor(), store=store) as sandbox:
             for _ in range(before):
-                device = await sandbox.attach(image, device_id="a")
+                device: BlockDevice = await sandbox.attach(image, device_id="a")
             work: Awaitable[Any] = sandbox.attach(image, device_id="a") if attaches else sandbox.detach(device)
             task = asyncio.ensure_future(work)
             for _ in range(turn):

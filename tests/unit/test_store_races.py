@@ -261,9 +261,9 @@ class Member:
         elif kind <= 12:
             image = self.choose.choice([*self.own[name], *self.read])
             if counts.get(image, 0) < self.AT_ONCE:
-                device = await sandbox.attach(image, read_only=image in self.read)
+                attached = await sandbox.attach(image, read_only=image in self.read)
                 counts[image] = counts.get(image, 0) + 1
-                assert device.attach_count == counts[image]
+                assert attached.attach_count == counts[image]
         elif others := [one for one in self.blocks(name) if str(one.info.path) != self.wanted]:
             device = self.choose.choice(others)
             await sandbox.detach(device)
