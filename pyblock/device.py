@@ -408,8 +408,7 @@ class BlockDevice:
         try:
             await self._take_out(receiver, operation, deadline, unsure=unsure)
         except VmmRefused as error:
-            # A refusal of a later step says that the device is gone.
-            if whole and not self.attach_count and error.step in ("device-del", "device-gone"):
+            if whole and not self.attach_count and error.keeps:
                 operation.removing = False  # a detach that comes now asks anew
                 await self._finish(receiver)
             raise

@@ -502,6 +502,7 @@ class VmmRefused(PyblockError):
     """The VMM refused a request.
 
     :ivar step: names it.
+    :ivar keeps: it was a removal, and the VMM keeps the drive.
     :ivar request: what was asked for.
     :ivar reply: what it answered.
     """
@@ -511,6 +512,7 @@ class VmmRefused(PyblockError):
     def __init__(self, message: str = "", *, step: str = "", request: Any = None, reply: Any = None, **facts: Unpack[Facts]) -> None:
         super().__init__(message, **facts)
         self.step = step
+        self.keeps = False
         self.request = request
         self.reply = reply
 

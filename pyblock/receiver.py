@@ -98,8 +98,8 @@ class Receiver(DeviceReceiver):
 
     def reserve(self, device: BlockDevice) -> BlockDrive:
         """Takes index, ordinal and drive ID for a device; see DeviceReceiver."""
-        if device.info.driver not in self._vmm.drivers:
-            raise UnknownDriver(f"this VMM has no driver {device.info.driver!r}; it has {', '.join(sorted(self._vmm.drivers))}")
+        if device.info.driver not in self._vmm.offers:
+            raise UnknownDriver(f"this VMM has no driver {device.info.driver!r}; it has {', '.join(sorted(self._vmm.offers))}")
         self.check()
         if self._loading:
             raise CallerError(f"a saved state is being loaded into sandbox {self.id}; attach when that is done")

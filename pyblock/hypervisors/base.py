@@ -1,15 +1,15 @@
-"""What an adapter offers, and the one order of steps in which a drive comes and goes.
+"""What an adapter offers, and the one road on which drives are plugged in and out, whatever the VMM.
 
-A drive has a backend (what the VMM reads and writes) and a device (what the guest sees). It comes backend first and goes device first,
-and the backend may go only after the VMM has confirmed that the device is gone.
+An adapter translates: in which steps a drive comes, how its removal is asked for and confirmed, what
+the machine has. What a step's failure means (nothing sent, refused, nobody knows) is sorted here.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Awaitable, Collection, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
@@ -54,6 +54,51 @@ def typed(doing: str) -> Iterator[None]:
         if wrong is error:
             raise
         raise wrong from error
+
+
+class Offer(msgspec.Struct, frozen=True):
+    """What a driver can do on a VMM.
+
+    :ivar serial_max: bytes of the longest serial that it carries; 0: none can be set.
+    :ivar read_only: it can keep the guest from writing.
+    :ivar share: the image may be shared with other writers.
+    :ivar resize: its size can be changed while it is plugged in.
+    :ivar limits: its bandwidth and operations can be limited.
+    :ivar cold_plug: it can be plugged in before the machine starts.
+    :ivar descriptors: the VMM takes the image as an open file; else it is told a path.
+    :ivar seen: the signal by which it is known that the guest has taken the disk; "" where there is none.
+    :ivar removal: "confirmed": the VMM says when the guest has let go. "forced": it takes the disk away at once and nothing tells
+        whether the guest had closed it, so that the caller has to say so (`detach(released=True)`).
+    :ivar removal_time: seconds that a removal usually takes at most, with a guest that does its part; None where nobody measured it.
+    """
+
+    serial_max: int = 0
+    read_only: bool = True
+    share: bool = True
+    resize: bool = False
+    limits: bool = False
+    cold_plug: bool = False
+    descriptors: bool = False
+    seen: str = ""
+    removal: Literal["confirmed", "forced"] = "confirmed"
+    removal_time: float | None = None
+
+
+class Step(NamedTuple):
+    """One step of plugging in.
+
+    An adapter may send the commands of two steps in one write: the first step's `do` sends both and awaits its own answer, the second's
+    awaits the other. Where the first is refused its `do` has to see that the second came to nothing too, or raise Unsettled.
+
+    :ivar name: what errors and the log call it.
+    :ivar do: carries it out. When that raises one of pyblock's errors (but for Unsettled, and a TransportError whose request was sent),
+        all is as it was before the step.
+    :ivar undo: takes it back when a later step failed; None where there is nothing to take back.
+    """
+
+    name: str
+    do: Callable[[], Awaitable[None]]
+    undo: Callable[[], Awaitable[None]] | None = None
 
 
 class FoundDisk(msgspec.Struct, frozen=True):
@@ -108,11 +153,14 @@ class Inventory(msgspec.Struct, frozen=True):
 
 
 class Hypervisor(Protocol):
-    """One machine's VMM. Every method may raise TransportError; none takes a deadline, since the operations around them outlive theirs."""
+    """One machine's VMM. Every method may raise TransportError; none takes a deadline, since the operations around them outlive theirs.
+
+    An adapter says `steps`, `request_removal`, `removed` and `remove_rest`; `plug` and `unplug`, which are called, are made of them here.
+    """
 
     @property
-    def drivers(self) -> frozenset[str]:
-        """The names of the drivers that this VMM offers."""
+    def offers(self) -> Mapping[str, Offer]:
+        """By the names of the drivers that this VMM has: what each can do here."""
 
     @property
     def address(self) -> str:
@@ -155,77 +203,69 @@ class Hypervisor(Protocol):
     async def place(self, drive: BlockDrive) -> None:
         """Chooses and takes the drive's place, or raises SlotsExhausted; sends nothing that changes the machine."""
 
-    async def plug(self, drive: BlockDrive, image: OpenedImage) -> None:
-        """Plugs in a drive that has its place, and fills in where it went. On an error nothing is left behind, except on Unsettled.
+    @abstractmethod
+    def steps(self, drive: BlockDrive, image: OpenedImage) -> Sequence[Step]:
+        """The steps of plugging in a drive that has its place, in their order. Where the VMM itself chooses the place, a step fills it in,
+        and may raise SlotsExhausted.
 
-        :param image: what was claimed for it, open as the drive is (read-only or not). It is closed when this returns; an adapter that
-            needs it no longer may close it before.
+        :param image: what was claimed for it, open as the drive is (read-only or not). It is closed when the last step is done; an adapter
+            that needs it no longer may close it before.
         """
+
+    @abstractmethod
+    async def request_removal(self, drive: BlockDrive) -> bool:
+        """Asks for the removal of a drive; False when the machine has nothing that could be asked to leave. VmmRefused: it stays."""
+
+    async def removed(self, drive: BlockDrive) -> None:
+        """Returns when the removal that was asked for is confirmed, by whatever confirms it on this VMM; VmmRefused when the guest declined
+        it. At once where the VMM has no word for that (`Offer.removal` is "forced").
+
+        A TransportError says that no confirmation can come any more. Where it can be asked for again, asking again is this method's
+        (`Poller`): a question that fails says nothing about the drive.
+        """
+
+    async def remove_rest(self, drive: BlockDrive) -> None:
+        """Removes what the machine keeps of a drive that has left the guest; content when there is nothing."""
+
+    async def plug(self, drive: BlockDrive, image: OpenedImage) -> None:
+        """Plugs in a drive that has its place, and fills in where it went. On an error nothing is left behind, except on Unsettled."""
+        done: list[Step] = []
+        for step in self.steps(drive, image):
+            try:
+                await _sorted(step.name, drive, step.do(), sent=bool(done))
+            except PyblockError as error:
+                await _undo(done, error)
+                raise
+            done.append(step)
+        try:
+            await self.locate(drive)
+        except Exception as error:  # it is plugged in: whatever went wrong, the VMM has it
+            raise _unsettled("locating it", drive, error) from error
+
+    async def unplug(self, drive: BlockDrive) -> None:
+        """Removes whatever the machine has of a drive; returns when it is confirmed gone. Unsettled when that is not known. VmmRefused:
+        the VMM keeps it, if its `keeps` says so."""
+        try:
+            if await _sorted("asking for the removal", drive, self.request_removal(drive), sent=False):
+                await _sorted("waiting for the removal", drive, self.removed(drive), sent=True)
+            elif drive.imported:
+                await _sorted("looking for it under other names", drive, self._check_names(drive), sent=True)
+        except VmmRefused as refusal:
+            refusal.keeps = True
+            raise
+        try:
+            await self.remove_rest(drive)
+        except Exception as error:  # it has left the guest, but not all of it has left the VMM: neither attached nor free
+            raise _unsettled("removing what is left", drive, error) from error
 
     async def locate(self, drive: BlockDrive) -> None:
         """Fills in the addresses that only the VMM knows, of a drive that is plugged in. Changes nothing in the machine."""
-
-    async def unplug(self, drive: BlockDrive) -> None:
-        """Removes whatever the machine has of a drive; returns when it is confirmed gone. Unsettled when that is not known."""
 
     def nudge(self, drive: BlockDrive) -> None:
         """Has an `unplug` that waits for its confirmation ask the guest once more."""
 
     async def close(self) -> None:
         """Ends the connection, if there is one. The machine keeps what it has; a later call connects again."""
-
-
-class SteppedHypervisor(Hypervisor, Protocol):
-    """An adapter whose VMM works in the five steps below; it implements them, and the order and the undoing are here."""
-
-    STEPS: tuple[str, ...] = ("backend-add", "device-add", "device-del", "device-gone", "backend-del")
-
-    @abstractmethod
-    async def backend_add(self, drive: BlockDrive, image: OpenedImage) -> None: ...
-
-    @abstractmethod
-    async def device_add(self, drive: BlockDrive) -> None: ...
-
-    @abstractmethod
-    async def device_del(self, drive: BlockDrive) -> bool:
-        """Asks for the removal of the device; False when there is none."""
-
-    @abstractmethod
-    async def device_gone(self, drive: BlockDrive) -> None:
-        """Returns when the removal asked for is confirmed; VmmRefused when the guest declined it."""
-
-    @abstractmethod
-    async def backend_del(self, drive: BlockDrive) -> None:
-        """Removes the backend; content when there is none."""
-
-    async def plug(self, drive: BlockDrive, image: OpenedImage) -> None:
-        await _sorted("adding the backend", drive, self.backend_add(drive, image), sent=False)
-        try:
-            await _sorted("adding the device", drive, self.device_add(drive), sent=True)
-        except PyblockError as error:
-            await self._undo(drive, error)
-            raise
-        try:
-            await self.locate(drive)
-        except Exception as error:  # it is plugged in: whatever went wrong, the VMM has it
-            raise _unsettled("locating it", drive, error) from error
-
-    async def _undo(self, drive: BlockDrive, error: PyblockError) -> None:
-        try:
-            await self.backend_del(drive)
-        except Exception as trouble:
-            error.add_note(f"undoing it failed too: {trouble if isinstance(trouble, PyblockError) else repr(trouble)}")
-            raise Unsettled(error) from error
-
-    async def unplug(self, drive: BlockDrive) -> None:
-        if await _sorted("asking for the removal", drive, self.device_del(drive), sent=False):
-            await _sorted("waiting for the removal", drive, self.device_gone(drive), sent=True)
-        elif drive.imported:
-            await _sorted("looking for it under other names", drive, self._check_names(drive), sent=True)
-        try:
-            await self.backend_del(drive)
-        except Exception as error:  # the device is gone, its backend is not: not attached any more, but not free either
-            raise _unsettled("removing the backend", drive, error) from error
 
     async def _check_names(self, drive: BlockDrive) -> None:
         """Raises VmmRefused when the machine has nothing under the names that an imported drive may have, but its image under another: to
@@ -239,6 +279,17 @@ class SteppedHypervisor(Hypervisor, Protocol):
                 request=drive.id,
                 reply="in use under another name",
             )
+
+
+async def _undo(done: list[Step], error: PyblockError) -> None:
+    """Takes back what was done, the last first. Trouble with that is added to the error, which is Unsettled by it."""
+    try:
+        for step in reversed(done):
+            if step.undo is not None:
+                await step.undo()
+    except Exception as trouble:
+        error.add_note(f"undoing it failed too: {trouble if isinstance(trouble, PyblockError) else repr(trouble)}")
+        raise Unsettled(error) from error
 
 
 async def _sorted(doing: str, drive: BlockDrive, step: Awaitable[Result], *, sent: bool) -> Result:

@@ -1,6 +1,6 @@
 """A machine that exists in memory only, for callers' own tests: it keeps what it was given, and fails when it is told to.
 
-Any step of base.SteppedHypervisor can be refused, delayed, held back or lost. It is no guest: names stay predictions.
+Any of its STEPS can be refused, delayed, held back or lost. It is no guest: names stay predictions.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 import msgspec
@@ -16,12 +17,13 @@ import msgspec
 from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_MMIO, VIRTIO_SCSI
 from pyblock.errors import ConnectionLost, InvalidValue, SlotsExhausted, VmmRefused, VmmUnreachable
 from pyblock.host import OpenedImage
-from pyblock.hypervisors.base import FoundDisk, Held, Inventory, SteppedHypervisor
+from pyblock.hypervisors.base import FoundDisk, Held, Hypervisor, Inventory, Offer, Step
 from pyblock.model import BlockDrive
 
 BRIDGES = 30  # PCI bridges in slots 2 … 31 of the root bus
 BRIDGE_SLOTS = 32
 JOURNAL = 1000
+OFFERS = {driver.name: Offer(serial_max=driver.serial_max) for driver in DRIVERS.values()}
 _DEV_NO = re.compile(r"(0|fe)\.[0-3]\.[0-9a-f]{4}")
 _PCI_PATH = re.compile(r"([0-9a-f]{2})/([0-9a-f]{2})")
 
@@ -36,7 +38,7 @@ class Fault(msgspec.Struct, frozen=True):
     done: bool = True
 
 
-class MemoryHypervisor(SteppedHypervisor):
+class MemoryHypervisor(Hypervisor):
     """:param label: what errors call it.
     :param slots: PCI slots for virtio-blk, at most 960.
     :param existing: disks that the machine has from the start.
@@ -46,6 +48,11 @@ class MemoryHypervisor(SteppedHypervisor):
     :ivar journal: the last steps that were asked for, at least 1,000 of them, as (step, drive ID).
     :ivar dead: set it to have every connection refused.
     """
+
+    offers: Mapping[str, Offer] = OFFERS
+    lanes: int | None = None
+    losses = 0
+    STEPS: tuple[str, ...] = ("backend-add", "device-add", "device-del", "device-gone", "backend-del")
 
     __slots__ = (
         "_existing", "_faults", "_gates", "_keep_journal", "_places", "_slot_count", "_slots",
@@ -71,14 +78,6 @@ class MemoryHypervisor(SteppedHypervisor):
     @property
     def address(self) -> str:
         return ""  # it ends with its process
-
-    @property
-    def drivers(self) -> frozenset[str]:
-        return frozenset(DRIVERS)
-
-    @property
-    def lanes(self) -> int | None:
-        return None
 
     def fail(self, step: str, fault: Fault, *, times: int = 1) -> None:
         """Has the next `times` runs of a step meet with a fault. Raises InvalidValue for a step that is not in STEPS."""
@@ -132,6 +131,12 @@ class MemoryHypervisor(SteppedHypervisor):
             self._slots &= ~(1 << _number(drive.slot))
         drive.slot = None
 
+    def steps(self, drive: BlockDrive, image: OpenedImage) -> Sequence[Step]:
+        return (
+            Step("backend-add", partial(self.backend_add, drive, image), partial(self.remove_rest, drive)),
+            Step("device-add", partial(self.device_add, drive)),
+        )
+
     async def backend_add(self, drive: BlockDrive, image: OpenedImage) -> None:
         image.close()  # it notes the path only, and any number may be held back here
 
@@ -173,11 +178,11 @@ class MemoryHypervisor(SteppedHypervisor):
             drive.pci_path = f"{bridge + 2:02x}/{slot:02x}"
             drive.guest_match = f"0000:00:{bridge + 2:02x}.0/0000:{bridge + 1:02x}:{slot:02x}.0"
 
-    async def device_del(self, drive: BlockDrive) -> bool:
+    async def request_removal(self, drive: BlockDrive) -> bool:
         await self._step("device-del", drive, lambda: None)
         return drive.id in self.devices
 
-    async def device_gone(self, drive: BlockDrive) -> None:
+    async def removed(self, drive: BlockDrive) -> None:
         def do() -> None:
             self._places.discard(self.devices.pop(drive.id, ""))
 
@@ -186,7 +191,7 @@ class MemoryHypervisor(SteppedHypervisor):
     def nudge(self, drive: BlockDrive) -> None:
         self._note("device-del", drive)
 
-    async def backend_del(self, drive: BlockDrive) -> None:
+    async def remove_rest(self, drive: BlockDrive) -> None:
         def do() -> None:
             if drive.id in self.devices:
                 raise VmmRefused(f"backend {drive.id} is in use", step="backend-del", request=drive.id, reply="in use")

@@ -7,81 +7,49 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Collection
-from typing import Annotated, Any
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import Annotated
 
 import msgspec
 
-from pyblock.drivers import NVDIMM, VIRTIO_BLK, VIRTIO_SCSI
-from pyblock.errors import ImageReplaced, PyblockError, SlotsExhausted, UnknownDriver, VmmRefused
+from pyblock.errors import PyblockError, VmmRefused
 from pyblock.host import OpenedImage
-from pyblock.hypervisors.base import Inventory, SteppedHypervisor
-from pyblock.hypervisors.qemu_descriptors import DescriptorSets, Passed, set_behind
-from pyblock.hypervisors.qemu_inventory import KATA_MEMORY, KATA_NVDIMM, LUNS, memory_modules, nodes, take_listing, user_of
-from pyblock.hypervisors.qemu_tree import Slot, Tree, bus_numbers, properties, read_tree
+from pyblock.hypervisors.base import Hypervisor, Inventory, Offer, Step
+from pyblock.hypervisors.qemu_descriptors import DescriptorSets
+from pyblock.hypervisors.qemu_drivers import DRIVERS, TYPES, Other, QemuDriver
+from pyblock.hypervisors.qemu_inventory import take_listing
+from pyblock.hypervisors.qemu_places import Places
 from pyblock.hypervisors.qmp import QmpSession, qemu_process
-from pyblock.hypervisors.unix import has_open, real_path
+from pyblock.hypervisors.unix import real_path
 from pyblock.model import BlockDrive
-from pyblock.tasks import log
+
+OFFERS = {each.driver.name: each.offer for each in DRIVERS}
 
 # QEMU works off its commands one by one, and each takes longer the more block nodes there are: with a hundred drives begun at once, every
 # device would be added among a hundred nodes. A few in flight keep QEMU busy.
 _LANES = 4
-_BUSY_TRIES = 6  # the node may stay in use for a moment after DEVICE_DELETED, while requests drain
-_BUSY_PAUSE = 0.02  # seconds before the first new try; doubled each time
-
-
-def _node(drive: BlockDrive, image: OpenedImage, file: str) -> dict[str, Any]:
-    """The arguments of blockdev-add. What QEMU assumes anyway is left out: it takes 4 µs to read a byte."""
-    access = {"read-only": True} if drive.read_only else {}
-    below = {"driver": "host_device" if image.is_block else "file", "filename": file, **access}
-    return {"driver": "raw", "node-name": drive.id, **access, "file": below}
-
-
-def _memory(drive: BlockDrive, image: OpenedImage, file: str) -> dict[str, Any]:
-    """The arguments of object-add."""
-    access = {"readonly": True} if drive.read_only else {}
-    return {"qom-type": "memory-backend-file", "id": drive.id, "mem-path": file, "size": image.size, "share": True, **access}
-
-
-def _device(drive: BlockDrive) -> dict[str, Any]:
-    """The arguments of device_add."""
-    if drive.kind is NVDIMM:
-        return {"driver": "nvdimm", "id": drive.id, "memdev": drive.id, "unarmed": drive.read_only}
-    device: dict[str, Any]
-    if drive.kind is VIRTIO_SCSI:
-        target, lun = divmod(drive.index, LUNS)
-        device = {"driver": "scsi-hd", "bus": drive.slot, "scsi-id": target, "lun": lun}
-    else:
-        bus, _, number = (drive.slot or "").rpartition("/")
-        device = {"driver": "virtio-blk-pci", "bus": bus, "addr": f"0x{number}"}
-    device |= {"id": drive.id, "drive": drive.id}
-    if drive.serial is not None:
-        device["serial"] = drive.serial
-    if drive.share:
-        device["share-rw"] = True
-    return device
 
 
 class _Uuid(msgspec.Struct):
     UUID: Annotated[str, msgspec.Meta(max_length=64)]
 
 
-class QemuHypervisor(SteppedHypervisor):
+class QemuHypervisor(Hypervisor):
     """:param address: the path of the machine's QMP socket. QEMU serves one client at a time there; give pyblock a monitor of its own."""
 
     def __init__(self, address: str) -> None:
         self._qmp = QmpSession(address)
         self._descriptors = DescriptorSets(self._qmp)
-        self._tree: Tree | None = None
-        self._slots: dict[str, tuple[str, Slot | None]] = {}  # slot name to the ID of our drive in it, and the slot if we chose it
-        self._buses: dict[Any, int] = {}
+        self._places = Places(self._qmp, TYPES)
+        self._drivers = {each.driver.name: each(self._qmp, self._descriptors, self._places) for each in DRIVERS}
+        self._other = Other(self._qmp, self._descriptors, self._places)
         self._leaving: dict[str, tuple[str, asyncio.Future[None]]] = {}  # drive ID to the device that was asked to leave
         self._nudges: dict[str, asyncio.Task[None]] = {}  # by drive ID
 
     @property
-    def drivers(self) -> frozenset[str]:
-        return frozenset({VIRTIO_SCSI.name, VIRTIO_BLK.name, NVDIMM.name})
+    def offers(self) -> Mapping[str, Offer]:
+        return OFFERS
 
     @property
     def address(self) -> str:
@@ -101,7 +69,7 @@ class QemuHypervisor(SteppedHypervisor):
 
     async def inventory(self, known: Collection[str] = ()) -> Inventory:
         with self._descriptors.watched() as moved:
-            listing = await take_listing(self._qmp, await self._look(), known)
+            listing = await take_listing(self._qmp, await self._places.look(), TYPES, known)
         self._descriptors.learn(listing.sets, listing.unused, moved)
         return msgspec.structs.replace(listing.inventory, machine=await self._machine())
 
@@ -116,128 +84,41 @@ class QemuHypervisor(SteppedHypervisor):
         return self._qmp.is_gone()
 
     def adopt(self, drive: BlockDrive) -> None:
-        if drive.kind is VIRTIO_BLK and drive.slot is not None:
-            self._slots[drive.slot] = (drive.id, None)
+        self._driver(drive).take(drive)
 
     async def place(self, drive: BlockDrive) -> None:
-        if drive.kind is VIRTIO_SCSI:
-            buses = (self._tree or await self._look()).scsi_buses or (await self._look()).scsi_buses
-            if not buses:
-                raise UnknownDriver(
-                    "this machine has no virtio-scsi controller; start QEMU with -device virtio-scsi-pci,id=scsi0 "
-                    "(microvm: virtio-scsi-device)"
-                )
-            drive.slot = buses[0]
-        elif drive.kind is VIRTIO_BLK:
-            slot = self._free(self._tree or await self._look()) or self._free(await self._look())
-            if slot is None:
-                raise SlotsExhausted(
-                    f"no free hot-pluggable PCI slot for drive {drive.id}; "
-                    "start QEMU with more pcie-root-port (q35) or pci-bridge (pc) devices"
-                )
-            drive.slot, drive.pci_path = slot.name, slot.pci_path
-            self._slots[slot.name] = (drive.id, slot)
-
-    def _free(self, tree: Tree) -> Slot | None:
-        return next((slot for slot in tree.free if slot.name not in self._slots), None)
-
-    async def _look(self) -> Tree:
-        self._tree = await read_tree(self._qmp)
-        return self._tree
+        await self._driver(drive).place(drive)
 
     def recognize(self, drive: BlockDrive) -> None:
-        if drive.kind is VIRTIO_SCSI:
-            target, lun = divmod(drive.index, LUNS)
-            # The guest numbers its SCSI hosts itself, and SATA ports count among them: only what follows the host's number is a fact.
-            drive.guest_match = f":0:{target}:{lun}/block/"
-        elif drive.kind is NVDIMM:
-            drive.guest_match = f"/region{drive.nvdimm_id}/"
-
-    def vacate(self, drive: BlockDrive) -> None:
-        held = self._slots.get(drive.slot) if drive.slot is not None else None
-        if drive.slot is not None and held is not None and held[0] == drive.id:
-            del self._slots[drive.slot]
-            if self._tree is not None and all(slot.name != drive.slot for slot in self._tree.free):
-                self._tree = None  # it was read while the drive was there, so it does not list the slot as free
-        elif drive.kind is VIRTIO_BLK:
-            self._tree = None  # another program plugged it in, and did not say where
-
-    async def backend_add(self, drive: BlockDrive, image: OpenedImage) -> None:
-        passed = await self._descriptors.pass_image(drive.id, image)
-        if passed is None:
-            await self._add_by_path(drive, image)
-        elif drive.kind is NVDIMM:
-            await self._add_memory(drive, image, passed)
-        else:
-            await self._add_node(drive, _node(drive, image, f"/dev/fdset/{passed.set}"))
-
-    async def _add_node(self, drive: BlockDrive, node: dict[str, Any]) -> None:
-        try:
-            await self._qmp.execute("blockdev-add", node, step="backend-add")
-        except VmmRefused:
-            self._descriptors.remove(drive.id)
-            raise
-
-    async def _add_memory(self, drive: BlockDrive, image: OpenedImage, passed: Passed) -> None:
-        """Memory opens no set, but a path of QEMU's own to the descriptor in it. It has the file mapped from then on."""
-        try:
-            memory = _memory(drive, image, f"/proc/self/fd/{passed.descriptor}")
-            await self._qmp.execute("object-add", memory, step="backend-add")
-        except VmmRefused as refusal:
-            self._descriptors.remove(drive.id)
-            if "No such file" not in refusal.reply["desc"]:  # which is to say: it has no /proc
-                raise
-            await self._add_by_path(drive, image)
-        else:
-            self._descriptors.remove(drive.id)
-
-    async def _add_by_path(self, drive: BlockDrive, image: OpenedImage) -> None:
-        """For a QEMU that no descriptor reaches: what it opened is looked at afterwards, where it can be seen."""
-        image.check_path()
-        self._descriptors.note(drive.id, None)
-        if drive.kind is NVDIMM:
-            await self._qmp.execute("object-add", _memory(drive, image, drive.file), step="backend-add")
-        else:
-            await self._qmp.execute("blockdev-add", _node(drive, image, drive.file), step="backend-add")
-        has = has_open(self._qmp.peer, image)
-        drive.verified = bool(has)
-        if has is None:
-            log.warning("drive %s: QEMU takes no descriptor, and what it opened as %r cannot be seen", drive.id, drive.file)
-        elif not has:
-            error = ImageReplaced(f"what QEMU opened as {drive.file!r} is not what was claimed: its path leads elsewhere there")
-            await self._undo(drive, error)
-            raise error
-
-    async def device_add(self, drive: BlockDrive) -> None:
-        try:
-            await self._qmp.execute("device_add", _device(drive), step="device-add")
-        except VmmRefused:
-            self._tree = None  # whatever made QEMU refuse, our picture of the machine may be old
-            raise
+        self._driver(drive).recognize(drive)
 
     async def locate(self, drive: BlockDrive) -> None:
-        if drive.kind is not VIRTIO_BLK:
-            self.recognize(drive)
-        else:
-            _, slot = self._slots.get(drive.slot or "", ("", None))
-            if slot is None and drive.imported and (slot := await self._slot_of(drive)) is not None:
-                drive.pci_path = slot.pci_path
-            if slot is not None:
-                if any(slot.route[:depth] not in self._buses for depth in range(1, len(slot.route) + 1)):
-                    self._buses = await bus_numbers(self._qmp)
-                drive.guest_match = slot.guest_match(self._buses)
+        await self._driver(drive).locate(drive)
 
-    async def _slot_of(self, drive: BlockDrive) -> Slot | None:
-        """Where another program put a drive's device."""
-        user = await self._user_of(drive)
-        tree = self._tree or await self._look()
-        return next((disk.slot for disk in tree.disks if user and disk.id == user), None)
+    def vacate(self, drive: BlockDrive) -> None:
+        self._driver(drive).give_back(drive)
 
-    async def device_del(self, drive: BlockDrive) -> bool:
+    def steps(self, drive: BlockDrive, image: OpenedImage) -> Sequence[Step]:
+        driver = self._driver(drive)
+        return (
+            Step("backend-add", partial(driver.add_backend, drive, image), partial(self.remove_rest, drive)),
+            Step("device-add", partial(self._add_device, driver, drive, image)),
+        )
+
+    async def _add_device(self, driver: QemuDriver, drive: BlockDrive, image: OpenedImage) -> None:
+        if not drive.verified:
+            driver.check_opened(drive, image)
+        try:
+            await self._qmp.execute("device_add", driver.device(drive), step="device-add")
+        except VmmRefused:
+            self._places.doubt()  # whatever made QEMU refuse, our picture of the machine may be old
+            raise
+
+    async def request_removal(self, drive: BlockDrive) -> bool:
         if await self._ask_to_leave(drive, drive.id):
             return True
         # The original names the device otherwise than its node ("virtio-drive-…"), and its drives can be loaded from its state.
-        user = await self._user_of(drive)
+        user = await self._driver(drive).user(drive)
         return user is not None and await self._ask_to_leave(drive, user)
 
     async def _ask_to_leave(self, drive: BlockDrive, device_id: str) -> bool:
@@ -253,13 +134,7 @@ class QemuHypervisor(SteppedHypervisor):
         self._leaving[drive.id] = (device_id, leaving)
         return True
 
-    async def _user_of(self, drive: BlockDrive) -> str | None:
-        """The ID of the device that uses the drive's node, if there is one."""
-        if drive.kind is NVDIMM:
-            return next((name for name in await memory_modules(self._qmp) if name == KATA_NVDIMM + drive.id), None)
-        return await user_of(self._qmp, drive.id)
-
-    async def device_gone(self, drive: BlockDrive) -> None:
+    async def removed(self, drive: BlockDrive) -> None:
         _, leaving = self._leaving[drive.id]
         try:
             await asyncio.wait([leaving])  # a cancellation ends the waiting, not what others may wait for
@@ -282,38 +157,11 @@ class QemuHypervisor(SteppedHypervisor):
                 if _not_found(error):
                     self._qmp.left(device_id)
 
-    async def backend_del(self, drive: BlockDrive) -> None:
-        if drive.kind is not NVDIMM and drive.id not in self._descriptors.drive_ids:
-            file = (await nodes(self._qmp)).get(drive.id)
-            self._descriptors.note(drive.id, set_behind(file or ""))
-        pause, backend = _BUSY_PAUSE, drive.id
-        for last in [False] * (_BUSY_TRIES - 1) + [True]:
-            try:
-                # Nothing but its name: it must work when the image is long gone.
-                if drive.kind is NVDIMM:
-                    await self._qmp.execute("object-del", {"id": backend}, step="backend-del")
-                else:
-                    await self._qmp.execute("blockdev-del", {"node-name": drive.id}, step="backend-del")
-            except VmmRefused as error:
-                if (have := await self._backend_of(drive)) is None:
-                    break
-                if last:
-                    raise error
-                if have != backend:
-                    backend = have
-                    continue
-                await asyncio.sleep(pause)
-                pause *= 2
-            else:
-                break
-        self._descriptors.remove(drive.id)
+    async def remove_rest(self, drive: BlockDrive) -> None:
+        await self._driver(drive).remove_backend(drive)
 
-    async def _backend_of(self, drive: BlockDrive) -> str | None:
-        """What QEMU calls the drive's backend, which another program may have named; None where it has none."""
-        if drive.kind is NVDIMM:
-            objects = await properties(self._qmp, "/objects")
-            return next((name for name in (drive.id, KATA_MEMORY + drive.id) if name in objects), None)
-        return drive.id if drive.id in await nodes(self._qmp) else None
+    def _driver(self, drive: BlockDrive) -> QemuDriver:
+        return self._drivers.get(drive.driver, self._other)
 
     async def close(self) -> None:
         for task in list(self._nudges.values()):

@@ -12,10 +12,10 @@ from collections.abc import Collection
 
 import msgspec
 
-from pyblock.drivers import NVDIMM, PMEM, SD, VIRTIO_SCSI, Family
+from pyblock.drivers import NVDIMM, VIRTIO_SCSI, Family
 from pyblock.hypervisors.base import FoundDisk, Held, Inventory
 from pyblock.hypervisors.qemu_descriptors import MarkedSet, set_behind
-from pyblock.hypervisors.qemu_tree import Tree, get_property, properties
+from pyblock.hypervisors.qemu_tree import Tree, Types, child, disk_type, get_property, properties
 from pyblock.hypervisors.qmp import QmpSession
 
 LUNS = 256  # a SCSI ID has as many LUNs in Kata's numbering
@@ -24,8 +24,8 @@ _OURS = "drive-"  # what every drive ID begins with; Kata's as well
 # Kata names an nvdimm and its memory after the drive, with these before it; its other devices ("virtio-drive-…") are found by their node.
 KATA_NVDIMM, KATA_MEMORY = "nvdimm", "nvdimmbackmem"
 _PERIPHERAL = "/machine/peripheral"
+_BUSES = ("pci", "mmio", "scsi", "memory")  # that take drives: on no other can a device be one of ours
 _CDROM = Family("sr", letters=False)  # no disk name, but an address
-_DISKS = re.compile(r"child<(scsi-(hd|block|generic)|(virtio|vhost-user)-blk-.*|nvdimm|virtio-pmem-.*)>")
 _MEMORY = re.compile(r"child<memory-backend-.*>")
 _FILE_MEMORY = re.compile(r"child<memory-backend-file>")
 
@@ -77,10 +77,10 @@ async def nodes(qmp: QmpSession) -> dict[str, str]:
     return {node.name: node.file for node in listed if node.name}
 
 
-async def memory_modules(qmp: QmpSession) -> list[str]:
-    """The IDs of the nvdimm and virtio-pmem modules, "" for one without."""
+async def memory_modules(qmp: QmpSession) -> list[tuple[str, str]]:
+    """The memory modules: type, and ID ("" for one without)."""
     listed = await qmp.ask(list[_Module], "query-memory-devices")
-    return [module.data.id or "" for module in listed if module.type in ("nvdimm", "virtio-pmem")]
+    return [(module.type, module.data.id or "") for module in listed]
 
 
 async def user_of(qmp: QmpSession, node: str) -> str | None:
@@ -89,7 +89,7 @@ async def user_of(qmp: QmpSession, node: str) -> str | None:
     return next((peripheral(block.qdev) for block in blocks if block.node == node), None)
 
 
-async def take_listing(qmp: QmpSession, tree: Tree, known: Collection[str]) -> Listing:
+async def take_listing(qmp: QmpSession, tree: Tree, types: Types, known: Collection[str]) -> Listing:
     """Lists what the machine has; see Hypervisor.inventory. `tree` was read just before. Changes nothing in the machine."""
     files, sets, blocks, objects, peripherals, modules = await asyncio.gather(
         nodes(qmp),
@@ -101,7 +101,7 @@ async def take_listing(qmp: QmpSession, tree: Tree, known: Collection[str]) -> L
     )
     backends = {_drive_id(name): VIRTIO_SCSI for name in files}
     backends |= {_drive_id(name, KATA_MEMORY): NVDIMM for name, kind in objects.items() if _MEMORY.fullmatch(kind)}
-    devices = {_drive_id(name, KATA_NVDIMM): name for name, kind in peripherals.items() if _DISKS.fullmatch(kind)}
+    devices = {_drive_id(name, KATA_NVDIMM): name for name, kind in peripherals.items() if disk_type(types, child(kind), *_BUSES)}
     # Kata names a disk otherwise than its node; whoever uses the node is the device.
     for block in blocks:
         name = peripheral(block.qdev)
@@ -121,10 +121,10 @@ async def take_listing(qmp: QmpSession, tree: Tree, known: Collection[str]) -> L
     }
     users = {block.qdev: peripheral(block.qdev) or "" for block in blocks if block.qdev}
     others = [qdev for qdev, name in users.items() if drives.get(name, name) not in known]
-    scsi = await asyncio.gather(*(_scsi_disk(qmp, tree, qdev) for qdev in others))
+    scsi = await asyncio.gather(*(_scsi_disk(qmp, tree, types, qdev) for qdev in others))
     disks = [
         *(FoundDisk(disk.id, disk.family) for disk in tree.disks),
-        *(FoundDisk(module, PMEM) for module in modules),
+        *(FoundDisk(name, kind.family) for module, name in modules if (kind := disk_type(types, module, "memory")) and kind.family),
         *(disk for disk in scsi if disk is not None),
     ]
     mapped = [name for name, kind in objects.items() if _FILE_MEMORY.fullmatch(kind) and _drive_id(name, KATA_MEMORY) not in known]
@@ -161,19 +161,21 @@ async def _is_cold(qmp: QmpSession, device: str) -> bool:
     return await get_property(qmp, f"{_PERIPHERAL}/{device}", "hotplugged", bool) is False
 
 
-async def _scsi_disk(qmp: QmpSession, tree: Tree, qdev: str) -> FoundDisk | None:
+async def _scsi_disk(qmp: QmpSession, tree: Tree, types: Types, qdev: str) -> FoundDisk | None:
     """The SCSI or IDE disk of that ID or path; None for others, which the walk over the PCI buses has found."""
     path = qdev if qdev.startswith("/") else f"{_PERIPHERAL}/{qdev}"
     kind = await get_property(qmp, path, "type", str)
     name = "" if path == qdev else qdev
-    if kind == "ide-hd":
-        return FoundDisk(name, SD)
-    if kind is None or not kind.startswith("scsi-"):
+    disk = disk_type(types, kind or "", "scsi", "ide")
+    if disk is None:
         return None
+    family = disk.family or _CDROM
+    if disk.bus != "scsi":
+        return FoundDisk(name, family)
     bus, target, lun = await asyncio.gather(
         get_property(qmp, path, "parent_bus", str), get_property(qmp, path, "scsi-id", int), get_property(qmp, path, "lun", int)
     )
     index = None
     if tree.scsi_buses and bus is not None and bus.rpartition("/")[2] == tree.scsi_buses[0] and target is not None and lun is not None:
         index = target * LUNS + lun if target >= 0 and 0 <= lun < LUNS else None
-    return FoundDisk(name, SD if kind in ("scsi-hd", "scsi-block") else _CDROM, index)
+    return FoundDisk(name, family, index)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from typing import Annotated, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
 
-from pyblock.drivers import VD, Family
+from pyblock.drivers import Family
 from pyblock.errors import VmmProtocolError, VmmRefused
 from pyblock.hypervisors.qmp import QmpSession
 
@@ -25,14 +25,40 @@ _LINK = re.compile(r"link<(.*)>")
 _ACPI_NUMBER = "acpi-pcihp-bsel"
 _PORTS = frozenset({"pcie-root-port", "ioh3420", "xio3130-downstream"})
 _BRIDGES = _PORTS | {"pci-bridge", "pci-bridge-seat", "pcie-pci-bridge", "i82801b11-bridge", "x3130-upstream"}
-_FAMILIES: tuple[tuple[re.Pattern[str], Family], ...] = ((re.compile(r"(virtio-blk|vhost-user-blk)-.*"), VD),)
-_MMIO_FAMILIES: tuple[tuple[re.Pattern[str], Family], ...] = ((re.compile(r"child<(virtio-blk-device|vhost-user-blk)>"), VD),)
+_CHILD = re.compile(r"child<(.*)>")
 _SCSI_CONTROLLER = re.compile(r"child<(virtio-scsi-[a-z-]+)>")
 _NAMED, _UNNAMED = "/machine/peripheral", "/machine/peripheral-anon"  # where QEMU keeps what it was told to add
 _DEPTH_MAX = 256  # bridges in a row: PCI has as many buses
 
 Value = TypeVar("Value")
 _Devfn = Annotated[int, msgspec.Meta(ge=-1, le=255)]  # PCI's device number and function in one byte; -1: not given out yet
+
+
+class DiskType(NamedTuple):
+    """How QEMU calls a disk.
+
+    :ivar bus: where it sits: "pci", "mmio", "scsi", "ide", "memory".
+    :ivar pattern: of the types of its devices.
+    :ivar family: whose names it uses up in the guest; None for those of no disk.
+    """
+
+    bus: str
+    pattern: str
+    family: Family | None
+
+
+Types = tuple[DiskType, ...]
+
+
+def disk_type(types: Types, kind: str, *buses: str) -> DiskType | None:
+    """What disk a device of that type is, on one of those buses; None for what is none."""
+    return next((one for one in types if one.bus in buses and re.fullmatch(one.pattern, kind)), None)
+
+
+def child(kind: str) -> str:
+    """The type of what QEMU lists as a child, "" for what is none."""
+    found = _CHILD.fullmatch(kind)
+    return found[1] if found else ""
 
 
 class Property(msgspec.Struct, frozen=True):
@@ -125,20 +151,25 @@ class Tree(msgspec.Struct):
     disks: list[Disk] = []
 
 
-async def read_tree(qmp: QmpSession) -> Tree:
-    """Reads the tree. Changes nothing in the machine. Raises VmmProtocolError when it makes no sense."""
+async def read_tree(qmp: QmpSession, types: Types) -> Tree:
+    """Reads the tree. Changes nothing in the machine. Raises VmmProtocolError when it makes no sense.
+
+    :param types: what of it is a disk.
+    """
     tree = Tree()
     machine, named, unnamed = await asyncio.gather(*(properties(qmp, path) for path in ("/machine", _NAMED, _UNNAMED)))
     hosts = [f"/machine/{name}" for name, kind in machine.items() if "host" in kind and kind.startswith("child<")]
     for host in sorted(hosts):
         for bus in await _buses(qmp, host, _PCI_BUS):
-            await _pci_bus(qmp, tree, bus, (), port=False)
+            await _pci_bus(qmp, tree, types, bus, (), port=False)
     for container, devices in ((_NAMED, named), (_UNNAMED, unnamed)):
         for name, kind in devices.items():
             if controller := _SCSI_CONTROLLER.fullmatch(kind):
                 tree.scsi_buses += await _scsi_buses(qmp, f"{container}/{name}", controller[1])
-            elif family := _family(kind, _MMIO_FAMILIES):  # behind PCI the walk over the buses finds them
-                tree.disks.append(Disk(name if container == _NAMED else "", family))
+            elif (
+                disk := disk_type(types, child(kind), "mmio")
+            ) is not None and disk.family:  # behind PCI the walk over the buses finds them
+                tree.disks.append(Disk(name if container == _NAMED else "", disk.family))
     tree.scsi_buses.sort()
     tree.free.sort(key=lambda slot: ([(hop.slot, hop.function) for hop in slot.route], slot.number))
     return tree
@@ -203,7 +234,7 @@ async def _children(qmp: QmpSession, bus: str) -> tuple[list[tuple[str, str]], b
     return [(path, kind) for path, (_, kind) in zip(paths, links, strict=True) if path], hotplug
 
 
-async def _pci_bus(qmp: QmpSession, tree: Tree, bus: str, route: tuple[Hop, ...], *, port: bool) -> None:
+async def _pci_bus(qmp: QmpSession, tree: Tree, types: Types, bus: str, route: tuple[Hop, ...], *, port: bool) -> None:
     children, hotplug = await _children(qmp, bus)
     places = await asyncio.gather(*(get_property(qmp, path, "addr", _Devfn) for path, _ in children))
     # PCI devfn: the slot in the upper five bits. A device that left meanwhile has none.
@@ -217,25 +248,23 @@ async def _pci_bus(qmp: QmpSession, tree: Tree, bus: str, route: tuple[Hop, ...]
         taken = {hop.slot for _, _, hop in devices}
         numbers = [] if port and taken else [number for number in (PORT_SLOTS if port else BRIDGE_SLOTS) if number not in taken]
         tree.free.extend(Slot(name, number, route, port) for number in numbers)
-    await asyncio.gather(*(_pci_device(qmp, tree, path, kind, hop, Slot(name, hop.slot, route, port)) for path, kind, hop in devices))
+    await asyncio.gather(
+        *(_pci_device(qmp, tree, types, path, kind, hop, Slot(name, hop.slot, route, port)) for path, kind, hop in devices)
+    )
 
 
-async def _pci_device(qmp: QmpSession, tree: Tree, path: str, kind: str, hop: Hop, slot: Slot) -> None:
+async def _pci_device(qmp: QmpSession, tree: Tree, types: Types, path: str, kind: str, hop: Hop, slot: Slot) -> None:
     if kind in _BRIDGES:
         for bus in await _buses(qmp, path, _PCI_BUS):
-            await _pci_bus(qmp, tree, bus, _further(qmp, slot.route, hop), port=kind in _PORTS)
-    elif family := _family(kind, _FAMILIES):
-        tree.disks.append(Disk(_id(path), family, slot))
+            await _pci_bus(qmp, tree, types, bus, _further(qmp, slot.route, hop), port=kind in _PORTS)
+    elif (disk := disk_type(types, kind, "pci")) is not None and disk.family:
+        tree.disks.append(Disk(_id(path), disk.family, slot))
 
 
 def _further(qmp: QmpSession, route: tuple[Hop, ...], hop: Hop) -> tuple[Hop, ...]:
     if len(route) >= _DEPTH_MAX:
         raise VmmProtocolError(f"QMP socket {qmp.path!r}: its PCI tree has over {_DEPTH_MAX} bridges in a row")
     return (*route, hop)
-
-
-def _family(kind: str, families: tuple[tuple[re.Pattern[str], Family], ...]) -> Family | None:
-    return next((family for pattern, family in families if pattern.fullmatch(kind)), None)
 
 
 def _id(path: str) -> str:

@@ -41,6 +41,7 @@ class QmpSession:
     """:param path: the monitor's unix socket.
 
     :ivar losses: how many connections have ended.
+    :ivar resumes: how often it has said that the machine goes on after a stop.
     :ivar on_loss: is called when one has.
     :ivar on_resume: is called when the machine goes on after a stop.
     :ivar waits_for: what it waits for while it is being opened, in words; "" otherwise.
@@ -49,6 +50,7 @@ class QmpSession:
     def __init__(self, path: str) -> None:
         self.path = path
         self.losses = 0
+        self.resumes = 0
         self.on_loss: Callable[[], None] = lambda: None
         self.on_resume: Callable[[], None] = lambda: None
         self.waits_for = ""
@@ -203,6 +205,7 @@ class QmpSession:
 
     def _event(self, name: str, data: msgspec.Raw | None) -> None:
         if name == "RESUME":
+            self.resumes += 1
             return self.on_resume()
         if data is None or not (name == "DEVICE_DELETED" or name in _DECLINED):
             return

@@ -132,7 +132,7 @@ def leave_a_backend(patch: Patch) -> None:
     async def nothing(vmm: QemuHypervisor, drive: Any) -> None:
         pass
 
-    patch.setattr(QemuHypervisor, "backend_del", nothing)
+    patch.setattr(QemuHypervisor, "remove_rest", nothing)
 
 
 def open_another_image(patch: Patch) -> None:

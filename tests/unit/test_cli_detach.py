@@ -169,7 +169,7 @@ def test_what_stays_is_said_beside_an_error(shell: Shell, make_image: MakeImage)
         "from pyblock.hypervisors.memory import MemoryHypervisor as M\n"
         "from pyblock.errors import VmmRefused\n"
         "async def no(self, drive): raise VmmRefused('not now', step='device-del')\n"
-        "M.device_del = no"
+        "M.request_removal = no"
     )
     done = shell("detach", "--all", patch=refuse)
     assert done.returncode == 1 and "not now" in done.stderr

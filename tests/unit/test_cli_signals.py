@@ -64,7 +64,7 @@ def settled(shell: Shell, line: str) -> None:
 
 def test_a_detach(shell: Shell, make_image: MakeImage) -> None:
     rows = shell.json("attach", make_image("one"), make_image("two"), make_image("three"))
-    with held(shell, "device_gone", "detach", rows[0]["device_id"], rows[1]["device_id"], times=2) as process:
+    with held(shell, "removed", "detach", rows[0]["device_id"], rows[1]["device_id"], times=2) as process:
         line = interrupted(process)
     for row in rows[:2]:
         assert f"detach of {row['device_id']}" in line
@@ -110,7 +110,7 @@ def test_while_nothing_is_begun(shell: Shell, make_image: MakeImage) -> None:
 def test_killed(shell: Shell, make_image: MakeImage, number: signal.Signals) -> None:
     """As any runtime that dies: the store says what was intended, and the next one settles it."""
     rows = shell.json("attach", make_image("one"), make_image("two"))
-    with held(shell, "device_gone", "detach", rows[0]["device_id"]) as process:
+    with held(shell, "removed", "detach", rows[0]["device_id"]) as process:
         process.send_signal(number)
         process.communicate(timeout=LONG)
     assert process.returncode == -number

@@ -85,7 +85,7 @@ def leak_an_index(patch: Patch) -> None:
 
 
 def leave_a_backend(patch: Patch) -> None:
-    patch.setattr(MemoryHypervisor, "backend_del", MemoryHypervisor.locate)  # which does nothing to the machine
+    patch.setattr(MemoryHypervisor, "remove_rest", MemoryHypervisor.locate)  # which does nothing to the machine
 
 
 def leak_memory(patch: Patch) -> None:

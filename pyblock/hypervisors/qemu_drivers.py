@@ -1,0 +1,313 @@
+"""QEMU's drivers, one class each: what a drive is there (a backend and the device that uses it), which place
+it takes, and where the guest then finds it.
+
+A new driver is a class here and a row in DRIVERS; what the machine's own disks are follows from the classes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from pyblock.drivers import NVDIMM, PMEM, SD, VD, VIRTIO_BLK, VIRTIO_SCSI, Driver
+from pyblock.errors import ImageReplaced, SlotsExhausted, UnknownDriver, VmmRefused
+from pyblock.host import OpenedImage
+from pyblock.hypervisors.base import Offer
+from pyblock.hypervisors.qemu_descriptors import DescriptorSets, Passed, set_behind
+from pyblock.hypervisors.qemu_inventory import KATA_MEMORY, KATA_NVDIMM, LUNS, memory_modules, nodes, user_of
+from pyblock.hypervisors.qemu_places import Places
+from pyblock.hypervisors.qemu_tree import DiskType, properties
+from pyblock.hypervisors.qmp import QmpSession
+from pyblock.hypervisors.unix import has_open
+from pyblock.model import BlockDrive
+from pyblock.tasks import log
+
+_BUSY_TRIES = 6  # the node may stay in use for a moment after DEVICE_DELETED, while requests drain
+_BUSY_PAUSE = 0.02  # seconds before the first new try; doubled each time
+
+Command = tuple[str, dict[str, Any]]
+
+
+class QemuDriver(ABC):
+    """:param qmp: QEMU's monitor.
+    :param sets: what was handed over to it.
+    :param places: where drives can go.
+
+    :cvar driver: what it implements.
+    :cvar types: how QEMU calls its devices.
+    """
+
+    driver: ClassVar[Driver]
+    offer: ClassVar[Offer]
+    types: ClassVar[tuple[DiskType, ...]]
+
+    def __init__(self, qmp: QmpSession, sets: DescriptorSets, places: Places) -> None:
+        self._qmp = qmp
+        self._sets = sets
+        self._places = places
+
+    # Its place. One whose place follows from its index, or does not matter, takes none.
+
+    async def place(self, drive: BlockDrive) -> None:  # noqa: B027 - most need none
+        """See Hypervisor.place."""
+
+    def take(self, drive: BlockDrive) -> None:  # noqa: B027 - most need none
+        """See Hypervisor.adopt."""
+
+    def give_back(self, drive: BlockDrive) -> None:  # noqa: B027 - most need none
+        """See Hypervisor.vacate."""
+
+    def recognize(self, drive: BlockDrive) -> None:  # noqa: B027 - most need none
+        """See Hypervisor.recognize."""
+
+    async def locate(self, drive: BlockDrive) -> None:
+        """See Hypervisor.locate."""
+        self.recognize(drive)
+
+    # Its device.
+
+    @abstractmethod
+    def device(self, drive: BlockDrive) -> dict[str, Any]:
+        """The arguments of device_add. What QEMU assumes anyway is left out: it takes 4 µs to read a byte."""
+
+    @abstractmethod
+    async def user(self, drive: BlockDrive) -> str | None:
+        """The ID of the device that uses the drive's backend, whoever named it; None where there is none."""
+
+    # Its backend.
+
+    @abstractmethod
+    def backend(self, drive: BlockDrive, image: OpenedImage, file: str) -> Command:
+        """What adds the backend, with the image under that path of QEMU's."""
+
+    @abstractmethod
+    async def add_passed(self, drive: BlockDrive, image: OpenedImage, passed: Passed) -> None:
+        """Adds the backend, with the image as it was handed over."""
+
+    @abstractmethod
+    def deletion(self, name: str) -> Command:
+        """What removes a backend of that name. Nothing but its name is told: it must work when the image is long gone."""
+
+    @abstractmethod
+    async def backend_name(self, drive: BlockDrive) -> str | None:
+        """What QEMU calls the drive's backend, which another program may have named; None where it has none."""
+
+    async def add_backend(self, drive: BlockDrive, image: OpenedImage) -> None:
+        """Hands the image over and adds the backend that reads and writes it."""
+        passed = await self._sets.pass_image(drive.id, image)
+        if passed is None:
+            await self._add_by_path(drive, image)
+        else:
+            await self.add_passed(drive, image, passed)
+
+    async def _add_by_path(self, drive: BlockDrive, image: OpenedImage) -> None:
+        """For a QEMU that no descriptor reaches: what it opened is looked at before the guest gets it (`check_opened`)."""
+        image.check_path()
+        self._sets.note(drive.id, None)
+        await self._execute(self.backend(drive, image, drive.file), "backend-add")
+        drive.verified = False
+
+    def check_opened(self, drive: BlockDrive, image: OpenedImage) -> None:
+        """Raises ImageReplaced when QEMU can be seen to have opened something else than was claimed."""
+        has = has_open(self._qmp.peer, image)
+        drive.verified = bool(has)
+        if has is None:
+            log.warning("drive %s: QEMU takes no descriptor, and what it opened as %r cannot be seen", drive.id, drive.file)
+        elif not has:
+            raise ImageReplaced(f"what QEMU opened as {drive.file!r} is not what was claimed: its path leads elsewhere there")
+
+    async def remove_backend(self, drive: BlockDrive) -> None:
+        """Removes the backend; content when there is none."""
+        pause, name = _BUSY_PAUSE, drive.id
+        for last in [False] * (_BUSY_TRIES - 1) + [True]:
+            try:
+                await self._execute(self.deletion(name), "backend-del")
+            except VmmRefused as error:
+                if (have := await self.backend_name(drive)) is None:
+                    break
+                if last:
+                    raise error
+                if have != name:
+                    name = have
+                    continue
+                await asyncio.sleep(pause)
+                pause *= 2
+            else:
+                break
+        self._sets.remove(drive.id)
+
+    async def _execute(self, command: Command, step: str) -> None:
+        await self._qmp.execute(*command, step=step)
+
+
+class OnNode(QemuDriver):
+    """A drive whose backend is a block node."""
+
+    def backend(self, drive: BlockDrive, image: OpenedImage, file: str) -> Command:
+        access = {"read-only": True} if drive.read_only else {}
+        below = {"driver": "host_device" if image.is_block else "file", "filename": file, **access}
+        return "blockdev-add", {"driver": "raw", "node-name": drive.id, **access, "file": below}
+
+    async def add_passed(self, drive: BlockDrive, image: OpenedImage, passed: Passed) -> None:
+        try:
+            await self._execute(self.backend(drive, image, f"/dev/fdset/{passed.set}"), "backend-add")
+        except VmmRefused:
+            self._sets.remove(drive.id)
+            raise
+
+    def deletion(self, name: str) -> Command:
+        return "blockdev-del", {"node-name": name}
+
+    async def remove_backend(self, drive: BlockDrive) -> None:
+        if drive.id not in self._sets.drive_ids:
+            file = (await nodes(self._qmp)).get(drive.id)
+            self._sets.note(drive.id, set_behind(file or ""))
+        await super().remove_backend(drive)
+
+    async def backend_name(self, drive: BlockDrive) -> str | None:
+        return drive.id if drive.id in await nodes(self._qmp) else None
+
+    async def user(self, drive: BlockDrive) -> str | None:
+        return await user_of(self._qmp, drive.id)
+
+    def _options(self, drive: BlockDrive) -> dict[str, Any]:
+        """What the devices on a node have in common."""
+        options: dict[str, Any] = {"id": drive.id, "drive": drive.id}
+        if drive.serial is not None:
+            options["serial"] = drive.serial
+        if drive.share:
+            options["share-rw"] = True
+        return options
+
+
+class OnMemory(QemuDriver):
+    """A drive whose backend is a memory object, which has the file mapped."""
+
+    def backend(self, drive: BlockDrive, image: OpenedImage, file: str) -> Command:
+        access = {"readonly": True} if drive.read_only else {}
+        memory = {"qom-type": "memory-backend-file", "id": drive.id, "mem-path": file}
+        return "object-add", {**memory, "size": image.size, "share": True, **access}
+
+    async def add_passed(self, drive: BlockDrive, image: OpenedImage, passed: Passed) -> None:
+        """Memory opens no set, but a path of QEMU's own to the descriptor in it. It has the file mapped from then on."""
+        try:
+            await self._execute(self.backend(drive, image, f"/proc/self/fd/{passed.descriptor}"), "backend-add")
+        except VmmRefused as refusal:
+            self._sets.remove(drive.id)
+            if "No such file" not in refusal.reply["desc"]:  # which is to say: it has no /proc
+                raise
+            await self._add_by_path(drive, image)
+        else:
+            self._sets.remove(drive.id)
+
+    def deletion(self, name: str) -> Command:
+        return "object-del", {"id": name}
+
+    async def backend_name(self, drive: BlockDrive) -> str | None:
+        objects = await properties(self._qmp, "/objects")
+        return next((name for name in (drive.id, KATA_MEMORY + drive.id) if name in objects), None)
+
+    async def user(self, drive: BlockDrive) -> str | None:
+        return next((name for _, name in await memory_modules(self._qmp) if name == KATA_NVDIMM + drive.id), None)
+
+
+class ScsiDisk(OnNode):
+    """A LUN of the first virtio-scsi controller, whose seat follows from the index."""
+
+    driver = VIRTIO_SCSI
+    offer = Offer(serial_max=36, descriptors=True, removal_time=0.1)
+    types = (DiskType("scsi", r"scsi-(hd|block)", SD),)
+
+    async def place(self, drive: BlockDrive) -> None:
+        drive.slot = await self._places.scsi_bus()
+        if drive.slot is None:
+            raise UnknownDriver(
+                "this machine has no virtio-scsi controller; start QEMU with -device virtio-scsi-pci,id=scsi0 (microvm: virtio-scsi-device)"
+            )
+
+    def device(self, drive: BlockDrive) -> dict[str, Any]:
+        target, lun = divmod(drive.index, LUNS)
+        return {"driver": "scsi-hd", "bus": drive.slot, "scsi-id": target, "lun": lun, **self._options(drive)}
+
+    def recognize(self, drive: BlockDrive) -> None:
+        target, lun = divmod(drive.index, LUNS)
+        # The guest numbers its SCSI hosts itself, and SATA ports count among them: only what follows the host's number is a fact.
+        drive.guest_match = f":0:{target}:{lun}/block/"
+
+
+class VirtioBlk(OnNode):
+    """A PCI device of its own, in the first free slot that takes hot-plug."""
+
+    driver = VIRTIO_BLK
+    offer = Offer(serial_max=20, descriptors=True, removal_time=0.2)  # with ACPI hot-plug; 6.3 s with native PCIe hot-plug
+    types = (DiskType("pci", r"virtio-blk-.*", VD), DiskType("mmio", r"virtio-blk-device", VD))
+
+    async def place(self, drive: BlockDrive) -> None:
+        slot = await self._places.take_slot(drive.id)
+        if slot is None:
+            raise SlotsExhausted(
+                f"no free hot-pluggable PCI slot for drive {drive.id}; start QEMU with more pcie-root-port (q35) or pci-bridge (pc) devices"
+            )
+        drive.slot, drive.pci_path = slot.name, slot.pci_path
+
+    def take(self, drive: BlockDrive) -> None:
+        if drive.slot is not None:
+            self._places.take(drive.slot, drive.id)
+
+    def give_back(self, drive: BlockDrive) -> None:
+        self._places.give_back(drive.slot, drive.id)
+
+    def device(self, drive: BlockDrive) -> dict[str, Any]:
+        bus, _, number = (drive.slot or "").rpartition("/")
+        return {"driver": "virtio-blk-pci", "bus": bus, "addr": f"0x{number}", **self._options(drive)}
+
+    def recognize(self, drive: BlockDrive) -> None:
+        pass  # only the machine can tell
+
+    async def locate(self, drive: BlockDrive) -> None:
+        slot = self._places.slot(drive.slot)
+        if slot is None and drive.imported:
+            user = await self.user(drive)
+            disks = (await self._places.seen()).disks
+            slot = next((disk.slot for disk in disks if user and disk.id == user), None)
+            if slot is not None:
+                drive.pci_path = slot.pci_path
+        if slot is not None:
+            drive.guest_match = await self._places.guest_match(slot)
+
+
+class Nvdimm(OnMemory):
+    """A memory module, in the lowest free memory slot. QEMU 7.2 lets go of none: it says so to each removal."""
+
+    driver = NVDIMM
+    offer = Offer(share=True, descriptors=True)
+    types = (DiskType("memory", r"nvdimm", PMEM),)
+
+    def device(self, drive: BlockDrive) -> dict[str, Any]:
+        return {"driver": "nvdimm", "id": drive.id, "memdev": drive.id, "unarmed": drive.read_only}
+
+    def recognize(self, drive: BlockDrive) -> None:
+        drive.guest_match = f"/region{drive.nvdimm_id}/"
+
+
+class Other(OnNode):
+    """What another program plugged in by a driver that is not offered here: it can be told to leave, and no more."""
+
+    types = ()
+
+    def device(self, drive: BlockDrive) -> dict[str, Any]:
+        raise UnknownDriver(f"QEMU is not told to plug in drives by driver {drive.driver!r}")
+
+
+DRIVERS: tuple[type[QemuDriver], ...] = (ScsiDisk, VirtioBlk, Nvdimm)
+
+# Disks that a machine may have and that no driver here plugs in; they use up names all the same.
+STRANGERS = (
+    DiskType("pci", r"vhost-user-blk-.*", VD),
+    DiskType("mmio", r"vhost-user-blk", VD),
+    DiskType("memory", r"virtio-pmem(-.*)?", PMEM),
+    DiskType("scsi", r"scsi-(generic|cd)", None),  # no name of a disk, but a seat
+    DiskType("ide", r"ide-hd", SD),
+)
+TYPES = (*(kind for one in DRIVERS for kind in one.types), *STRANGERS)
