@@ -10,7 +10,6 @@ PyblockError
 │   │   ├── InvalidSerial        a serial that the driver cannot carry whole
 │   │   └── InvalidTimeout       a deadline that is not a number of seconds >= 0
 │   ├── InvalidImage           what should be plugged in cannot be (missing, empty, a directory…)
-│   │   └── ImageReplaced        its path leads to something else than what was claimed
 │   ├── UnknownDriver          a block driver that pyblock, or this VMM, does not have
 │   ├── UnknownScheme          a VMM address that no adapter answers to
 │   ├── UnknownDevice          no such device in this sandbox (also a KeyError)
@@ -23,6 +22,7 @@ PyblockError
 ├── Conflict                   the request is fine, and somebody else has what it is about; nothing was changed
 │   ├── SandboxBusy            the sandbox belongs to another process that lives
 │   ├── ImageInUse             another sandbox of this host has claimed the image
+│   ├── ImageReplaced          the image's path leads to something else than what was claimed
 │   ├── MachineAnswers         what belongs to a machine that still answers cannot be given up
 │   ├── SandboxConflict        the store knows the sandbox, or its machine, in a form that does not fit the request
 │   └── DeviceConflict         the device exists already, in another form
@@ -62,10 +62,11 @@ from typing import Any, ClassVar, NamedTuple, Self, TypedDict, Unpack
 __all__ = [  # noqa: RUF022 - as the tree has them
     "PyblockError", "DeviceOutcome",
     "CallerError", "InvalidValue", "InvalidIndex", "InvalidName", "InvalidAddress", "InvalidID",
-    "InvalidSerial", "InvalidTimeout", "InvalidImage", "ImageReplaced", "UnknownDriver",
-    "UnknownScheme", "UnknownDevice", "UnknownSandbox", "NotAttached", "IndexTaken", "IndexFree",
+    "InvalidSerial", "InvalidTimeout", "InvalidImage", "UnknownDriver", "UnknownScheme",
+     "UnknownDevice", "UnknownSandbox", "NotAttached", "IndexTaken", "IndexFree",
     "SandboxClosed", "WrongEventLoop",
-    "Conflict", "SandboxBusy", "ImageInUse", "MachineAnswers", "SandboxConflict", "DeviceConflict",
+    "Conflict", "SandboxBusy", "ImageInUse", "ImageReplaced", "MachineAnswers", "SandboxConflict",
+    "DeviceConflict",
     "CapacityError", "IndexesExhausted", "SlotsExhausted", "DescriptorsExhausted",
     "AttachCountExhausted",
     "StateError", "InvalidState", "NewerState",
@@ -203,9 +204,9 @@ class PyblockError(Exception):
             "message": shown(str(self), TEXT_MAX),
             "retryable": self.retryable,
         }
-        body |= {name: _plain(value) for name, value in self._known()}
+        body |= {name: plain(value) for name, value in self._known()}
         if notes := getattr(self, "__notes__", None):
-            body["notes"] = _plain(notes)
+            body["notes"] = plain(notes)
         if self.outcomes:
             body["outcomes"] = _outcomes(self.outcomes)
         return body
@@ -246,14 +247,14 @@ def _outcomes(outcomes: Sequence[DeviceOutcome]) -> list[Any]:
 
 
 def _of_one(outcome: DeviceOutcome) -> dict[str, Any]:
-    return {name: _plain(value) for name, value in outcome._asdict().items() if value is not None and value is not False}
+    return {name: plain(value) for name, value in outcome._asdict().items() if value is not None and value is not False}
 
 
 def _left_out(count: int) -> list[str]:
     return [f"… (+{count})"] if count else []
 
 
-def _plain(value: object, depth: int = 0) -> Any:
+def plain(value: object, depth: int = 0) -> Any:
     """Anything as JSON has it: bounded, escaped, and free of what JSON cannot say."""
     if value is None or isinstance(value, bool):
         return value
@@ -264,20 +265,20 @@ def _plain(value: object, depth: int = 0) -> Any:
     if isinstance(value, str):
         return shown(value, TEXT_MAX)
     if isinstance(value, PyblockError):
-        facts = {name: _plain(fact, depth + 1) for name, fact in value._known()}
+        facts = {name: plain(fact, depth + 1) for name, fact in value._known()}
         return {"code": value.code, "message": shown(str(value), TEXT_MAX)} | facts
     if depth < DEPTH_MAX and isinstance(value, Mapping):
         items = list(value.items())
-        kept = {shown(str(key), SHOWN_MAX): _plain(item, depth + 1) for key, item in items[:ITEMS_MAX]}
+        kept = {shown(str(key), SHOWN_MAX): plain(item, depth + 1) for key, item in items[:ITEMS_MAX]}
         return kept | dict.fromkeys(_left_out(len(items) - len(items[:ITEMS_MAX])))
     if depth < DEPTH_MAX and isinstance(value, list | tuple | set | frozenset):
         several = list(value)
-        return [_plain(item, depth + 1) for item in several[:ITEMS_MAX]] + _left_out(len(several) - len(several[:ITEMS_MAX]))
+        return [plain(item, depth + 1) for item in several[:ITEMS_MAX]] + _left_out(len(several) - len(several[:ITEMS_MAX]))
     return shown(repr(value), SHOWN_MAX)
 
 
 class CallerError(PyblockError):
-    """The caller's arguments are wrong. Nothing was changed and nothing was sent to the VMM."""
+    """The caller's arguments are wrong. Nothing was changed, and nothing was sent to the VMM that could change anything."""
 
     code = "caller-error"
 
@@ -328,12 +329,6 @@ class InvalidImage(CallerError):
     """What should be plugged in cannot be: missing, unreadable, empty, a directory, a FIFO…"""
 
     code = "invalid-image"
-
-
-class ImageReplaced(InvalidImage):
-    """What is at the image's path now is not what was claimed there. Attaching it anew claims what is there now."""
-
-    code = "image-replaced"
 
 
 class UnknownDriver(CallerError):
@@ -414,6 +409,14 @@ class ImageInUse(Conflict):
     The message names the `holder`; `owner` is the process that has it open, "" where none does: it then takes `pyblock forget`."""
 
     code = "image-in-use"
+    retryable = True
+
+
+class ImageReplaced(Conflict):
+    """What is at the image's path now is not what was claimed there: somebody replaced it meanwhile. Attaching it anew claims what is there
+    now."""
+
+    code = "image-replaced"
     retryable = True
 
 
@@ -518,7 +521,8 @@ class VmmRefused(PyblockError):
 
     def _known(self) -> Iterable[tuple[str, object]]:
         both = (("step", self.step), ("request", self.request), ("reply", self.reply))
-        return [*super()._known(), *((name, value) for name, value in both if value not in (None, ""))]
+        keeps = [("keeps", True)] if self.keeps else []
+        return [*super()._known(), *((name, value) for name, value in both if value not in (None, "")), *keeps]
 
 
 class TransportError(PyblockError):

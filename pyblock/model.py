@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from pyblock.drivers import Driver
-from pyblock.errors import InvalidID
+from pyblock.errors import Facts, InvalidID
 from pyblock.naming import scsi_address
 
 DEVICE_ID_MAX = 255
@@ -100,6 +100,11 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     imported: bool = False
     verified: bool = True
     crowded: bool = False
+
+    @property
+    def facts(self) -> Facts:
+        """What an error about it knows of it."""
+        return Facts(device=self.info.id, drive=self.id, path=self.info.path or None, index=self.index, driver=self.kind.name)
 
     @property
     def driver(self) -> str:

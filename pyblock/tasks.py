@@ -8,6 +8,7 @@ waits for it any more. Work that several wait for together ends with the last of
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
@@ -176,6 +177,8 @@ class SharedWork(Generic[Result]):
                     task.cancel()
         if task.cancelled():
             raise Ended
+        if (error := task.exception()) is not None:
+            raise copy.copy(error)  # each has its own: whoever it goes to adds what he knows
         return task.result()
 
     async def end(self) -> None:

@@ -278,6 +278,7 @@ class Hypervisor(Protocol):
                 step="device-del",
                 request=drive.id,
                 reply="in use under another name",
+                **drive.facts,
             )
 
 

@@ -61,7 +61,7 @@ class MemoryHypervisor(Hypervisor):
 
     def __init__(self, label: str = "", *, slots: int = BRIDGES * BRIDGE_SLOTS, existing: tuple[FoundDisk, ...] = ()) -> None:
         if not 0 <= slots <= BRIDGES * BRIDGE_SLOTS:
-            raise InvalidValue(f"slots {slots!r} is not in 0 … {BRIDGES * BRIDGE_SLOTS}")
+            raise InvalidValue(f"slots {slots!r} is not in 0 … {BRIDGES * BRIDGE_SLOTS}", value=slots)
         self.label = label
         self.backends: dict[str, str] = {}
         self.devices: dict[str, str] = {}
@@ -82,7 +82,7 @@ class MemoryHypervisor(Hypervisor):
     def fail(self, step: str, fault: Fault, *, times: int = 1) -> None:
         """Has the next `times` runs of a step meet with a fault. Raises InvalidValue for a step that is not in STEPS."""
         if step not in self.STEPS:
-            raise InvalidValue(f"step {step!r} is unknown; known are {', '.join(self.STEPS)}")
+            raise InvalidValue(f"step {step!r} is unknown; known are {', '.join(self.STEPS)}", value=step)
         self._faults = self._faults or {}
         self._faults.setdefault(step, deque()).extend([fault] * times)
 
@@ -122,7 +122,8 @@ class MemoryHypervisor(Hypervisor):
             return
         lowest = (~self._slots & (self._slots + 1)).bit_length() - 1
         if lowest >= self._slot_count:
-            raise SlotsExhausted(f"no free PCI slot for drive {drive.id}: the machine in memory has {self._slot_count}")
+            text = f"no free PCI slot for drive {drive.id}: the machine in memory has {self._slot_count}"
+            raise SlotsExhausted(text, **drive.facts)
         self._slots |= 1 << lowest
         drive.slot = str(lowest)
 
@@ -243,4 +244,4 @@ def _number(slot: str) -> int:
     """Raises InvalidValue for what is no slot of such a machine."""
     if slot.isascii() and slot.isdigit() and len(slot) < 4 and int(slot) < BRIDGES * BRIDGE_SLOTS:
         return int(slot)
-    raise InvalidValue(f"slot {slot!r} is not in 0 … {BRIDGES * BRIDGE_SLOTS - 1}")
+    raise InvalidValue(f"slot {slot!r} is not in 0 … {BRIDGES * BRIDGE_SLOTS - 1}", value=slot)

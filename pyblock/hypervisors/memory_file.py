@@ -63,13 +63,13 @@ class FileMachine(MemoryHypervisor):
         try:
             text = self._path.read_bytes()
         except OSError as error:
-            raise VmmUnreachable(
-                f"machine in memory {str(self._path)!r}: {error.strerror}; an empty file there would be a new machine"
-            ) from error
+            why = f"{error.strerror}; an empty file there would be a new machine"
+            raise VmmUnreachable(f"machine in memory {str(self._path)!r}: {why}", path=str(self._path)) from error
         try:
             have = msgspec.json.decode(text or b"{}", type=_Contents)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise VmmProtocolError(f"file {str(self._path)!r} is no machine in memory: {error!r}") from error
+            why = f"is no machine in memory: {error!r}"
+            raise VmmProtocolError(f"file {str(self._path)!r} {why}", path=str(self._path)) from error
         self.backends, self.devices, self._places = have.backends, have.devices, set(have.devices.values())
 
     def _write(self) -> None:

@@ -115,7 +115,8 @@ class QemuDriver(ABC):
         if has is None:
             log.warning("drive %s: QEMU takes no descriptor, and what it opened as %r cannot be seen", drive.id, drive.file)
         elif not has:
-            raise ImageReplaced(f"what QEMU opened as {drive.file!r} is not what was claimed: its path leads elsewhere there")
+            text = f"what QEMU opened as {drive.file!r} is not what was claimed: its path leads elsewhere there"
+            raise ImageReplaced(text, **drive.facts)
 
     async def remove_backend(self, drive: BlockDrive) -> None:
         """Removes the backend; content when there is none."""
@@ -223,7 +224,9 @@ class ScsiDisk(OnNode):
         drive.slot = await self._places.scsi_bus()
         if drive.slot is None:
             raise UnknownDriver(
-                "this machine has no virtio-scsi controller; start QEMU with -device virtio-scsi-pci,id=scsi0 (microvm: virtio-scsi-device)"
+                "this machine has no virtio-scsi controller; start QEMU with "
+                "-device virtio-scsi-pci,id=scsi0 (microvm: virtio-scsi-device)",
+                **drive.facts,
             )
 
     def device(self, drive: BlockDrive) -> dict[str, Any]:
@@ -247,7 +250,9 @@ class VirtioBlk(OnNode):
         slot = await self._places.take_slot(drive.id)
         if slot is None:
             raise SlotsExhausted(
-                f"no free hot-pluggable PCI slot for drive {drive.id}; start QEMU with more pcie-root-port (q35) or pci-bridge (pc) devices"
+                f"no free hot-pluggable PCI slot for drive {drive.id}; start QEMU with more "
+                "pcie-root-port (q35) or pci-bridge (pc) devices",
+                **drive.facts,
             )
         drive.slot, drive.pci_path = slot.name, slot.pci_path
 
@@ -297,7 +302,7 @@ class Other(OnNode):
     types = ()
 
     def device(self, drive: BlockDrive) -> dict[str, Any]:
-        raise UnknownDriver(f"QEMU is not told to plug in drives by driver {drive.driver!r}")
+        raise UnknownDriver(f"QEMU is not told to plug in drives by driver {drive.driver!r}", **drive.facts)
 
 
 DRIVERS: tuple[type[QemuDriver], ...] = (ScsiDisk, VirtioBlk, Nvdimm)

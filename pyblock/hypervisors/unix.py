@@ -26,14 +26,14 @@ def check_socket(path: str, where: str, *, hint: str) -> None:
     :param hint: what they ask when nothing is there.
     """
     if len(os.fsencode(path)) > SOCKET_PATH_MAX:
-        raise VmmUnreachable(f"{where}: a unix socket's path has at most {SOCKET_PATH_MAX} bytes")
+        raise VmmUnreachable(f"{where}: a unix socket's path has at most {SOCKET_PATH_MAX} bytes", path=path)
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", error)
-        raise VmmUnreachable(f"{where}: {why}; {hint}") from error
+        raise VmmUnreachable(f"{where}: {why}; {hint}", path=path) from error
     if not stat.S_ISSOCK(mode):
-        raise VmmUnreachable(f"{where} is not a socket")
+        raise VmmUnreachable(f"{where} is not a socket", path=path)
 
 
 def is_gone(path: str) -> bool:

@@ -33,7 +33,6 @@ CODES = {
     "InvalidSerial": "invalid-serial",
     "InvalidTimeout": "invalid-timeout",
     "InvalidImage": "invalid-image",
-    "ImageReplaced": "image-replaced",
     "UnknownDriver": "unknown-driver",
     "UnknownScheme": "unknown-scheme",
     "UnknownDevice": "unknown-device",
@@ -46,6 +45,7 @@ CODES = {
     "Conflict": "conflict",
     "SandboxBusy": "sandbox-busy",
     "ImageInUse": "image-in-use",
+    "ImageReplaced": "image-replaced",
     "MachineAnswers": "machine-answers",
     "SandboxConflict": "sandbox-conflict",
     "DeviceConflict": "device-conflict",
@@ -70,7 +70,7 @@ CODES = {
     "DetachPending": "detach-pending",
 }
 RETRYABLE = {
-    "SandboxBusy", "ImageInUse", "MachineAnswers",
+    "SandboxBusy", "ImageInUse", "ImageReplaced", "MachineAnswers",
     "CapacityError", "IndexesExhausted", "SlotsExhausted", "DescriptorsExhausted", "AttachCountExhausted",
     "StoreBusy", "TransportError", "VmmUnreachable", "ConnectionLost", "DeadlinePassed", "AttachPending", "DetachPending",
 }  # fmt: skip
@@ -120,7 +120,7 @@ def test_every_kind_is_public() -> None:
     assert all(name in pyblock.__all__ and getattr(pyblock, name) is kind for name, kind in KINDS.items())
 
 
-@pytest.mark.parametrize("name", ["SandboxBusy", "ImageInUse", "MachineAnswers", "SandboxConflict", "DeviceConflict"])
+@pytest.mark.parametrize("name", ["SandboxBusy", "ImageInUse", "ImageReplaced", "MachineAnswers", "SandboxConflict", "DeviceConflict"])
 def test_what_somebody_else_has_is_no_fault_of_the_caller(name: str) -> None:
     assert issubclass(KINDS[name], errors.Conflict) and not issubclass(KINDS[name], errors.CallerError)
 
