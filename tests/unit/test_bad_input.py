@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -29,6 +30,7 @@ from pyblock import (
     VmmRefused,
 )
 from pyblock.blocking import Sandbox as BlockingSandbox
+from pyblock.hypervisors.base import Offer
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
@@ -47,9 +49,7 @@ async def test_unknown_driver(busy: Busy, make_image: MakeImage, driver: str) ->
 
 async def test_driver_that_this_vmm_does_not_have(make_image: MakeImage) -> None:
     class NoMmio(MemoryHypervisor):
-        @property
-        def drivers(self) -> frozenset[str]:
-            return frozenset({"virtio-scsi", "virtio-blk"})
+        offers: Mapping[str, Offer] = {name: Offer() for name in ("virtio-scsi", "virtio-blk")}
 
     vm = NoMmio()
     async with Sandbox("s1", vm) as sandbox:
