@@ -25,8 +25,8 @@ from pyblock.device import AttachedDevice, BlockDevice
 from pyblock.errors import PyblockError, SandboxClosed
 from pyblock.hypervisors.base import Hypervisor
 from pyblock.index import BlockIndex
+from pyblock.machine import GRACE
 from pyblock.manager import Device, DeviceManager
-from pyblock.receiver import GRACE
 from pyblock.recovery import Finding
 from pyblock.tasks import log
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import msgspec
 
-from pyblock.device import BlockDevice, DeviceReceiver
+from pyblock.device import BlockDevice
 from pyblock.drivers import DRIVERS, VIRTIO_SCSI, Driver, driver_named
 from pyblock.errors import DeviceConflict, InvalidImage, InvalidSerial, InvalidValue, UnknownDevice
 from pyblock.formats import RAW, check_format, not_raw
@@ -42,6 +43,14 @@ def check_options(options: dict[str, str]) -> None:
             raise InvalidValue(f"option {name!r} is unknown; known are {', '.join(OPTIONS)}", value=name)
         if not isinstance(value, str):
             raise InvalidValue(f"option {name!r} is {value!r}, which is no text", value=value)
+
+
+class Door(Protocol):
+    """A sandbox, to the manager of its devices."""
+
+    async def _attach_known(self, device: Device, deadline: float | None) -> None: ...
+
+    async def _detach_known(self, device: Device, deadline: float | None) -> None: ...
 
 
 class DeviceManager:
@@ -119,31 +128,13 @@ class DeviceManager:
         self._by_id.clear()
         self._by_identity.clear()
 
-    async def attach(self, device_id: str, receiver: DeviceReceiver, deadline: float | None = None) -> None:
-        """Attaches the device of that ID. Raises UnknownDevice and what BlockDevice.attach raises."""
-        device = self.find(device_id)
-        if isinstance(device, BlockDevice):
-            await device.attach(receiver, deadline)
-            return
-        device.attach()
-        try:
-            await receiver.record(device, deadline)
-        except BaseException:
-            device.detach()
-            raise
+    async def attach(self, device_id: str, sandbox: Door, deadline: float | None = None) -> None:
+        """Attaches the device of that ID in its sandbox. Raises UnknownDevice and what Sandbox.attach raises."""
+        await sandbox._attach_known(self.find(device_id), deadline)
 
-    async def detach(self, device_id: str, receiver: DeviceReceiver, deadline: float | None = None) -> None:
-        """Detaches the device of that ID. Raises UnknownDevice and what BlockDevice.detach raises."""
-        device = self.find(device_id)
-        if isinstance(device, BlockDevice):
-            await device.detach(receiver, deadline)
-            return
-        device.detach()
-        try:
-            await receiver.record(device, deadline)
-        except BaseException:
-            device.attach()
-            raise
+    async def detach(self, device_id: str, sandbox: Door, deadline: float | None = None) -> None:
+        """Detaches the device of that ID in its sandbox. Raises UnknownDevice and what Sandbox.detach raises."""
+        await sandbox._detach_known(self.find(device_id), deadline)
 
     def check_new(self, devices: Iterable[Device]) -> None:
         """Raises DeviceConflict when two of the devices have one ID, or one has that of a device which is there."""

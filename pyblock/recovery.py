@@ -9,20 +9,19 @@ import asyncio
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from enum import StrEnum
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
+from pyblock import road
 from pyblock.device import BlockDevice
 from pyblock.errors import DeadlinePassed, PyblockError, SandboxClosed, TransportError, VmmUnreachable
 from pyblock.hypervisors.base import CONNECT_TIMEOUT, Held, Inventory, Unsettled, typed
+from pyblock.machine import Machine
 from pyblock.manager import DeviceManager
 from pyblock.model import BlockDrive, DeviceInfo
 from pyblock.table import Phase
 from pyblock.tasks import Ended, Operation, SharedWork, log, passed
-
-if TYPE_CHECKING:
-    from pyblock.receiver import Receiver
 
 SETTLE_TIME = 2.0  # seconds that opening waits for removals; those that take longer go on by themselves
 
@@ -143,29 +142,24 @@ def _is_another(device: BlockDevice, held: Held) -> bool:
 
 
 class Recovery:
-    """:param receiver: what belongs together with the VMM."""
+    """:param machine: what belongs together with the VMM."""
 
-    __slots__ = ("_asked_at", "_asking", "_doubts", "_ended", "_questions", "_receiver", "_renamed", "_settling", "findings")
+    __slots__ = ("_asked_at", "_asking", "_ended", "_machine", "_questions", "_renamed", "_settling", "findings")
 
-    def __init__(self, receiver: Receiver) -> None:
-        self._receiver = receiver
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
         self._asked_at = -1  # as _now was when the machine was asked
         self._asking: SharedWork[None] | None = None  # while somebody asks
-        self._doubts = 0
         self._ended = False
-        self._questions: set[asyncio.Task[list[Difference]]] | None = None
-        self._settling: set[asyncio.Task[Finding]] | None = None
+        self._questions: set[asyncio.Task[list[Difference]]] = set()
+        self._settling: set[asyncio.Task[Finding]] = set()
         self._renamed: Sequence[BlockDrive] = ()  # imported drives whose names were learnt, and are not written down yet
         self.findings: tuple[Finding, ...] = NONE  # of the last time that somebody waited for them
-
-    def doubt(self) -> None:
-        """Has the machine asked again before it is next changed."""
-        self._doubts += 1
 
     @property
     def _now(self) -> int:
         """What has happened since the machine was asked when this is another than it was then. What it counts never grows less."""
-        return self._doubts + self._receiver.vmm.losses
+        return self._machine.doubts + self._machine.vmm.losses
 
     @property
     def _asked(self) -> bool:
@@ -200,7 +194,7 @@ class Recovery:
         self._ended = True
         if self._asking is not None:
             await self._asking.end()
-        tasks = [*(self._questions or ()), *(self._settling or ())]
+        tasks = [*self._questions, *self._settling]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -246,65 +240,64 @@ class Recovery:
 
     async def _recognize(self) -> None:
         """Has the machine tell where drives are that another program plugged in, and what was learnt of them be written down."""
-        receiver = self._receiver
+        machine = self._machine
         renamed, self._renamed = {drive.id for drive in self._renamed}, ()
         learnt: list[BlockDevice] = []
-        for seen in at_rest(receiver.manager):
+        for seen in at_rest(machine.manager):
             device, drive, phase = seen
             if phase is not Phase.ATTACHED or not drive.imported or not seen.stands:
                 continue
             before = drive.guest_match, drive.pci_path
             if drive.guest_match is None:
                 try:
-                    await receiver.locate(drive)
+                    await machine.locate(drive)
                 except TransportError:
-                    self.doubt()
+                    self._machine.doubt()
                     break
                 except PyblockError as error:
-                    log.info("sandbox %s: drive %s cannot be located: %s", receiver.id, drive.id, error)
+                    log.info("sandbox %s: drive %s cannot be located: %s", machine.id, drive.id, error)
             if drive.id in renamed or before != (drive.guest_match, drive.pci_path):
                 learnt.append(device)
         if learnt:
-            await receiver.note_all(learnt)
+            await machine.write_soon(*learnt)
 
     async def _question(self) -> list[Difference]:
         """Asks in a task of its own, which `end` can end without ending whoever waits for it."""
         if self._ended:
             raise self._closed()
         task = asyncio.create_task(self._differences())
-        self._questions = self._questions or set()
         self._questions.add(task)
         try:
             await asyncio.wait([task])
         finally:
-            self._questions = self._questions - {task} or None  # most sandboxes never have any
+            self._questions.discard(task)
             task.cancel()
         if self._ended or task.cancelled():
             raise self._closed()
         return task.result()
 
     def _passed(self, deadline: float | None) -> DeadlinePassed:
-        waits = f" (it waits for {why})" if (why := self._receiver.vmm.waits_for) else ""
-        return passed(deadline, f"the VMM of sandbox {self._receiver.id} was being asked which disks it has{waits}")
+        waits = f" (it waits for {why})" if (why := self._machine.vmm.waits_for) else ""
+        return passed(deadline, f"the VMM of sandbox {self._machine.id} was being asked which disks it has{waits}")
 
     def _closed(self) -> SandboxClosed:
-        return SandboxClosed(f"sandbox {self._receiver.id} was closed while its VMM was being asked for its disks")
+        return SandboxClosed(f"sandbox {self._machine.id} was closed while its VMM was being asked for its disks")
 
     async def _differences(self) -> list[Difference]:
-        receiver = self._receiver
-        before = at_rest(receiver.manager)
+        machine = self._machine
+        before = at_rest(machine.manager)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                with receiver.allotment.watched() as ours:  # what comes and goes while the VMM is being asked may be in its answer
-                    with typed(f"sandbox {receiver.id}: asking the VMM which disks it has"):
-                        inventory = await receiver.vmm.inventory({seen.drive.id for seen in before})
+                with machine.allotment.watched() as ours:  # what comes and goes while the VMM is being asked may be in its answer
+                    with typed(f"sandbox {machine.id}: asking the VMM which disks it has"):
+                        inventory = await machine.vmm.inventory({seen.drive.id for seen in before})
                         if not isinstance(inventory, Inventory):
                             raise TypeError(f"{inventory!r:.100} is no Inventory")
-                    await receiver.meet(inventory.machine)
-                    others = await receiver.drives_of_others(inventory.machine) if inventory.held.keys() - ours else set()
+                    await machine.meet(inventory.machine)
+                    others = await machine.drives_of_others(inventory.machine) if inventory.held.keys() - ours else set()
         except TimeoutError:
-            raise VmmUnreachable(f"the VMM of sandbox {receiver.id} did not answer within {CONNECT_TIMEOUT:g} s") from None
-        self._renamed = receiver.allotment.learn(inventory, ours) or self._renamed
+            raise VmmUnreachable(f"the VMM of sandbox {machine.id} did not answer within {CONNECT_TIMEOUT:g} s") from None
+        self._renamed = machine.allotment.learn(inventory, ours) or self._renamed
         return differences(before, ours | others, inventory)
 
     def _settle_all(self, found: list[Difference], asked_at: int, *, orphans: bool) -> list[asyncio.Task[Finding]]:
@@ -312,11 +305,9 @@ class Recovery:
         self._asked_at = asked_at  # it is asked again if a connection was lost while the answer was on its way
         found[:] = [one for one in found if one.stands]
         tasks = [asyncio.create_task(self._settle(one, self._step(one, orphans=orphans))) for one in found]
-        if tasks:
-            self._settling = self._settling or set()
-            self._settling.update(tasks)
-            for task in tasks:
-                task.add_done_callback(self._settling.discard)
+        self._settling.update(tasks)
+        for task in tasks:
+            task.add_done_callback(self._settling.discard)
         return tasks
 
     def _step(self, one: Difference, *, orphans: bool) -> Callable[[], Awaitable[Outcome]] | None:
@@ -325,10 +316,10 @@ class Recovery:
         if device is None:
             return partial(self._remove_orphan, one) if orphans else None
         if one.held is None and not one.elsewhere:
-            device.free(self._receiver)
-            self.doubt()  # what is there under its ID all the same, or at its place, is somebody else's
+            road.free(self._machine, device)
+            self._machine.doubt()  # what is there under its ID all the same, or at its place, is somebody else's
             return partial(self._freed, device)
-        return partial(self._removed, device.reclaim(self._receiver, whole=one.held is not None and one.held.whole))
+        return partial(self._removed, road.reclaim(self._machine, device, whole=one.held is not None and one.held.whole))
 
     async def _settle(self, one: Difference, step: Callable[[], Awaitable[Outcome]] | None) -> Finding:
         try:
@@ -338,24 +329,24 @@ class Recovery:
             if device is not None and device.phase is Phase.ATTACHED:
                 if one.found is not Found.LOST:
                     return _finding(one, Outcome.FINISHED if one.found is Found.ATTACH else Outcome.KEPT, str(error))
-                self.doubt()  # it is not there, whatever kept it from being taken down
+                self._machine.doubt()  # it is not there, whatever kept it from being taken down
             return _finding(one, Outcome.PENDING, str(error))
 
     async def _freed(self, device: BlockDevice) -> Outcome:
-        await self._receiver.note(device)
+        await self._machine.write_soon(device)
         return Outcome.FREED
 
     async def _removed(self, operation: Operation) -> Outcome:
-        await operation.watch(None)
+        await operation.watch()
         return Outcome.REMOVED
 
     async def _remove_orphan(self, one: Difference) -> Outcome:
         assert one.held is not None  # an orphan is something that is there
         try:
-            await self._receiver.unplug(BlockDrive(one.drive_id, 0, 0, 0, one.held.kind, DeviceInfo()))
+            await self._machine.unplug(BlockDrive(one.drive_id, 0, 0, 0, one.held.kind, DeviceInfo()))
         except Unsettled as unsettled:
             raise unsettled.error from unsettled
-        self.doubt()  # its ID and place are free, which asking again tells
+        self._machine.doubt()  # its ID and place are free, which asking again tells
         return Outcome.REMOVED
 
 

@@ -1,21 +1,22 @@
 """One virtual machine and what is plugged into it: the asyncio front door.
 
-It connects to its VMM when it first has to, which is at once when the store knows devices of it. What its devices call is the receiver's.
+It connects to its VMM when it first has to, which is at once when the store knows devices of it. What it has is a machine; here is what a
+caller may do with it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
+from pyblock import road
 from pyblock.allotment import Allotment
 from pyblock.batch import Batch, raise_first
-from pyblock.device import AttachedDevice, BlockDevice, Forgotten
+from pyblock.device import AttachedDevice, BlockDevice
 from pyblock.errors import (
     ClosedMeanwhile,
     DeviceOutcome,
@@ -30,10 +31,10 @@ from pyblock.hypervisors import open_hypervisor
 from pyblock.hypervisors.base import Hypervisor, typed
 from pyblock.index import BlockIndex
 from pyblock.loading import loading
+from pyblock.machine import GRACE, Machine
 from pyblock.manager import Device, DeviceManager
 from pyblock.model import DeviceInfo
-from pyblock.receiver import GRACE, Receiver
-from pyblock.recovery import SETTLE_TIME, Finding
+from pyblock.recovery import SETTLE_TIME, Finding, Recovery
 from pyblock.table import Phase
 from pyblock.tasks import deadline_after, log, over
 
@@ -56,7 +57,7 @@ SANDBOX_ID_MAX = 128
 Image = str | os.PathLike[str] | DeviceInfo
 
 
-class Sandbox(Receiver):
+class Sandbox:
     """:param sandbox_id: 1 to 128 of A-Z a-z 0-9 _ . - beginning with a letter or digit. Raises InvalidID.
     :param vm: the VMM's address (`qemu:/path/to/qmp.sock`, `memory:`), or an adapter. Raises UnknownScheme.
     :param driver: the driver of devices that ask for none. Raises UnknownDriver.
@@ -74,7 +75,9 @@ class Sandbox(Receiver):
     (pyblock.blocking is).
     """
 
-    __slots__ = ("__weakref__", "_batches", "_open_timeout", "_recover", "_saving", "_store")
+    __slots__ = (
+        "__weakref__", "_batches", "_machine", "_open_timeout", "_recover", "_recovery", "_saving", "_store",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -94,29 +97,25 @@ class Sandbox(Receiver):
             raise InvalidValue(f"block offset {block_offset!r} is not in 0 … {capacity - 1}")
         vmm = open_hypervisor(vm) if isinstance(vm, str) else vm
         offsets = None if block_offset is None else {"vd": block_offset}
-        super().__init__(sandbox_id, vmm, DeviceManager(driver), Allotment(capacity, offsets))
-        self._batches: set[asyncio.Task[list[AttachedDevice]]] | None = None  # that are under way
+        self._machine = Machine(sandbox_id, vmm, DeviceManager(driver), Allotment(capacity, offsets))
+        self._recovery = Recovery(self._machine)
+        self._batches: set[asyncio.Task[list[AttachedDevice]]] = set()  # that are under way
         self._saving: asyncio.Future[None] | None = None  # the last save, which may still be under way
         self._store = store
         self._recover = recover
         self._open_timeout = open_timeout
 
-    def __del__(self) -> None:
-        if (ledger := getattr(self, "_ledger", None)) is not None and ledger.abandon():
-            # Not its repr: what it consists of may have been deleted before it.
-            warnings.warn(f"unclosed sandbox {self.id}: use 'async with', or close it", ResourceWarning, stacklevel=2, source=self)
-
     def __repr__(self) -> str:
         return f"<Sandbox {self.id} {len(self.manager)} devices, {len(self.index)} indexes taken>"
 
     async def __aenter__(self) -> Self:
-        if self._open:
-            self._check_loop()
+        if self._machine.opened:
+            self._machine.check_loop()
         store = self._find_store()
         deadline = deadline_after(self._open_timeout)
         if store is not None:
-            await self._take_up(store, deadline)
-        self._open, self._loop = True, asyncio.get_running_loop()
+            await self._machine.take_up(store, deadline)
+        self._machine.opened, self._machine.loop = True, asyncio.get_running_loop()
         self._recovery.begin()
         if self._recover and len(self.manager):
             try:
@@ -131,7 +130,7 @@ class Sandbox(Receiver):
     def _find_store(self) -> Store | None:
         if self._store != "host":
             return self._store
-        if not self._vmm.address:
+        if not self._machine.vmm.address:
             return None
         with loading("the store"):
             from pyblock.stores import host_store  # noqa: PLC0415
@@ -151,21 +150,32 @@ class Sandbox(Receiver):
         stored = await store.read(sandbox_id)
         sandbox = cls(sandbox_id, "memory:", store=None, capacity=CAPACITY_MAX)
         where = f"{store!r}, sandbox {sandbox_id!r}"
-        devices, sandbox._allotment, sandbox._kept = sandbox._restored(decode_rows(stored.state, stored.devices, where=where), where=where)
-        sandbox.manager.take_in(devices)
+        machine, state = sandbox._machine, decode_rows(stored.state, stored.devices, where=where)
+        devices, machine.allotment, machine.kept = machine.restored(state, where=where)
+        machine.manager.take_in(devices)
         return sandbox
 
     @classmethod
     async def export(cls, store: Store, sandbox_id: str, path: str | os.PathLike[str]) -> None:
         """Writes a sandbox of a store as `save` does. Raises also what `stored` does."""
         sandbox = await cls.stored(store, sandbox_id)
-        sandbox._open = True
+        sandbox._machine.opened = True
         await sandbox.save(path)
+
+    @property
+    def id(self) -> str:
+        """The sandbox ID."""
+        return self._machine.id
+
+    @property
+    def manager(self) -> DeviceManager:
+        """The registry of its devices; it also counts those that are no disks."""
+        return self._machine.manager
 
     @property
     def index(self) -> BlockIndex:
         """The block index: which indexes are taken."""
-        return self._allotment.index
+        return self._machine.allotment.index
 
     @property
     def devices(self) -> list[Device]:
@@ -234,7 +244,7 @@ class Sandbox(Receiver):
         try:
             await self._recovery.ask(deadline)
             fresh = [device for device in dict.fromkeys(devices) if device.phase is Phase.DETACHED and device.operation is None]
-            self._allotment.plan(fresh)
+            self._machine.allotment.plan(fresh)
         except BaseException:
             for device in devices:
                 self.manager.drop(device)
@@ -243,11 +253,10 @@ class Sandbox(Receiver):
             devices,
             lambda position: self._attach(devices[position], infos[position], deadline),
             partial(self.detach, timeout=GRACE),
-            begun=lambda: self._allotment.unplan(fresh),  # all have reserved by now but those that wait for their turn
+            begun=lambda: self._machine.allotment.unplan(fresh),  # all have reserved by now but those that wait for their turn
             progress=progress,
         )
         task = asyncio.ensure_future(batch.run())
-        self._batches = self._batches or set()
         self._batches.add(task)
         try:
             await asyncio.wait([task])
@@ -258,7 +267,7 @@ class Sandbox(Receiver):
                 await batch.take_back()
             raise
         finally:
-            self._batches = self._batches - {task} or None  # an empty set would be a fifth of an idle sandbox's own memory
+            self._batches.discard(task)
         if task.cancelled():
             text = f"sandbox {self.id} was closed while {len(devices)} devices were being attached; those that were are detached"
             closed = ClosedMeanwhile(text, sandbox=self.id)
@@ -274,22 +283,21 @@ class Sandbox(Receiver):
         Raises UnknownDevice, NotAttached; StoreError, DeadlinePassed (nothing was changed); VmmRefused (it stays attached); DetachPending
         (not confirmed: everything stays taken, and calling again is safe, also after a late confirmation has finished the job).
         """
-        self.check()
+        self._machine.check()
         deadline = deadline_after(timeout)
         device_id = device if isinstance(device, str) else device.id
         if device_id in self.manager:
             await self._recovery.ask(deadline)
-        if self._late is not None and device_id in self._late and device_id not in self.manager:
-            del self._late[device_id]
+        late = self._machine.late
+        if device_id in late and device_id not in self.manager:
+            del late[device_id]
             return  # it was told "pending", and is gone since
         found = self.manager.find(device_id)
         if not isinstance(device, str) and device is not found:
             raise UnknownDevice(f"device {device_id!r} of this sandbox is another object; the one given was detached, or belongs elsewhere")
-        if isinstance(found, BlockDevice):
-            await found.detach(self, deadline)
-        else:
-            await self.manager.detach(device_id, self, deadline)
-            self.drop(found)
+        await self._detach_known(found, deadline)
+        if not isinstance(found, BlockDevice):
+            self._machine.drop(found)
 
     async def detach_many(self, devices: Iterable[Device | str], *, timeout: float | None = TIMEOUT) -> None:
         """Detaches many devices at once. All are tried; the first error is raised, the others are its notes, and its `outcomes` say of each
@@ -303,7 +311,7 @@ class Sandbox(Receiver):
     async def save(self, path: str | os.PathLike[str]) -> None:
         """Writes devices, counts and indexes to a JSON file, atomically and synced. Raises StateError when the file there is something
         else, StoreError when it cannot be written."""
-        self.check()
+        self._machine.check()
         # One after the other, and each whole: an older picture must not come after a newer one, nor a cancelled one be half awaited.
         saving = self._saving = asyncio.ensure_future(self._save(path, self._saving))
         saving.add_done_callback(lambda task: task.cancelled() or task.exception())
@@ -327,7 +335,7 @@ class Sandbox(Receiver):
         with loading("a state file"):
             from pyblock.stores import json_file  # noqa: PLC0415
 
-        self.check()
+        self._machine.check()
         state = await asyncio.to_thread(json_file.read, path)
         await self.restore(state, where=f"state file {os.fspath(path)!r}", share=share)
 
@@ -336,12 +344,12 @@ class Sandbox(Receiver):
         with loading("a saved state"):
             from pyblock.persist import sandbox_to_state  # noqa: PLC0415
 
-        self.check()
-        return sandbox_to_state(self.id, self.manager, self._allotment, self._kept)
+        self._machine.check()
+        return sandbox_to_state(self.id, self.manager, self._machine.allotment, self._machine.kept)
 
     async def restore(self, state: SandboxState, *, where: str = "the state", share: bool = False) -> None:
         """Restores a decoded state; see `load`."""
-        await self._load(state, where=where, share=share)
+        await self._machine.load_state(state, where=where, share=share)
 
     async def reconcile(self, *, dry_run: bool = False, orphans: bool = False, timeout: float | None = RECONCILE_TIME) -> list[Finding]:
         """Asks the VMM now what it has, settles what differs from what is known, and returns the differences.
@@ -354,7 +362,7 @@ class Sandbox(Receiver):
         :param timeout: seconds for all of it, None for no deadline; removals that take longer are pending, and go on by themselves.
         Raises DeadlinePassed or TransportError when the VMM does not answer; nothing is then changed.
         """
-        self.check()
+        self._machine.check()
         return await self._recovery.reconcile(deadline_after(timeout), dry_run=dry_run, orphans=orphans)
 
     async def forget(self) -> list[str]:
@@ -362,24 +370,25 @@ class Sandbox(Receiver):
 
         Raises MachineAnswers unless its socket is absent or nobody listens there; StoreError.
         """
-        self.check()
+        self._machine.check()
         with typed(f"sandbox {self.id}: finding out whether its machine is gone"):
-            gone = await self._vmm.is_gone()
+            gone = await self._machine.vmm.is_gone()
         if not gone:
-            raise MachineAnswers(f"sandbox {self.id}: its machine {self._vmm.address} still answers; detach its devices, or end it first")
-        await self._cut_off()
-        given_up = self._clear()
-        if self._ledger is not None:
-            await self._ledger.flush(state=b"")
+            address = self._machine.vmm.address
+            raise MachineAnswers(f"sandbox {self.id}: its machine {address} still answers; detach its devices, or end it first")
+        await self._machine.cut_off()
+        given_up = self._machine.clear()
+        if self._machine.ledger is not None:
+            await self._machine.ledger.flush(state=b"")
         return given_up
 
     async def settle(self, timeout: float = GRACE) -> None:
         """Waits, so many seconds at most, until attaches that nobody waits for any more are undone, and saves are written."""
-        self._check_loop()
+        self._machine.check_loop()
         await self._settle(timeout)
 
     async def _settle(self, timeout: float) -> None:
-        undoing = [operation.settled(None) for operation in self.running if operation.abandoned and operation.undoing]
+        undoing = [operation.settled(None) for operation in self._machine.running if operation.abandoned and operation.undoing]
         if self._saving is not None:
             undoing.append(over(self._saving))
         if undoing:
@@ -388,8 +397,9 @@ class Sandbox(Receiver):
     async def close(self) -> None:
         """Ends the connection to the VMM; the machine keeps what it has. Attaches that nobody waits for any more, and batches that are
         under way, are first undone, within 5 s; what is then still under way is left pending. Takes 10 s at most."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._check_loop()
+        machine = self._machine
+        if machine.loop is not None and not machine.loop.is_closed():
+            machine.check_loop()
         loop = asyncio.get_running_loop()
         undone, over_ = loop.time() + GRACE, loop.time() + CLOSE_TIME
         try:
@@ -400,16 +410,16 @@ class Sandbox(Receiver):
                 await asyncio.wait(batches, timeout=GRACE)
             await self._settle(undone - loop.time())
         finally:
-            self._open = False
+            machine.opened = False
             try:
                 await self._recovery.end()
-                await self._cut_off()
+                await machine.cut_off()
             finally:
-                self._loop = None
+                machine.loop = None
                 try:
-                    await self._disconnect(over_)
+                    await machine.disconnect(over_)
                 finally:
-                    await self._give_up(over_)
+                    await machine.close_ledger(over_)
 
     def _info(
         self,
@@ -433,7 +443,7 @@ class Sandbox(Receiver):
 
     def _obtain(self, infos: Sequence[DeviceInfo], *, many: bool = False) -> list[BlockDevice]:
         """The devices for what the caller wants, one user counted on each; all or none."""
-        self.check()
+        self._machine.check()
         devices: list[BlockDevice] = []
         try:
             for info in infos:
@@ -455,14 +465,26 @@ class Sandbox(Receiver):
         while True:
             try:
                 await self._recovery.ask(deadline)
-                await device.attach(self, deadline)
-            except Forgotten:
-                [device] = self._obtain([info])
+                if await road.attach(self._machine, device, deadline):
+                    return device  # type: ignore[return-value]  # it is attached
             except BaseException:
                 self.manager.drop(device)
                 raise
-            else:
-                return device  # type: ignore[return-value]  # it is attached
+            [device] = self._obtain([info])  # the other has ended meanwhile
+
+    # What the manager asks for.
+
+    async def _attach_known(self, device: Device, deadline: float | None) -> None:
+        if not isinstance(device, BlockDevice):
+            await self._machine.count(device, 1, deadline)
+        elif not await road.attach(self._machine, device, deadline):
+            raise UnknownDevice(f"device {device.id!r} has ended meanwhile; attach its image anew")
+
+    async def _detach_known(self, device: Device, deadline: float | None) -> None:
+        if isinstance(device, BlockDevice):
+            await road.detach(self._machine, device, deadline)
+        else:
+            await self._machine.count(device, -1, deadline)
 
 
 def _outcome(device: Device | str, error: BaseException | None) -> DeviceOutcome:

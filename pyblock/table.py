@@ -1,12 +1,21 @@
-"""What may follow what in the life of a device: a pure table, without a clock or any I/O.
+"""What may follow what when a disk comes and goes: pure tables, without a clock, a task or any I/O.
 
-LIFE says where each event leads from each phase; what it does not say cannot be. The phase itself
-lives in `BlockDevice.phase`. docs/recovery.md draws its diagram from this table.
+Five small state machines drive a device, and each has one place where its state lives:
+
+- Phase, where a device stands: `BlockDevice.phase`. LIFE says where an Event leads; what it does not
+  say cannot be. The phase changes in `Machine.move` and nowhere else.
+- Stage, how far an operation got: `Operation.stage`. It only grows.
+- Waiters, who hears of an operation's outcome: `Operation.waiters`; JOINED and LEFT_BY lead on.
+- Failure, how a step of it failed; with Aim, what the step was for, FOLLOWS says which Event that is.
+- End, how a device came to hold nothing: an argument of `Machine.give_back`, which forgets the device
+  or not.
+
+docs/recovery.md draws its diagram from LIFE.
 """
 
 from __future__ import annotations
 
-from enum import StrEnum
+from enum import Enum, IntEnum, StrEnum
 
 # The original's count is a Go uint, which JSON readers hold in 64 bits with a sign.
 ATTACH_COUNT_MAX = 2**63 - 1
@@ -41,6 +50,7 @@ LIFE: dict[tuple[Phase, Event], Phase] = {
     (Phase.ATTACHING, Event.PLUGGED): Phase.ATTACHED,
     (Phase.ATTACHING, Event.UNDONE): Phase.DETACHED,
     (Phase.ATTACHING, Event.UNKNOWN): Phase.ATTACH_PENDING,
+    (Phase.ATTACH_PENDING, Event.UNDONE): Phase.DETACHED,
     (Phase.ATTACH_PENDING, Event.DETACH): Phase.DETACHING,
     (Phase.ATTACH_PENDING, Event.GONE): Phase.DETACHED,
     (Phase.ATTACH_PENDING, Event.KEPT): Phase.ATTACHED,
@@ -59,6 +69,8 @@ LIFE: dict[tuple[Phase, Event], Phase] = {
 HOLDING = frozenset(Phase) - {Phase.DETACHED}
 # In these nobody knows what the VMM has, or nobody was told.
 PENDING = frozenset({Phase.ATTACH_PENDING, Phase.DETACH_PENDING})
+# In these a removal was asked for by a detach.
+GOING = frozenset({Phase.DETACHING, Phase.DETACH_PENDING})
 
 
 class IllegalEvent(RuntimeError):
@@ -74,9 +86,71 @@ class IllegalEvent(RuntimeError):
         self.event = event
 
 
-def after(phase: Phase, event: Event) -> Phase:
-    """The phase that an event leads to. Raises IllegalEvent."""
-    try:
-        return LIFE[phase, event]
-    except KeyError:
-        raise IllegalEvent(phase, event) from None
+class Stage(IntEnum):
+    """How far an operation got. Cut off before ACTING it has changed nothing; after, nobody knows."""
+
+    WRITING = 0  # what is intended is being written down
+    ACTING = 1  # the VMM is asked, or may be
+    REMOVING = 2  # the VMM is asked to remove it
+    OVER = 3  # what is left of it changes nothing any more
+
+
+class Waiters(Enum):
+    """Who waits for an operation."""
+
+    AWAITED = "awaited"  # by all who ever asked
+    LEFT = "left by some"  # who may ask again what became of it
+    ABANDONED = "abandoned"  # nobody does; an attach is then undone
+
+
+JOINED = {
+    Waiters.AWAITED: Waiters.AWAITED,
+    Waiters.LEFT: Waiters.LEFT,
+    Waiters.ABANDONED: Waiters.LEFT,
+}
+
+
+class Aim(Enum):
+    """What a step on the road is for."""
+
+    PLUG = "plug in"
+    UNPLUG = "remove what is attached"
+    RESUME = "remove what a detach left pending"
+    UNDO = "remove what nobody has"
+
+
+class Failure(Enum):
+    """How a step failed."""
+
+    UNSENT = "before the VMM was touched"
+    REFUSED = "VMM or guest said no"
+    UNREACHED = "VMM could not be asked"
+    UNKNOWN = "nobody knows how far it got"
+
+
+FOLLOWS: dict[tuple[Aim, Failure], Event] = {
+    (Aim.PLUG, Failure.UNSENT): Event.UNDONE,
+    (Aim.PLUG, Failure.REFUSED): Event.UNDONE,
+    (Aim.PLUG, Failure.UNREACHED): Event.UNDONE,
+    (Aim.PLUG, Failure.UNKNOWN): Event.UNKNOWN,
+    (Aim.UNPLUG, Failure.UNSENT): Event.KEPT,
+    (Aim.UNPLUG, Failure.REFUSED): Event.KEPT,
+    (Aim.UNPLUG, Failure.UNREACHED): Event.KEPT,
+    (Aim.UNPLUG, Failure.UNKNOWN): Event.UNKNOWN,
+    (Aim.RESUME, Failure.UNSENT): Event.UNKNOWN,
+    (Aim.RESUME, Failure.REFUSED): Event.KEPT,
+    (Aim.RESUME, Failure.UNREACHED): Event.UNKNOWN,
+    (Aim.RESUME, Failure.UNKNOWN): Event.UNKNOWN,
+    (Aim.UNDO, Failure.UNSENT): Event.UNKNOWN,
+    (Aim.UNDO, Failure.REFUSED): Event.UNKNOWN,
+    (Aim.UNDO, Failure.UNREACHED): Event.UNKNOWN,
+    (Aim.UNDO, Failure.UNKNOWN): Event.UNKNOWN,
+}
+
+
+class End(Enum):
+    """How a device came to hold nothing."""
+
+    UNDONE = "an attach was undone"  # whoever uses it still may
+    DETACHED = "its last detach succeeded"  # and its caller hears of it
+    LATE = "it ended when nobody waited for that"  # its caller was told "pending", or has gone

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 from pyblock.errors import DeadlinePassed, InvalidTimeout
+from pyblock.table import JOINED, Stage, Waiters
 
 Result = TypeVar("Result")
 
@@ -64,76 +65,109 @@ async def over(future: asyncio.Future[Any]) -> None:
 
 
 class Operation:
-    """A task and whether somebody still waits for it.
+    """A task and who waits for it.
 
-    :ivar abandoned: nobody does.
-    :ivar left: somebody went away before it was over, and may ask again what became of it.
-    :ivar undoing: the work, once abandoned, undoes itself and should be given the time for that.
-    :ivar begun: it has got as far as the VMM. Until then it keeps to its caller's deadline by itself, and changes nothing when it fails.
-    :ivar removing: it has asked the VMM for a removal.
+    :ivar waiters: who hears of its outcome.
+    :ivar stage: how far it got. Until ACTING it keeps to its caller's deadline by itself, and changes
+        nothing when it fails.
+    :ivar undoing: nobody asked for a removal: abandoned, it undoes itself, and should be given the time
+        for that.
+    :ivar done: it is over.
+    :ivar error: what it ended in, None where it succeeded.
     """
 
-    __slots__ = ("_task", "_waiters", "abandoned", "begun", "left", "removing", "undoing")
+    __slots__ = ("_task", "_waiting", "_wakers", "done", "error", "stage", "undoing", "waiters")
 
-    def __init__(self, *, abandoned: bool = False, undoing: bool = False) -> None:
-        self.abandoned = self.left = abandoned
+    def __init__(self, waiters: Waiters = Waiters.AWAITED, *, undoing: bool = False) -> None:
+        self.waiters = waiters
+        self.stage = Stage.WRITING
         self.undoing = undoing
-        self.begun = False
-        self.removing = False
-        self._waiters = 0
+        self.done = False
+        self.error: BaseException | None = None
+        self._waiting = 0
+        self._wakers: list[asyncio.Future[None]] = []
         self._task: asyncio.Task[None] | None = None
 
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Starts the work, which may be over before this returns (asyncio's eager tasks): whoever it belongs to has the operation by then,
-        and keeps it until it is over, for the event loop holds its tasks weakly."""
-        self._task = asyncio.get_running_loop().create_task(work)
-        self._task.add_done_callback(self._over)
+    def start(self) -> None:
+        """Starts the work, which may be over before this returns (asyncio's eager tasks): whoever it
+        belongs to has the operation by then, and keeps it until it is over, for the event loop holds
+        its tasks weakly."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def work(self) -> None:
+        """What it does."""
+        raise NotImplementedError
+
+    async def _run(self) -> None:
+        try:
+            await self.work()
+        except BaseException as error:
+            self.error = error
+            if not isinstance(error, Exception | asyncio.CancelledError):
+                raise
+            if self.waiters is Waiters.ABANDONED:
+                log.warning("an operation that nobody waits for any more ended in: %s", error)
+        finally:
+            self.stage, self.done = Stage.OVER, True
+            for waker in self._wakers:
+                if not waker.done():
+                    waker.set_result(None)
 
     @property
-    def done(self) -> bool:
-        return self._task is not None and self._task.done()
+    def abandoned(self) -> bool:
+        """Nobody waits for it."""
+        return self.waiters is Waiters.ABANDONED
 
     @property
     def succeeded(self) -> bool:
         """True when it is over and raised nothing."""
-        task = self._task
-        return task is not None and task.done() and not task.cancelled() and task.exception() is None
+        return self.done and self.error is None
 
     def cancel(self) -> None:
         """Ends the work where it stands; what it was about is then left with an unknown outcome."""
-        self._work.cancel()
+        assert self._task is not None  # nobody knows of an operation that was not started
+        self._task.cancel()
 
     async def settled(self, deadline: float | None) -> None:
-        """Returns when the operation is over, however it ended. Raises TimeoutError when the deadline passes first."""
-        async with asyncio.timeout_at(deadline):
-            await asyncio.wait([self._work])
+        """Returns when the operation is over, however it ended. Raises TimeoutError when the deadline
+        passes first. A cancellation ends the waiting only."""
+        if self.done:
+            return await asyncio.sleep(0)  # eager tasks: others have their turn, however many operations follow
+        loop = asyncio.get_running_loop()
+        waker = loop.create_future()
+        self._wakers.append(waker)
+        timer = loop.call_at(deadline, _expire, waker) if deadline is not None else None
+        try:
+            await waker
+        finally:
+            self._wakers.remove(waker)
+            if timer is not None:
+                timer.cancel()
 
-    async def watch(self, deadline: float | None) -> None:
-        """Returns, or raises, what the work did, for one whose coming and going changes nothing. Raises TimeoutError."""
-        await self.settled(deadline)
-        self._work.result()
+    async def watch(self) -> None:
+        """Returns, or raises, what the work did, for one whose coming and going changes nothing."""
+        await self.settled(None)
+        if self.error is not None:
+            raise self.error
 
     async def result(self, deadline: float | None) -> None:
-        """Returns, or raises, what the work did. A deadline (TimeoutError) or cancellation gives the work up as abandoned."""
-        self.abandoned = False
-        self._waiters += 1
+        """Returns, or raises, what the work did. A deadline (TimeoutError) or cancellation ends the
+        waiting, and perhaps leaves it abandoned."""
+        self.waiters = JOINED[self.waiters]
+        self._waiting += 1
         try:
-            await self.settled(deadline)  # no shield: from Python 3.14 on that reports an error after a cancelled wait to the event loop
-            self._work.result()
+            await self.settled(deadline)
         finally:
-            self._waiters -= 1
+            self._waiting -= 1
             if not self.done:
-                self.left = True
-                self.abandoned = not self._waiters
+                self.waiters = Waiters.LEFT if self._waiting else Waiters.ABANDONED
+        if self.error is not None:
+            raise self.error
 
-    @property
-    def _work(self) -> asyncio.Task[None]:
-        assert self._task is not None  # nobody knows of an operation that was not started
-        return self._task
 
-    def _over(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None and self.abandoned:
-            log.warning("an operation that nobody waits for any more ended in: %s", error)
+def _expire(waker: asyncio.Future[None]) -> None:
+    if not waker.done():
+        waker.set_exception(TimeoutError())
 
 
 class Ended(Exception):

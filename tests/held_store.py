@@ -106,11 +106,13 @@ def locked(store: SqliteStore) -> Iterator[None]:
 
 
 async def ended(*tasks: asyncio.Task[Any]) -> None:
-    """Returns when they are over; fails when they never are."""
-    _, going = await asyncio.wait(tasks, timeout=LATE)
+    """Returns when they are over; fails when they never are. What they raised counts as seen."""
+    done, going = await asyncio.wait(tasks, timeout=LATE)
     for task in going:
         task.cancel()
     assert not going
+    for task in done:
+        _ = task.cancelled() or task.exception()
 
 
 async def reached(vm: MemoryHypervisor, step: str, times: int = 1) -> None:

@@ -22,9 +22,10 @@ import eager
 import pyblock
 from pyblock import BlockDevice, Phase, PyblockError, Sandbox
 from pyblock.hypervisors.memory import MemoryHypervisor
+from pyblock.machine import Machine
 from pyblock.model import BlockDrive
 from pyblock.stores.sqlite import SqliteStore
-from pyblock.table import HOLDING
+from pyblock.table import HOLDING, Stage
 
 PENDING = (Phase.ATTACH_PENDING, Phase.DETACH_PENDING)
 ADDING = ("backend-add", "device-add")
@@ -124,15 +125,24 @@ class Vm(MemoryHypervisor):
             self.let_go(step)
 
 
-class Watched(Sandbox):
-    """A sandbox whose every new index must be the lowest free one."""
+class WatchedMachine(Machine):
+    """One whose every new index must be the lowest free one."""
 
-    def reserve(self, device: BlockDevice) -> BlockDrive:
-        taken = set(self.index)
-        planned = device.id in (self._allotment._planned or ())
-        drive = super().reserve(device)
-        assert planned or drive.index == lowest(taken)
-        return drive
+    __slots__ = ()
+
+    def take(self, device: BlockDevice) -> None:
+        taken = set(self.allotment.index)
+        planned = device.id in (self.allotment._planned or ())
+        super().take(device)
+        assert planned or device.held.index == lowest(taken)
+
+
+class Watched(Sandbox):
+    """A sandbox with such a machine."""
+
+    def __init__(self, *what: Any, **how: Any) -> None:
+        super().__init__(*what, **how)
+        self._machine.__class__ = WatchedMachine
 
 
 def lowest(taken: set[int], count: int = 1) -> int:
@@ -389,7 +399,7 @@ class World:
         for box in self.of(place):
             for device in box.blocks:
                 self._meet(device, box.known[self._image_of[device.info.path]])
-                if device.operation is not None and device.operation.begun:
+                if device.operation is not None and device.operation.stage >= Stage.ACTING:
                     self.reached[f"died while {device.phase.value}"] += 1
                     drive = device.held.id
                     if drive in box.vm.backends and drive not in box.vm.devices:
@@ -683,7 +693,7 @@ class World:
         holding = [device for device in box.blocks if device.phase in HOLDING]
         drives = {device.held.id for device in holding}
         assert len(drives) == len(holding)
-        planned = [index for index, _ in (box.open._allotment._planned or {}).values()]  # of a batch that is just beginning
+        planned = [index for index, _ in (box.open._machine.allotment._planned or {}).values()]  # of a batch that is just beginning
         assert sorted(box.open.index) == sorted([*(device.held.index for device in holding), *planned])
         assert all(device.drive is None for device in box.blocks if device.phase is Phase.DETACHED)
         assert box.vm.backends.keys() | box.vm.devices.keys() <= drives

@@ -35,12 +35,12 @@ def _device(device: Any) -> tuple[Any, ...]:
 
 def ordinals(sandbox: Sandbox) -> dict[str, list[int]]:
     """The ordinals that are taken, by family."""
-    return {prefix: list(taken) for prefix, taken in sandbox._allotment._ordinals.items() if len(taken)}
+    return {prefix: list(taken) for prefix, taken in sandbox._machine.allotment._ordinals.items() if len(taken)}
 
 
 def drive_ids(sandbox: Sandbox) -> set[str]:
     """The drive IDs that are taken."""
-    return set(sandbox._allotment._drive_ids)
+    return set(sandbox._machine.allotment._drive_ids)
 
 
 def snapshot(sandbox: Sandbox) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def snapshot(sandbox: Sandbox) -> dict[str, Any]:
         "index": list(sandbox.index),
         "ordinals": ordinals(sandbox),
         "drive IDs": drive_ids(sandbox),
-        "operations": len(sandbox.running),
+        "operations": len(sandbox._machine.running),
     }
 
 

@@ -131,7 +131,7 @@ class Place:
         named = {drive.id: drive.file for drive in drives}
         hold(vm.backends == named, f"the machine of {name} has the backends {vm.backends}, not {named}")
         hold(vm.devices.keys() == named.keys(), f"the machine of {name} has the devices {vm.devices}, not {named}")
-        hold(not sandbox.running, f"sandbox {name} has {len(sandbox.running)} operations under way")
+        hold(not sandbox._machine.running, f"sandbox {name} has {len(sandbox._machine.running)} operations under way")
 
 
 class Timings:
@@ -308,7 +308,7 @@ class Soak:
                 running += await self.begin(place)
         self.store.die()
         for place in self.places:
-            for operation in place.sandbox.running:
+            for operation in place.sandbox._machine.running:
                 operation.cancel()
         for ended in await asyncio.gather(*running, return_exceptions=True):
             hold(isinstance(ended, PyblockError), f"an operation that was cut off ended in {ended!r}")

@@ -142,7 +142,7 @@ async def opened(
 
 async def _hint(sandbox: Sandbox) -> str:
     """What a program that goes on would do by itself, and a command leaves to its user."""
-    if len(sandbox.manager) and await sandbox.vmm.is_gone():
+    if len(sandbox.manager) and await sandbox._machine.vmm.is_gone():
         return f"nobody listens there; if that machine has ended, give up what belonged to it with: pyblock forget {sandbox.id}"
     return pending(sandbox)
 

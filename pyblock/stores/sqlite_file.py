@@ -101,8 +101,10 @@ class SqliteFile:
         forks.watch(self)
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):
+        try:  # noqa: SIM105 - at the end of the interpreter contextlib may be gone
             self.close()
+        except Exception:
+            pass
 
     @property
     def name(self) -> str:

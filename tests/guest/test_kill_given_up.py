@@ -103,7 +103,7 @@ class Victim(Scene):
             ended = DONE if not task.cancelled() and task.exception() is None else GIVEN_UP
             os.write(report, ended)
             steps = len(points.reached)
-            while running := sandbox.running:
+            while running := sandbox._machine.running:
                 await running[0].settled(None)
             os.write(report, SETTLED)
         store.close()

@@ -159,8 +159,8 @@ def lose_what_is_there(patch: Patch) -> None:
 
     async def blind(recovery: Recovery) -> list[Difference]:
         found = await look(recovery)
-        if not recovery._receiver.running and recovery._receiver.manager:
-            for device in recovery._receiver.manager:
+        if not recovery._machine.running and recovery._machine.manager:
+            for device in recovery._machine.manager:
                 if (drive := getattr(device, "drive", None)) is not None and device.attached:  # type: ignore[union-attr]
                     return [*found, Difference(Found.LOST, drive, drive.id, device, None)]  # type: ignore[arg-type]
         return found

@@ -104,7 +104,7 @@ def all_taken(sandbox: Sandbox, driver: str) -> BlockDevice:
 
 
 async def quiet(sandbox: Sandbox) -> None:
-    for operation in list(sandbox.running):
+    for operation in list(sandbox._machine.running):
         await operation.settled(None)
 
 
@@ -135,7 +135,7 @@ async def settle(bench: Bench, sandbox: Sandbox, driver: str) -> None:
 
 async def hung_up(sandbox: Sandbox) -> None:
     """Returns when the sandbox has noticed that its connection ended."""
-    session = cast(QemuHypervisor, sandbox._vmm)._qmp
+    session = cast(QemuHypervisor, sandbox._machine.vmm)._qmp
     while session._connection is not None:
         await asyncio.sleep(0)
 

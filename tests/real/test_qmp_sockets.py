@@ -97,7 +97,7 @@ async def is_refused(sandbox: Sandbox, image: Path, kind: type[PyblockError], pa
     assert type(caught.value) is kind
     assert str(path) in str(caught.value) or sandbox.id in str(caught.value)
     assert (sandbox.devices, list(sandbox.index), ordinals(sandbox), drive_ids(sandbox)) == ([], [], {}, set())
-    assert not sandbox.running
+    assert not sandbox._machine.running
 
 
 async def works(sandbox: Sandbox, machine: Machine, image: Path, path: Path) -> None:

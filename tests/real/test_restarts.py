@@ -29,11 +29,11 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
 
 async def replaced(sandbox: Sandbox, first: Machine, second: Machine) -> None:
     """The second machine is at the address of the first, and the end of the first was noticed."""
-    losses = sandbox.vmm.losses
+    losses = sandbox._machine.vmm.losses
     first.kill()
     first.qmp_path.unlink()
     first.qmp_path.symlink_to(second.qmp_path)
-    while sandbox.vmm.losses == losses:
+    while sandbox._machine.vmm.losses == losses:
         await asyncio.sleep(0)
 
 

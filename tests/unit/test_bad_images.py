@@ -15,7 +15,7 @@ import pytest
 from children import NOBODY, in_child
 from snapshot import Busy, MakeImage, refused
 
-from pyblock import DeviceConflict, DeviceInfo, InvalidImage, NotAttached, Phase, Sandbox
+from pyblock import DeviceConflict, DeviceInfo, InvalidImage, NotAttached, Phase, Sandbox, road
 from pyblock.host import block_special_path
 from pyblock.hypervisors.memory import MemoryHypervisor
 
@@ -162,7 +162,7 @@ async def test_another_spelling_is_the_same_device(tmp_path: Path, spelling: str
         await sandbox.detach(device)
         assert (sandbox.devices, list(sandbox.index), vm.devices, vm.backends) == ([], [], {}, {})
         with pytest.raises(NotAttached):
-            await device.detach(sandbox, None)
+            await road.detach(sandbox._machine, device, None)
 
 
 @pytest.mark.parametrize(

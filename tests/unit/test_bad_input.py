@@ -28,6 +28,7 @@ from pyblock import (
     UnknownDriver,
     UnknownScheme,
     VmmRefused,
+    road,
 )
 from pyblock.blocking import Sandbox as BlockingSandbox
 from pyblock.hypervisors.base import Offer
@@ -197,7 +198,7 @@ async def test_detach_twice(busy: Busy) -> None:
     with refused(busy.sandbox, busy.vm, UnknownDevice, "'scsi'"):
         await busy.sandbox.detach("scsi")
     with refused(busy.sandbox, busy.vm, NotAttached, "scsi"):
-        await busy.scsi.detach(busy.sandbox, None)
+        await road.detach(busy.sandbox._machine, busy.scsi, None)
 
 
 async def test_detach_of_what_was_never_attached(busy: Busy, make_image: MakeImage) -> None:

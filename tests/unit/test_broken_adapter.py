@@ -265,7 +265,7 @@ async def test_a_slot_that_no_such_machine_has(slot: str, store: SqliteStore) ->
     async with Sandbox("one", vm, store=store) as sandbox:
         with refused(sandbox, vm, InvalidState, "slot", "device 0000000000000000"):
             await sandbox.restore(decode(text, where="it"), where="it")
-        assert sandbox._allotment.unused and vm._slots == 0
+        assert sandbox._machine.allotment.unused and vm._slots == 0
 
 
 @pytest.mark.parametrize(

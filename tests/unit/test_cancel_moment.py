@@ -109,7 +109,7 @@ async def test_a_disk_that_came_and_went_while_the_machine_was_asked_is_no_orpha
         await sandbox.detach(await sandbox.attach(image))  # the machine has been asked
         vm.sandbox = sandbox
         assert await sandbox.reconcile() == []
-        assert not len(sandbox.index) and not sandbox.allotment._foreign_ids
+        assert not len(sandbox.index) and not sandbox._machine.allotment._foreign_ids
 
 
 @pytest.mark.parametrize("turns", range(6))
@@ -143,7 +143,7 @@ async def test_closed_in_the_moment_in_which_a_batch_is_made(make_image: MakeIma
     async with sandbox:
         await sandbox.detach(await sandbox.attach(make_image("first")))  # the machine has been asked
         attaching = asyncio.create_task(sandbox.attach_many([make_image("a"), make_image("b")]))
-        while sandbox._batches is None:
+        while not sandbox._batches:
             await asyncio.sleep(0)
         await sandbox.close()
         with pytest.raises(ClosedMeanwhile):

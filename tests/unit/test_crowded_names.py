@@ -86,7 +86,7 @@ async def test_what_was_refused_is_on_its_way_no_more(make_image: MakeImage) -> 
         with pytest.raises(VmmRefused):
             await sandbox.attach(make_image("a"))
         assert names(await sandbox.attach(make_image("b"))) == ["/dev/sda"]
-        assert not sandbox._allotment._crowds
+        assert not sandbox._machine.allotment._crowds
 
 
 async def test_it_is_saved(store: HeldStore, make_image: MakeImage) -> None:
@@ -190,7 +190,7 @@ async def test_the_machines_own_disks_change(change: str, make_image: MakeImage)
         await sandbox.reconcile()
         assert names(await sandbox.attach(make_image("fourth"))) == [None]
         await sandbox.detach_many(sandbox.devices)
-        assert not sandbox._allotment._crowds  # each that was crowded has been counted, and has gone
+        assert not sandbox._machine.allotment._crowds  # each that was crowded has been counted, and has gone
 
 
 async def test_an_offset_that_was_given_is_no_count(make_image: MakeImage) -> None:

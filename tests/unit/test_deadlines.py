@@ -24,8 +24,8 @@ from pyblock import (
 )
 from pyblock.hypervisors.base import CONNECT_TIMEOUT, Inventory
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
+from pyblock.machine import GRACE
 from pyblock.model import BlockDrive
-from pyblock.receiver import GRACE
 from pyblock.sandbox import CLOSE_TIME, OPEN_TIME, RECONCILE_TIME, TIMEOUT
 
 pytestmark = pytest.mark.timeout(120)
@@ -128,7 +128,7 @@ class Bench:
 def test_a_call(name: str, timeout: float, make_image: MakeImage) -> None:
     asked = CALLS[name]
     bench = Bench(make_image)
-    bench.sandbox._recovery.doubt()  # as after a lost connection
+    bench.sandbox._machine.doubt()  # as after a lost connection
     bench.vm.silent.add(asked.silent)
     raises = asked.raises if timeout else DeadlinePassed  # while asking, which comes first
     if asked.silent == "inventory" and timeout > CONNECT_TIMEOUT:
@@ -156,7 +156,7 @@ def test_no_timeout_given(make_image: MakeImage) -> None:
     bench = Bench(make_image)
     bench.vm.silent.add("inventory")
     assert bench.seconds(bench.sandbox.reconcile(), DeadlinePassed)[0] == RECONCILE_TIME == 10
-    bench.sandbox._recovery.doubt()
+    bench.sandbox._machine.doubt()
     assert bench.seconds(bench.sandbox.attach(bench.images[2]), VmmUnreachable)[0] == CONNECT_TIMEOUT < TIMEOUT
     assert bench.seconds(bench.sandbox.attach(bench.images[2], timeout=None), VmmUnreachable)[0] == CONNECT_TIMEOUT
     bench.end()

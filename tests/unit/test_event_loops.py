@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from snapshot import MakeImage, refused
 
-from pyblock import BlockDevice, Sandbox, WrongEventLoop
+from pyblock import BlockDevice, Sandbox, WrongEventLoop, road
 from pyblock.hypervisors.memory import MemoryHypervisor
 
 pytestmark = pytest.mark.timeout(60)
@@ -30,8 +30,8 @@ CALLS: dict[str, Call] = {
     "load": lambda sandbox, device, image: sandbox.load(image),
     "settle": lambda sandbox, device, image: sandbox.settle(1),
     "close": lambda sandbox, device, image: sandbox.close(),
-    "device.detach": lambda sandbox, device, image: device.detach(sandbox, None),
-    "device.attach": lambda sandbox, device, image: device.attach(sandbox, None),
+    "road.detach": lambda sandbox, device, image: road.detach(sandbox._machine, device, None),
+    "road.attach": lambda sandbox, device, image: road.attach(sandbox._machine, device, None),
     "opened again": lambda sandbox, device, image: sandbox.__aenter__(),
 }
 

@@ -89,7 +89,7 @@ async def test_no_removal_without_its_row(store: HeldStore, make_image: MakeImag
         attach.cancel()
         await ended(attach)
         gate.let_go()
-        await until(lambda: not sandbox.running)
+        await until(lambda: not sandbox._machine.running)
         assert vm.said == [] and facts(sandbox)["a"] == ("attach-pending", 0)
         await sandbox.attach(make_image("c"), device_id="c")
         await until(lambda: "a" not in facts(sandbox))
@@ -109,7 +109,7 @@ async def test_an_outcome_that_was_written_along_is_one(timeout: float, store: H
         await attach
         assert rows(store)["a"] == facts(sandbox)["a"] == ("attached", 1)
         gate.let_go()
-        await until(lambda: not sandbox.running)
+        await until(lambda: not sandbox._machine.running)
         assert rows(store)["a"] == facts(sandbox)["a"] == ("attached", 1)
 
 

@@ -348,5 +348,5 @@ async def test_the_match_stays_while_a_pending_detach_is_kept(make_image: MakeIm
 
 
 def _stored(sandbox: Sandbox) -> Any:
-    sandbox._open = True
+    sandbox._machine.opened = True
     return _plain(sandbox)

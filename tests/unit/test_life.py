@@ -15,10 +15,13 @@ import pytest
 from turns import LATE, SOON, at_rest, until
 
 import pyblock
+from pyblock.allotment import Allotment
 from pyblock.drivers import SD, VD
 from pyblock.hypervisors.base import FoundDisk
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.table import HOLDING, LIFE, Event, IllegalEvent, Phase, after
+from pyblock.machine import Machine
+from pyblock.manager import DeviceManager
+from pyblock.table import HOLDING, LIFE, Event, IllegalEvent, Phase
 
 pytestmark = pytest.mark.anyio
 
@@ -63,7 +66,7 @@ def nothing_left(sandbox: pyblock.Sandbox, vm: MemoryHypervisor) -> None:
     assert not len(sandbox.index)
     assert not vm.devices
     assert not vm.backends
-    assert not sandbox.running
+    assert not sandbox._machine.running
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -268,7 +271,7 @@ async def test_cancellation_at_every_turn_of_the_loop(image: Make) -> None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
                 outcomes.add(f"{work} {'done' if done else 'cut'}")
-                await until(lambda: not sandbox.running)
+                await until(lambda: not sandbox._machine.running)
                 consistent(sandbox, vm)
                 for left in [one for one in sandbox.devices if one is not keep]:
                     await sandbox.detach(left)  # not cancelled in time, or cancelled before it began
@@ -424,11 +427,16 @@ async def test_a_batch_may_hold_one_image_twice(image: Make) -> None:
 @pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize("event", Event)
 def test_an_event_that_cannot_happen_is_a_named_fault_of_ours(phase: Phase, event: Event) -> None:
+    machine = Machine("m", MemoryHypervisor(), DeviceManager(), Allotment(1))
+    device = pyblock.BlockDevice("a", pyblock.DeviceInfo())
+    device.phase = phase
     if (phase, event) in LIFE:
-        assert after(phase, event) is LIFE[phase, event]
+        machine.move(device, event)
+        assert device.phase is LIFE[phase, event]
         return
     with pytest.raises(IllegalEvent, match=f"'{event}'.* {phase}: a fault in pyblock") as raised:
-        after(phase, event)
+        machine.move(device, event)
+    assert device.phase is phase
     assert (raised.value.phase, raised.value.event) == (phase, event)
     assert not isinstance(raised.value, pyblock.PyblockError)
 

@@ -425,7 +425,7 @@ class Model(RuleBasedStateMachine):
             world.check()
             assert not [call for call in world.calls if call.place == place]
             for box in world.of(place):
-                assert not box.open.running
+                assert not box.open._machine.running
                 live.run(box.open.reconcile())
                 world.check()
                 self._empty(box, live)

@@ -21,7 +21,7 @@ from pyblock import (
     Phase,
     Sandbox,
     UnknownDevice,
-    receiver,
+    machine,
 )
 from pyblock.drivers import SD
 from pyblock.hypervisors.base import FoundDisk
@@ -179,7 +179,7 @@ def test_the_slot_of_an_attach_is_known_after_its_process_died(make_image: MakeI
 
 async def test_what_is_remembered_for_late_callers_is_bounded(make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> None:
     bound = 4
-    monkeypatch.setattr(receiver, "LATE_MAX", bound)
+    monkeypatch.setattr(machine, "LATE_MAX", bound)
     vm, image = MemoryHypervisor(), make_image("a")
     async with Sandbox("one", vm, store=None) as sandbox:
         for number in range(2 * bound):

@@ -73,8 +73,9 @@ async def test_dropped_while_another_process_has_the_lock(store: HeldStore, make
     vm = MemoryHypervisor()
     with locked(store):
         pass
-    await drop(store, vm)
+    sandbox = await Sandbox("one", vm, store=store).__aenter__()
     with pytest.warns(ResourceWarning, match="unclosed"), locked(store):
+        del sandbox
         gc.collect()
         await asyncio.sleep(0)
         with pytest.raises(StoreBusy):

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import soak
 
+from pyblock import road
 from pyblock.allotment import Allotment
 from pyblock.device import BlockDevice
 from pyblock.errors import ImageInUse
 from pyblock.hypervisors.memory import MemoryHypervisor
+from pyblock.machine import Machine
 from pyblock.stores.base import Row
 from pyblock.stores.sqlite import SqliteStore
 
@@ -56,18 +58,18 @@ def forget_the_claim(patch: Patch) -> None:
 
 def lose_a_count(patch: Patch) -> None:
     """Every so often a count is not written down."""
-    recount = BlockDevice._recount
+    count = road.Count.work
     calls = 0
 
-    async def forgetful(device: BlockDevice, receiver: Any, operation: Any, more: int, deadline: float | None) -> None:
+    async def forgetful(operation: road.Count) -> None:
         nonlocal calls
         calls += 1
         if calls % 50:
-            return await recount(device, receiver, operation, more, deadline)
-        device.attach_count += more
-        device._operation = None
+            return await count(operation)
+        operation._device.attach_count += operation._more
+        operation._device.operation = None
 
-    patch.setattr(BlockDevice, "_recount", forgetful)
+    patch.setattr(road.Count, "work", forgetful)
 
 
 def leak_an_index(patch: Patch) -> None:
@@ -89,28 +91,28 @@ def leave_a_backend(patch: Patch) -> None:
 
 
 def leak_memory(patch: Patch) -> None:
-    attach = BlockDevice.attach
+    attach = road.attach
     leaked = []
 
-    async def leaky(device: BlockDevice, receiver: Any, deadline: float | None) -> None:
+    async def leaky(machine: Machine, device: BlockDevice, deadline: float | None) -> bool:
         leaked.append(b"\1" * 100_000)
-        await attach(device, receiver, deadline)
+        return await attach(machine, device, deadline)
 
-    patch.setattr(BlockDevice, "attach", leaky)
+    patch.setattr(road, "attach", leaky)
 
 
 def write_after_death(patch: Patch) -> None:
     """Whoever is cut off writes that down, as the dead cannot."""
-    detach = BlockDevice._detach
+    remove = road.Removal.work
 
-    async def talkative(device: BlockDevice, receiver: Any, operation: Any, deadline: float | None, **more: bool) -> None:
+    async def talkative(operation: road.Removal) -> None:
         try:
-            await detach(device, receiver, operation, deadline, **more)
+            await remove(operation)
         except BaseException:
-            await receiver.note(device)
+            await operation._machine.write_soon(operation._device)
             raise
 
-    patch.setattr(BlockDevice, "_detach", talkative)
+    patch.setattr(road.Removal, "work", talkative)
 
 
 @pytest.mark.parametrize(

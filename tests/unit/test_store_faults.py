@@ -207,7 +207,7 @@ async def test_a_store_that_cannot_be_made_is_made_later(name: str, disk: Path, 
 
 async def test_closing_a_sandbox_under_a_fault(fault: Fault, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is closed all the same, and nothing is lost: the devices stay in the machine and in the store."""
-    monkeypatch.setattr("pyblock.receiver.GRACE", SOON)
+    monkeypatch.setattr("pyblock.machine.GRACE", SOON)
     monkeypatch.setattr(sqlite_file, "PATIENCE", LATE)
     before, journal = rows(scene.store.path), list(scene.vm.journal)
     with fault.befall(scene.store):

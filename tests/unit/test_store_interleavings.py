@@ -35,7 +35,7 @@ from pyblock import (
     StoreError,
     blocking,
     ledger,
-    receiver,
+    machine,
 )
 from pyblock.drivers import SD
 from pyblock.hypervisors.base import FoundDisk, Inventory
@@ -355,7 +355,7 @@ async def test_cancelled_at_each_turn(attaches: bool, before: int, make_store: M
                 await asyncio.sleep(0)
             in_time = task.cancel()
             await ended(task)
-            await until(lambda: not sandbox.running)
+            await until(lambda: not sandbox._machine.running)
             if sandbox.devices:
                 device = next(one for one in sandbox.devices if isinstance(one, BlockDevice))
             if sandbox.devices or before:
@@ -410,7 +410,7 @@ async def test_cancelled_at_each_turn_after_the_store_was_waited_for(attaches: b
 async def test_closed_while_the_outcome_of_an_attach_is_being_written(
     waits: bool, make_store: MakeStore, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(receiver, "GRACE", SOON)
+    monkeypatch.setattr(machine, "GRACE", SOON)
     monkeypatch.setattr(Sandbox.settle, "__defaults__", (SOON,))
     vm, store, image = MemoryHypervisor(), make_store(), make_image("a")
     sandbox = await Sandbox("one", vm, store=store).__aenter__()

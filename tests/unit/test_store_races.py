@@ -225,8 +225,8 @@ class Member:
         for name, sandbox in self.sandboxes.items():
             self.compare(name, sandbox)
             # The outcome of a detach is written when the store is free, be it after the detach has returned.
-            assert sandbox._ledger is not None
-            await sandbox._ledger.flush()
+            assert sandbox._machine.ledger is not None
+            await sandbox._machine.ledger.flush()
         self.board.meet(self.number)
         # All are still there, with their sandboxes open, while one looks.
         seen = rows(self.store.path, "SELECT sandbox, id, access FROM device") if self.number == 0 else []
