@@ -34,9 +34,8 @@ from pyblock.table import (
     Failure,
     Phase,
     Stage,
-    Waiters,
 )
-from pyblock.tasks import Operation, over
+from pyblock.tasks import Operation, Waiters, over
 
 # Seconds that a cancelled call waits for what it leaves behind to be written down, before its caller
 # goes on.
@@ -85,7 +84,7 @@ async def detach(machine: Machine, device: BlockDevice, deadline: float | None) 
     again resumes, and a late confirmation finishes the job by itself.
     """
     operation = device.operation
-    removing = operation is not None and operation.stage is Stage.REMOVING
+    removing = isinstance(operation, Road) and operation.stage is Stage.REMOVING
     if isinstance(operation, Road) and operation.abandoned and (removing or device.phase in GOING):
         operation.undoing = False  # somebody wants it gone, and is to hear of that
         if device.phase in PENDING:
@@ -123,9 +122,13 @@ def reclaim(machine: Machine, device: BlockDevice, *, whole: bool) -> Operation:
 
 
 class Road(Operation):
-    """An operation of one device, which begins with the object."""
+    """An operation of one device, which begins with the object.
 
-    __slots__ = ("_deadline", "_device", "_machine")
+    :ivar stage: how far it got. Until ACTING it keeps to its caller's deadline by itself, and changes
+        nothing when it fails.
+    """
+
+    __slots__ = ("_deadline", "_device", "_machine", "stage")
 
     def __init__(
         self,
@@ -137,6 +140,7 @@ class Road(Operation):
         undoing: bool = False,
     ) -> None:
         super().__init__(waiters, undoing=undoing)
+        self.stage = Stage.WRITING
         self._machine = machine
         self._device = device
         self._deadline = deadline

@@ -4,8 +4,8 @@ Five small state machines drive a device, and each has one place where its state
 
 - Phase, where a device stands: `BlockDevice.phase`. LIFE says where an Event leads; what it does not
   say cannot be. The phase changes in `Machine.move` and nowhere else.
-- Stage, how far an operation got: `Operation.stage`. It only grows.
-- Waiters, who hears of an operation's outcome: `Operation.waiters`; JOINED and LEFT_BY lead on.
+- Stage, how far an operation got: `Road.stage`. It only grows.
+- tasks.Waiters, who hears of an operation's outcome: `Operation.waiters`.
 - Failure, how a step of it failed; with Aim, what the step was for, FOLLOWS says which Event that is.
 - End, how a device came to hold nothing: an argument of `Machine.give_back`, which forgets the device
   or not.
@@ -93,21 +93,6 @@ class Stage(IntEnum):
     ACTING = 1  # the VMM is asked, or may be
     REMOVING = 2  # the VMM is asked to remove it
     OVER = 3  # what is left of it changes nothing any more
-
-
-class Waiters(Enum):
-    """Who waits for an operation."""
-
-    AWAITED = "awaited"  # by all who ever asked
-    LEFT = "left by some"  # who may ask again what became of it
-    ABANDONED = "abandoned"  # nobody does; an attach is then undone
-
-
-JOINED = {
-    Waiters.AWAITED: Waiters.AWAITED,
-    Waiters.LEFT: Waiters.LEFT,
-    Waiters.ABANDONED: Waiters.LEFT,
-}
 
 
 class Aim(Enum):

@@ -11,10 +11,10 @@ import asyncio
 import copy
 import logging
 from collections.abc import Callable, Coroutine
+from enum import Enum
 from typing import Any, Generic, TypeVar
 
 from pyblock.errors import DeadlinePassed, InvalidTimeout
-from pyblock.table import JOINED, Stage, Waiters
 
 Result = TypeVar("Result")
 
@@ -64,23 +64,35 @@ async def over(future: asyncio.Future[Any]) -> None:
     await asyncio.wait([future])
 
 
+class Waiters(Enum):
+    """Who waits for an operation."""
+
+    AWAITED = "awaited"  # by all who ever asked
+    LEFT = "left by some"  # who may ask again what became of it
+    ABANDONED = "abandoned"  # nobody does; an attach is then undone
+
+
+JOINED = {
+    Waiters.AWAITED: Waiters.AWAITED,
+    Waiters.LEFT: Waiters.LEFT,
+    Waiters.ABANDONED: Waiters.LEFT,
+}
+
+
 class Operation:
     """A task and who waits for it.
 
     :ivar waiters: who hears of its outcome.
-    :ivar stage: how far it got. Until ACTING it keeps to its caller's deadline by itself, and changes
-        nothing when it fails.
     :ivar undoing: nobody asked for a removal: abandoned, it undoes itself, and should be given the time
         for that.
     :ivar done: it is over.
     :ivar error: what it ended in, None where it succeeded.
     """
 
-    __slots__ = ("_task", "_waiting", "_wakers", "done", "error", "stage", "undoing", "waiters")
+    __slots__ = ("_task", "_waiting", "_wakers", "done", "error", "undoing", "waiters")
 
     def __init__(self, waiters: Waiters = Waiters.AWAITED, *, undoing: bool = False) -> None:
         self.waiters = waiters
-        self.stage = Stage.WRITING
         self.undoing = undoing
         self.done = False
         self.error: BaseException | None = None
@@ -108,7 +120,7 @@ class Operation:
             if self.waiters is Waiters.ABANDONED:
                 log.warning("an operation that nobody waits for any more ended in: %s", error)
         finally:
-            self.stage, self.done = Stage.OVER, True
+            self.done = True
             for waker in self._wakers:
                 if not waker.done():
                     waker.set_result(None)

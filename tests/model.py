@@ -24,6 +24,7 @@ from pyblock import BlockDevice, Phase, PyblockError, Sandbox
 from pyblock.hypervisors.memory import MemoryHypervisor
 from pyblock.machine import Machine
 from pyblock.model import BlockDrive
+from pyblock.road import Road
 from pyblock.stores.sqlite import SqliteStore
 from pyblock.table import HOLDING, Stage
 
@@ -399,7 +400,7 @@ class World:
         for box in self.of(place):
             for device in box.blocks:
                 self._meet(device, box.known[self._image_of[device.info.path]])
-                if device.operation is not None and device.operation.stage >= Stage.ACTING:
+                if isinstance(device.operation, Road) and device.operation.stage >= Stage.ACTING:
                     self.reached[f"died while {device.phase.value}"] += 1
                     drive = device.held.id
                     if drive in box.vm.backends and drive not in box.vm.devices:

@@ -27,7 +27,7 @@ HOUSE: dict[str, str] = {
     "disk": "drivers model lineage formats host image",
     "vmm": "hypervisors",
     "store": "stores record",
-    "life": "table device batch crowd allotment generic manager registry ledger recovery receiver machine",
+    "life": "table device batch crowd allotment generic manager registry ledger recovery machine road",
     "kata": "state persist stores.json_file",
     "sandbox": "",
     "blocking": "",
@@ -42,12 +42,11 @@ UPWARD = """
     pyblock.generic -> pyblock.state
     pyblock.ledger -> pyblock.persist
     pyblock.ledger -> pyblock.state
-    pyblock.receiver -> pyblock.persist
-    pyblock.receiver -> pyblock.state
+    pyblock.machine -> pyblock.persist
+    pyblock.machine -> pyblock.state
     pyblock.stores.sqlite -> pyblock.state
 """
 CIRCLES = """
-    pyblock.receiver pyblock.recovery
 """
 FLOORS = 16  # to become 11
 
