@@ -24,8 +24,8 @@ from pyblock.errors import (
 )
 from pyblock.formats import RAW
 from pyblock.generic import GenericDevice
-from pyblock.host import open_claimed
 from pyblock.hypervisors.base import Hypervisor, Unsettled, fault, typed
+from pyblock.image import open_claimed
 from pyblock.loading import loading
 from pyblock.manager import Device, DeviceManager
 from pyblock.model import BlockDrive

@@ -13,7 +13,7 @@ from pyblock.drivers import DRIVERS, VIRTIO_SCSI, Driver, driver_named
 from pyblock.errors import DeviceConflict, InvalidImage, InvalidSerial, InvalidValue, UnknownDevice
 from pyblock.formats import RAW, check_format, not_raw
 from pyblock.generic import GenericDevice
-from pyblock.host import block_special_path, inspect_image
+from pyblock.image import block_special_path, inspect_image
 from pyblock.lineage import Identity
 from pyblock.model import DeviceInfo, check_device_id
 from pyblock.table import HOLDING

@@ -16,7 +16,7 @@ from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_
 from pyblock.errors import InvalidID, InvalidIndex, InvalidState, PyblockError
 from pyblock.formats import RAW
 from pyblock.generic import GenericDevice
-from pyblock.host import identity_of, is_file
+from pyblock.image import identity_of, is_file
 from pyblock.lineage import Identity, lineage_of
 from pyblock.manager import NO_OPTIONS, Device, DeviceManager
 from pyblock.model import BlockDrive, DeviceInfo, check_device_id

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable
 
 from pyblock.device import BlockDevice
 from pyblock.errors import InvalidID, InvalidImage, UnknownDevice
-from pyblock.host import absolute, identity_of
+from pyblock.image import absolute, identity_of
 from pyblock.manager import Device
 from pyblock.sandbox import Sandbox
 

@@ -15,7 +15,7 @@ import msgspec
 
 from pyblock.drivers import Driver, Family
 from pyblock.errors import PyblockError, TransportError, VmmProtocolError, VmmRefused
-from pyblock.host import OpenedImage
+from pyblock.image import OpenedImage
 from pyblock.lineage import Identity
 from pyblock.model import BlockDrive
 

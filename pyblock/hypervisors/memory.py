@@ -16,8 +16,8 @@ import msgspec
 
 from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_MMIO, VIRTIO_SCSI
 from pyblock.errors import ConnectionLost, InvalidValue, SlotsExhausted, VmmRefused, VmmUnreachable
-from pyblock.host import OpenedImage
 from pyblock.hypervisors.base import FoundDisk, Held, Hypervisor, Inventory, Offer, Step
+from pyblock.image import OpenedImage
 from pyblock.model import BlockDrive
 
 BRIDGES = 30  # PCI bridges in slots 2 … 31 of the root bus

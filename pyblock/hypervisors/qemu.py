@@ -14,7 +14,6 @@ from typing import Annotated
 import msgspec
 
 from pyblock.errors import PyblockError, VmmRefused
-from pyblock.host import OpenedImage
 from pyblock.hypervisors.base import Hypervisor, Inventory, Offer, Step
 from pyblock.hypervisors.qemu_descriptors import DescriptorSets
 from pyblock.hypervisors.qemu_drivers import DRIVERS, TYPES, Other, QemuDriver
@@ -22,6 +21,7 @@ from pyblock.hypervisors.qemu_inventory import take_listing
 from pyblock.hypervisors.qemu_places import Places
 from pyblock.hypervisors.qmp import QmpSession, qemu_process
 from pyblock.hypervisors.unix import real_path
+from pyblock.image import OpenedImage
 from pyblock.model import BlockDrive
 
 OFFERS = {each.driver.name: each.offer for each in DRIVERS}

@@ -15,9 +15,9 @@ from typing import Annotated
 import msgspec
 
 from pyblock.errors import ConnectionLost, VmmProtocolError, VmmRefused
-from pyblock.host import OpenedImage
 from pyblock.hypervisors.qmp import QmpSession, qemu_process
 from pyblock.hypervisors.unix import is_open_as
+from pyblock.image import OpenedImage
 from pyblock.lineage import Identity
 
 _MARK = "pb:"

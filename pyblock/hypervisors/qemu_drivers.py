@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 from pyblock.drivers import NVDIMM, PMEM, SD, VD, VIRTIO_BLK, VIRTIO_SCSI, Driver
 from pyblock.errors import ImageReplaced, SlotsExhausted, UnknownDriver, VmmRefused
-from pyblock.host import OpenedImage
 from pyblock.hypervisors.base import Offer
 from pyblock.hypervisors.qemu_descriptors import DescriptorSets, Passed, set_behind
 from pyblock.hypervisors.qemu_inventory import KATA_MEMORY, KATA_NVDIMM, LUNS, memory_modules, nodes, user_of
@@ -20,6 +19,7 @@ from pyblock.hypervisors.qemu_places import Places
 from pyblock.hypervisors.qemu_tree import DiskType, properties
 from pyblock.hypervisors.qmp import QmpSession
 from pyblock.hypervisors.unix import has_open
+from pyblock.image import OpenedImage
 from pyblock.model import BlockDrive
 from pyblock.tasks import log
 

@@ -13,7 +13,7 @@ import stat
 import struct
 
 from pyblock.errors import VmmUnreachable
-from pyblock.host import OpenedImage
+from pyblock.image import OpenedImage
 
 SOCKET_PATH_MAX = 107  # bytes: sun_path of sockaddr_un less its NUL
 _PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid

@@ -27,9 +27,9 @@ from storm.witness import Images, Open, ask_qemu
 
 from pyblock.allotment import Allotment
 from pyblock.errors import ImageInUse
-from pyblock.host import OpenedImage, open_image
 from pyblock.hypervisors.qemu import QemuHypervisor
 from pyblock.hypervisors.qemu_descriptors import DescriptorSets, Passed
+from pyblock.image import OpenedImage, open_image
 from pyblock.ledger import Ledger
 from pyblock.recovery import Difference, Found, Recovery
 from pyblock.stores.base import Claim, Row

@@ -17,8 +17,8 @@ from kit.proxy import Fault, Proxy
 from loops import loop_devices
 
 from pyblock import BlockDevice, ImageReplaced, Sandbox
-from pyblock.host import OpenedImage
 from pyblock.hypervisors.qemu_descriptors import DescriptorSets
+from pyblock.image import OpenedImage
 from pyblock.recovery import Found, Outcome
 from pyblock.stores.sqlite import SqliteStore
 

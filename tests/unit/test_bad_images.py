@@ -16,8 +16,8 @@ from children import NOBODY, in_child
 from snapshot import Busy, MakeImage, refused
 
 from pyblock import DeviceConflict, DeviceInfo, InvalidImage, NotAttached, Phase, Sandbox, road
-from pyblock.host import block_special_path
 from pyblock.hypervisors.memory import MemoryHypervisor
+from pyblock.image import block_special_path
 
 pytestmark = pytest.mark.anyio
 

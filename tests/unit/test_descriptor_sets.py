@@ -12,9 +12,9 @@ import msgspec
 import pytest
 
 from pyblock import ConnectionLost, VmmProtocolError
-from pyblock.host import open_image
 from pyblock.hypervisors.qemu_descriptors import DescriptorSets
 from pyblock.hypervisors.qmp import QmpSession
+from pyblock.image import open_image
 
 pytestmark = pytest.mark.anyio
 

@@ -24,7 +24,7 @@ HOUSE: dict[str, str] = {
     "loading": "",
     "tasks": "",
     "core": "_native _native_build _core naming index plan",
-    "disk": "drivers model lineage formats host image",
+    "disk": "drivers model lineage formats image",
     "vmm": "hypervisors",
     "store": "stores record",
     "life": "table device batch crowd allotment generic manager registry ledger recovery machine road",

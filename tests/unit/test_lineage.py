@@ -15,7 +15,7 @@ from loops import Loops, loop_devices
 from snapshot import MakeImage
 
 from pyblock import DescriptorsExhausted
-from pyblock.host import identity_of, inspect_image, open_image
+from pyblock.image import identity_of, inspect_image, open_image
 from pyblock.lineage import Identity, Lineage, in_words, lineage_of
 
 

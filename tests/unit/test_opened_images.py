@@ -16,8 +16,8 @@ from snapshot import Busy, MakeImage, refused
 from turns import until
 
 from pyblock import BlockDevice, DescriptorsExhausted, DeviceInfo, ImageReplaced, InvalidImage, PyblockError, Sandbox, SlotsExhausted
-from pyblock.host import OpenedImage, open_image
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
+from pyblock.image import OpenedImage, open_image
 from pyblock.model import BlockDrive
 
 pytestmark = pytest.mark.anyio
