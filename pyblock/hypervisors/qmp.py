@@ -18,9 +18,10 @@ import msgspec
 from pyblock.errors import ConnectionLost, PyblockError, VmmProtocolError, VmmRefused, VmmUnreachable, shown
 from pyblock.hypervisors import unix
 from pyblock.hypervisors.base import CONNECT_TIMEOUT
-from pyblock.hypervisors.qmp_connection import Connection
+from pyblock.hypervisors.qmp_connection import Command, Connection
 from pyblock.tasks import Ended, SharedWork
 
+_OUT_OF_BAND = "oob"
 _CROWD_PAUSE = 0.05  # seconds until a monitor that too many wait for is tried again
 
 Reply = TypeVar("Reply")
@@ -82,6 +83,16 @@ class QmpSession:
         if descriptor is not None:
             await connection.turn()
         return await connection.send(command, arguments, step=step, descriptor=descriptor, late=late)
+
+    async def send_both(self, first: Command, second: Command) -> tuple[asyncio.Future[msgspec.Raw], asyncio.Future[msgspec.Raw]]:
+        """Sends two commands in one write; each future is done with its reply, or raises as `execute`
+        does.
+
+        QEMU reads the second while it carries out the first, and carries it out whatever became of
+        the first. It answers the second last.
+        """
+        connection = await self._open()
+        return connection.send_both(first, second)
 
     async def ask(self, reply: type[Reply], command: str, arguments: Mapping[str, Any] | None = None, *, step: str = "") -> Reply:
         """The same, decoded as `reply`; VmmProtocolError when it is something else."""
@@ -170,7 +181,9 @@ class QmpSession:
 
     async def _negotiate(self, connection: Connection) -> None:
         try:
-            await connection.send("qmp_capabilities")
+            # Then QEMU reads the next command while it carries out the last; else it reads none until that is answered.
+            enable = {"enable": [_OUT_OF_BAND]} if _OUT_OF_BAND in connection.offers else None
+            await connection.send("qmp_capabilities", enable)
         except VmmUnreachable as error:  # it greeted, so it was reached
             raise ConnectionLost(str(error)) from error
         if connection.ended is not None:  # right after its reply

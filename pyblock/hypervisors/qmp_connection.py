@@ -2,23 +2,27 @@
 
 Nothing here grows with what the peer sends: a line has an end, events are handed on and forgotten, and a peer that sends too many of them
 loses its connection. The socket is read and written here and not by a transport of asyncio's, since a descriptor has to leave with the
-first byte of its own command.
+first byte of its own command. What waits to be sent goes in one write; of what has come, a few messages are handed over in each turn of the
+event loop.
 """
 
 from __future__ import annotations
 
+import array
 import asyncio
-import itertools
+import contextlib
 import os
 import random
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from itertools import count, islice
+from typing import Any, NamedTuple
 
 import msgspec
 
 from pyblock.errors import ConnectionLost, PyblockError, VmmProtocolError, VmmRefused, VmmUnreachable, shown
+from pyblock.hypervisors.turns import turn_of
 from pyblock.hypervisors.unix import peer_of
 
 LINE_MAX = 64 << 20  # bytes of one message: a listing of block nodes has 0.9 KB a disk, and a sandbox 65,536 disks
@@ -29,6 +33,7 @@ UNSENT_MAX = 64 << 20  # bytes that wait for a peer that does not read
 _TIDY_MIN = 100  # commands that wait before it is looked for those that nobody waits for any more
 STRAYS_MAX = 64  # messages before the greeting: replies that an earlier client did not wait for (QEMU 10)
 _CHUNK = 65536
+_TOGETHER_MAX = 64  # commands in one write
 
 
 class Refusal(msgspec.Struct, frozen=True):
@@ -53,16 +58,25 @@ _decoder = msgspec.json.Decoder(Message)
 _encoder = msgspec.json.Encoder()
 
 
+class Command(NamedTuple):
+    """A command to be sent; `step` is what its refusal is called."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    step: str
+
+
 class Request:
     """A command on its way.
 
     :ivar number: its ID.
     :ivar begun: a byte of it was sent.
+    :ivar behind: the command that it was sent together with, right behind it.
     :ivar descriptor: its own, closed when it has left.
     :ivar late: is called with the reply when whoever asked has gone.
     """
 
-    __slots__ = ("arguments", "begun", "command", "data", "descriptor", "future", "late", "number", "step")
+    __slots__ = ("arguments", "begun", "behind", "command", "data", "descriptor", "future", "late", "number", "step")
 
     def __init__(
         self,
@@ -70,8 +84,9 @@ class Request:
         arguments: Mapping[str, Any] | None,
         step: str,
         number: int,
-        descriptor: int | None,
-        late: Callable[[msgspec.Raw], None] | None,
+        descriptor: int | None = None,
+        late: Callable[[msgspec.Raw], None] | None = None,
+        behind: Request | None = None,
     ) -> None:
         self.command = command
         self.number = number
@@ -79,10 +94,25 @@ class Request:
         self.step = step
         self.descriptor = descriptor
         self.late = late
+        self.behind = behind
         self.begun = False
         message = {"execute": command, "id": number} if not arguments else {"execute": command, "arguments": arguments, "id": number}
         self.data = memoryview(_encoder.encode(message) + b"\n")
         self.future: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
+
+    @property
+    def wanted(self) -> bool:
+        """Whether it is to be sent: a byte of it was, or somebody waits for it. Of two that belong
+        together, the first one decides."""
+        leading = self.behind or self
+        return leading.begun or not leading.future.cancelled()
+
+
+class _Greeting(msgspec.Struct, frozen=True):
+    capabilities: list[Any] = []
+
+
+_greeting = msgspec.json.Decoder(_Greeting)
 
 
 class Connection:
@@ -92,6 +122,7 @@ class Connection:
     :param on_end: is called once, with the reason, when the connection has ended.
 
     :ivar ended: why it ended; None while it stands.
+    :ivar offers: the capabilities that the peer's greeting names.
     :ivar pid: the process at the other end, 0 where that is not known.
     """
 
@@ -103,6 +134,7 @@ class Connection:
         on_end: Callable[[PyblockError], None],
     ) -> None:
         self.ended: PyblockError | None = None
+        self.offers: list[Any] = []
         self.pid = peer_of(peer)
         self._where = where
         self._socket = peer
@@ -111,13 +143,15 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._greeting: asyncio.Future[None] = self._loop.create_future()
         self._greeting.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self._numbers = itertools.count(random.randrange(1000, 10000))  # else a stray reply could be taken for one of ours
+        self._numbers = count(random.randrange(1000, 10000))  # else a stray reply could be taken for one of ours
         self._asked: dict[int | str | None, Request] = {}
         self._unsent: deque[Request] = deque()
         self._unsent_size = 0
         self._tidy_at = _TIDY_MIN
         self._waiting = False  # for the peer to read: the event loop tells when the socket takes more
         self._line = bytearray()  # the beginning of a message whose end has not come
+        self._held: list[bytes] = []  # messages that have come and wait for the loop's next turn, the next one last
+        self._turn = turn_of(self._loop)
         self._passing: Request | None = None  # with a descriptor, until it is answered
         self._passed = asyncio.Event()
         self._strays = 0
@@ -154,6 +188,33 @@ class Connection:
         VmmUnreachable: it ended before. A future that is cancelled changes nothing once a byte was sent: a command is never cut, and `late`
         gets its reply. Before, the command may be left out: a machine that was stopped for long is not to work off what nobody waits for.
         """
+        self._check(command)
+        try:
+            descriptor = None if descriptor is None else os.dup(descriptor)
+        except OSError as error:
+            raise VmmUnreachable(f"{self._where}: {command} was not sent: {error.strerror} in this process") from error
+        request = Request(command, arguments, step or command, next(self._numbers), descriptor, late)
+        if descriptor is not None:
+            self._passing = request
+            self._passed.clear()
+        self._enqueue(request)
+        return request.future
+
+    def send_both(self, first: Command, second: Command) -> tuple[asyncio.Future[msgspec.Raw], asyncio.Future[msgspec.Raw]]:
+        """Sends two commands in one write, so that the peer can read the second while it carries
+        out the first. See `send`.
+
+        It carries out the second whatever became of the first. When nobody waits for the first any
+        more and no byte of it was sent, both may be left out; never one of them.
+        """
+        self._check(first.name)
+        leading = Request(*first, next(self._numbers))
+        following = Request(*second, next(self._numbers), behind=leading)
+        self._enqueue(leading, following)
+        return leading.future, following.future
+
+    def _check(self, command: str) -> None:
+        """Raises VmmUnreachable when nothing can be sent."""
         if self.ended is not None:
             raise VmmUnreachable(f"{self._where}: the connection was gone before {command} was sent ({self.ended})")
         if len(self._unsent) >= self._tidy_at:
@@ -161,20 +222,15 @@ class Connection:
         if self._unsent_size > UNSENT_MAX or len(self._asked) >= UNANSWERED_MAX:
             waiting = f"{self._unsent_size} bytes wait to be read by the peer, {len(self._asked)} commands for its answer"
             raise VmmUnreachable(f"{self._where}: {waiting}; {command} was not sent")
-        number = next(self._numbers)
-        try:
-            request = Request(command, arguments, step or command, number, None if descriptor is None else os.dup(descriptor), late)
-        except OSError as error:
-            raise VmmUnreachable(f"{self._where}: {command} was not sent: {error.strerror} in this process") from error
-        if descriptor is not None:
-            self._passing = request
-            self._passed.clear()
-        self._asked[number] = request
-        self._unsent.append(request)
-        self._unsent_size += len(request.data)
-        if len(self._unsent) == 1:
+
+    def _enqueue(self, *requests: Request) -> None:
+        at_once = not self._unsent
+        for request in requests:
+            self._asked[request.number] = request
+            self._unsent_size += len(request.data)
+            self._unsent.append(request)
+        if at_once:
             self._writable()
-        return request.future
 
     def close(self, error: PyblockError) -> None:
         """Ends the connection for that reason, if it stands."""
@@ -185,6 +241,7 @@ class Connection:
         self._loop.remove_writer(self._socket)
         self._socket.close()
         self._line.clear()
+        self._held.clear()
         asked, self._asked = self._asked, {}
         for request in self._unsent:
             if request.descriptor is not None:
@@ -208,7 +265,7 @@ class Connection:
     def _tidy(self) -> None:
         kept: deque[Request] = deque()
         for request in self._unsent:
-            if request.begun or not request.future.cancelled():
+            if request.wanted:
                 kept.append(request)
                 continue
             del self._asked[request.number]
@@ -221,14 +278,13 @@ class Connection:
 
     def _writable(self) -> None:
         while self._unsent:
-            request = self._unsent[0]
+            together = [self._unsent[0]]
+            for request in islice(self._unsent, 1, _TOGETHER_MAX):
+                if request.descriptor is not None:  # leaves with the first byte of its own command
+                    break
+                together.append(request)
             try:
-                if request.descriptor is not None:
-                    count = socket.send_fds(self._socket, [request.data], [request.descriptor])
-                    os.close(request.descriptor)
-                    request.descriptor = None
-                else:
-                    count = self._socket.send(request.data)
+                self._sent(self._socket.sendmsg([request.data for request in together], _rights(together[0].descriptor)))
             except (BlockingIOError, InterruptedError):
                 if not self._waiting:
                     self._waiting = True
@@ -236,17 +292,28 @@ class Connection:
                 return
             except OSError as error:
                 return self.close(ConnectionLost(f"{self._where}: {error.strerror}"))
-            request.begun = True
-            self._unsent_size -= count
-            if count < len(request.data):
-                request.data = request.data[count:]
-                continue
-            self._unsent.popleft()
         if self._waiting:
             self._waiting = False
             self._loop.remove_writer(self._socket)
 
+    def _sent(self, size: int) -> None:
+        """Takes note of how many bytes have left."""
+        self._unsent_size -= size
+        while size:
+            request = self._unsent[0]
+            request.begun = True
+            if request.descriptor is not None:
+                os.close(request.descriptor)
+                request.descriptor = None
+            if size < len(request.data):
+                request.data = request.data[size:]
+                return
+            size -= len(request.data)
+            self._unsent.popleft()
+
     def _readable(self) -> None:
+        if self._held or not self._turn.left:
+            return  # what has come stays in the socket, and the loop says so again in its next turn
         try:
             data = self._socket.recv(_CHUNK)
         except (BlockingIOError, InterruptedError):
@@ -261,11 +328,19 @@ class Connection:
         self._line += rest
         if len(self._line) > LINE_MAX:
             return self.close(VmmProtocolError(f"{self._where}: a message has over {LINE_MAX} bytes"))
-        for line in lines:
-            if not line.isspace() and line:
-                self._message(line)
-            if self.ended is not None:
+        lines.reverse()
+        self._held = lines
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        while self._held:
+            if not self._turn.left:
+                self._loop.call_soon(self._hand_over)
                 return
+            line = self._held.pop()
+            if line and not line.isspace():
+                self._turn.take(self._loop)
+                self._message(line)
 
     def _message(self, line: bytes) -> None:
         try:
@@ -287,6 +362,8 @@ class Connection:
 
     def _greet(self, message: Message) -> None:
         if message.greeting is not msgspec.UNSET:
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # then it offers none
+                self.offers = _greeting.decode(message.greeting).capabilities
             return self._greeting.set_result(None)
         self._strays += 1
         if (message.id is None and message.event is msgspec.UNSET) or self._strays > STRAYS_MAX:
@@ -331,6 +408,11 @@ class Connection:
 def _fail(future: asyncio.Future[msgspec.Raw], error: PyblockError) -> None:
     future.set_exception(error)
     future.exception()  # it may be that nobody asks
+
+
+def _rights(descriptor: int | None) -> list[tuple[int, int, array.array[int]]]:
+    """What goes along with a write that passes a descriptor."""
+    return [] if descriptor is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
 
 
 def _refused(request: Request, refusal: Refusal) -> VmmRefused:

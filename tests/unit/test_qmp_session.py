@@ -26,6 +26,8 @@ from pyblock.drivers import VIRTIO_SCSI
 from pyblock.hypervisors import qmp, qmp_connection
 from pyblock.hypervisors.qemu import QemuHypervisor
 from pyblock.hypervisors.qmp import QmpSession
+from pyblock.hypervisors.qmp_connection import Command as Wanted
+from pyblock.hypervisors.turns import MESSAGES_MAX
 from pyblock.model import BlockDrive, DeviceInfo
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
@@ -451,3 +453,205 @@ async def test_a_connection_that_ends_as_it_begins(path: Path) -> None:
             await session.execute("query-a")
         assert bytes(await session.execute("query-b")) == b"{}"
         await session.close()
+
+
+# Two commands in one write.
+
+NODE = Wanted("blockdev-add", {"node-name": "drive-x"}, "backend-add")
+DEVICE = Wanted("device_add", {"id": "drive-x"}, "device-add")
+
+
+def refusal(command: Command) -> bytes:
+    error = {"class": "GenericError", "desc": f"no {command['execute']}"}
+    return json.dumps({"error": error, "id": command["id"]}).encode() + b"\r\n"
+
+
+@asynccontextmanager
+async def by_hand(path: Path) -> AsyncIterator[tuple[QmpSession, socket.socket]]:
+    """A session, and its peer as a socket that is greeted and left alone from then on."""
+    loop = asyncio.get_running_loop()
+    session = QmpSession(str(path))
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(path))
+        listening.listen()
+        listening.setblocking(False)
+        opening = asyncio.create_task(session.execute("query-first"))
+        peer, _ = await loop.sock_accept(listening)
+        with peer:
+            peer.setblocking(False)
+            await loop.sock_sendall(peer, GREETING)
+            for _ in range(2):
+                await loop.sock_sendall(peer, reply(json.loads(await loop.sock_recv(peer, 65536))))
+            await opening
+            try:
+                yield session, peer
+            finally:
+                await session.close()
+
+
+async def ends(futures: tuple[asyncio.Future[msgspec.Raw], ...]) -> list[Any]:
+    """What each of them ended in: an error's type, or the reply."""
+    async with asyncio.timeout(ENOUGH):
+        found = await asyncio.gather(*futures, return_exceptions=True)
+    return [type(one) if isinstance(one, BaseException) else bytes(one) for one in found]
+
+
+@pytest.mark.parametrize("offered", [["oob"], [], ["other"], "text", [5]], ids=str)
+async def test_out_of_band_is_asked_for_where_it_is_offered(path: Path, offered: object) -> None:
+    """With it QEMU reads a command while it carries out the one before."""
+    greeting = json.dumps({"QMP": {"version": {}, "capabilities": offered}}).encode() + b"\r\n"
+    asked: list[Command] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(greeting)
+        while line := await reader.readline():
+            asked.append(json.loads(line))
+            writer.write(reply(asked[-1]))
+        writer.close()
+
+    async with await asyncio.start_unix_server(serve, path):
+        session = QmpSession(str(path))
+        await session.execute("query-status")
+        await session.close()
+    assert asked[0]["execute"] == "qmp_capabilities"
+    assert asked[0].get("arguments") == ({"enable": ["oob"]} if offered == ["oob"] else None)
+
+
+@pytest.mark.parametrize("refused", [(), (0,), (1,), (0, 1)], ids=str)
+async def test_both_go_in_one_write(path: Path, refused: tuple[int, ...]) -> None:
+    async with by_hand(path) as (session, peer):
+        both = await session.send_both(NODE, DEVICE)
+        lines = [json.loads(line) for line in peer.recv(65536).splitlines()]  # all of it is there
+        assert [(one["execute"], one["arguments"]) for one in lines] == [NODE[:2], DEVICE[:2]]
+        peer.sendall(b"".join(refusal(one) if number in refused else reply(one) for number, one in enumerate(lines)))
+        assert await ends(both) == [VmmRefused if number in refused else b"{}" for number in range(2)]
+        for number in refused:
+            error = both[number].exception()
+            assert isinstance(error, VmmRefused) and error.step == (NODE, DEVICE)[number].step
+
+
+async def test_both_end_with_the_connection(path: Path) -> None:
+    """Before either is answered, and between the two answers."""
+    async with by_hand(path) as (session, peer):
+        both = await session.send_both(NODE, DEVICE)
+        peer.close()
+        assert await ends(both) == [ConnectionLost, ConnectionLost]
+    path.unlink()
+    async with by_hand(path) as (session, peer):
+        both = await session.send_both(NODE, DEVICE)
+        first, _ = peer.recv(65536).splitlines()
+        peer.sendall(reply(json.loads(first)))
+        peer.close()
+        assert await ends(both) == [b"{}", ConnectionLost]
+
+
+async def test_an_odd_answer_to_the_first_of_both(path: Path) -> None:
+    async with by_hand(path) as (session, peer):
+        both = await session.send_both(NODE, DEVICE)
+        first, second = (json.loads(line) for line in peer.recv(65536).splitlines())
+        peer.sendall(json.dumps({"id": first["id"]}).encode() + b"\n" + reply(second))
+        assert await ends(both) == [VmmProtocolError, b"{}"]
+
+
+async def test_how_much_of_both_was_sent(path: Path) -> None:
+    """Each is told by its own bytes: of what the peer may have read nobody can know, of the rest everybody."""
+    large = Wanted("blockdev-add", {"node-name": "x" * (1 << 20)}, "backend-add")
+    async with by_hand(path) as (session, _):
+        first, second = await session.send_both(large, DEVICE)
+        third, fourth = await session.send_both(NODE, DEVICE)
+        await session.close()
+        assert await ends((first, second, third, fourth)) == [ConnectionLost, *[VmmUnreachable] * 3]
+        with pytest.raises(VmmUnreachable, match="before device_add was sent"):
+            second.result()
+
+
+async def test_both_are_cut_in_the_second(path: Path) -> None:
+    large = Wanted("device_add", {"id": "x" * (1 << 20)}, "device-add")
+    async with by_hand(path) as (session, peer):
+        both = await session.send_both(NODE, large)
+        first, _, _ = peer.recv(65536).partition(b"\n")
+        await asyncio.get_running_loop().sock_sendall(peer, reply(json.loads(first)))
+        await both[0]
+        await session.close()
+        assert await ends(both) == [b"{}", ConnectionLost]
+
+
+async def test_neither_is_sent_when_nobody_waits_for_the_first(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them alone would be half of what was wanted."""
+    monkeypatch.setattr(qmp_connection, "_TIDY_MIN", 1)
+    loop = asyncio.get_running_loop()
+    async with by_hand(path) as (session, peer):
+        assert session._connection is not None
+        session._connection._tidy_at = 1
+        large = asyncio.ensure_future(session.execute("large", {"text": "x" * (1 << 20)}))
+        await asyncio.sleep(0)
+        for cancelled in ((0,), (1,), (0, 1), ()):
+            both = await session.send_both(NODE, DEVICE)
+            for number in cancelled:
+                both[number].cancel()
+        last = asyncio.ensure_future(session.execute("last"))
+        await asyncio.sleep(0)
+        heard = b""
+        while b'"last"' not in heard:
+            heard += await loop.sock_recv(peer, 1 << 20)
+        names = [json.loads(line)["execute"] for line in heard.splitlines()]
+        assert names == ["large", *["blockdev-add", "device_add"] * 2, "last"]
+        await loop.sock_sendall(peer, b"".join(reply(json.loads(line)) for line in heard.splitlines()))
+        await asyncio.gather(large, last)
+
+
+async def test_a_descriptor_leaves_with_its_own_command(path: Path) -> None:
+    """Also when it waits behind others, with which it could have gone in one write."""
+    loop, size = asyncio.get_running_loop(), 1 << 20
+    async with by_hand(path) as (session, peer):
+        waiting = [asyncio.ensure_future(session.execute("large", {"text": "x" * size}))]
+        waiting += [asyncio.ensure_future(session.execute(f"query-{number}")) for number in range(3)]
+        await asyncio.sleep(0)
+        with open("/dev/null", "rb") as file:  # noqa: PTH123
+            waiting.append(asyncio.ensure_future(session.execute("add-fd", descriptor=file.fileno())))
+            await asyncio.sleep(0)
+        waiting.append(asyncio.ensure_future(session.execute("query-last")))
+        await asyncio.sleep(0)
+        heard, found = b"", []
+        while b"query-last" not in heard:
+            await until_readable(peer)
+            data, descriptors, _, _ = socket.recv_fds(peer, max(1, size - len(heard)), 8)  # in the end byte by byte, as QEMU
+            found += [(heard.count(b"\n"), descriptor) for descriptor in descriptors]
+            heard += data
+        [(line, descriptor)] = found
+        assert json.loads(heard.splitlines()[line])["execute"] == "add-fd"
+        assert str(Path(f"/proc/self/fd/{descriptor}").readlink()) == "/dev/null"
+        os.close(descriptor)
+        await until_readable(peer)
+        heard += peer.recv(65536)
+        await loop.sock_sendall(peer, b"".join(reply(json.loads(one)) for one in heard.splitlines()))
+        await asyncio.gather(*waiting)
+
+
+# How much is done in one turn of the event loop.
+
+
+async def test_a_few_answers_are_handed_over_in_each_turn(path: Path) -> None:
+    """However many have come, on one connection or on several: whoever else is in the loop has its turn in between."""
+    with tempfile.TemporaryDirectory(prefix="pyblock-") as folder:
+        async with by_hand(path) as one, by_hand(Path(folder, "other")) as other:
+            futures: list[asyncio.Future[msgspec.Raw]] = []
+            for session, peer in (one, other):
+                assert session._connection is not None
+                futures += [session._connection.send("query-status") for _ in range(100)]
+                peer.sendall(b"".join(reply(json.loads(line)) for line in peer.recv(65536).splitlines()))
+            most, done = 0, 0
+            while done < len(futures):
+                await asyncio.sleep(0)
+                now = sum(future.done() for future in futures)
+                most, done = max(most, now - done), now
+            assert 0 < most <= MESSAGES_MAX
+
+
+async def test_what_waits_for_its_turn_comes_before_the_end(path: Path) -> None:
+    async with by_hand(path) as (session, peer):
+        assert session._connection is not None
+        futures = tuple(session._connection.send("query-status") for _ in range(50))
+        peer.sendall(b"".join(reply(json.loads(line)) for line in peer.recv(65536).splitlines()[:40]))
+        peer.close()
+        assert await ends(futures) == [b"{}"] * 40 + [ConnectionLost] * 10
