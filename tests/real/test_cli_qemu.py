@@ -90,11 +90,11 @@ def test_a_hostile_name(bare_machine: Machine, shell: Shell) -> None:
     image = bare_machine.image("x[nope]\x1b[2J\u202e.img")
     vm = f"qemu:{bare_machine.qmp_path}"
     refuses = (
-        "from pyblock.hypervisors import qemu\n"
-        "made = qemu._node\n"
-        "def node(drive, image, file):\n"
-        "    return made(drive, image, drive.file + '-absent')\n"
-        "qemu._node = node"
+        "from pyblock.hypervisors.qemu_drivers import OnNode\n"
+        "made = OnNode.backend\n"
+        "def backend(self, drive, image, file):\n"
+        "    return made(self, drive, image, drive.file + '-absent')\n"
+        "OnNode.backend = backend"
     )
     done = shell("attach", image, vm=vm, patch=refuses)
     assert done.returncode == 1 and r"\x1b[2J\u202e.img-absent" in done.stderr
