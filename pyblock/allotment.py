@@ -107,7 +107,7 @@ class Allotment:
         """
         self.unused = False
         disks = [disk for disk in found.disks if not disk.id or (disk.id not in ours and disk.id not in self._drive_ids)]
-        at = {disk.index for disk in disks if disk.index is not None and 0 <= disk.index < self.capacity}
+        at = {disk.occupies for disk in disks if disk.occupies is not None and 0 <= disk.occupies < self.capacity}
         for index in self._foreign - at:
             self.index.release(index)
         kept = self._foreign & at

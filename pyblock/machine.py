@@ -174,7 +174,7 @@ class Machine:
         try:
             async with asyncio.timeout_at(deadline):
                 with typed(f"choosing a place for device {device.id}"):
-                    await self.vmm.place(device.held)
+                    device.held.sit(await self.vmm.place(device.held))
         except TimeoutError:
             raise passed(deadline, f"the VMM of sandbox {self.id} was being asked which places are free") from None
         if self.ledger is not None:
@@ -266,7 +266,7 @@ class Machine:
     def _vacate(self, drive: BlockDrive) -> None:
         """Whatever an adapter makes of it, what is gone is free."""
         try:
-            self.vmm.vacate(drive)
+            self.vmm.give_back(drive)
         except Exception as error:
             log.warning("sandbox %s: the place of drive %s may stay taken in the adapter: %r", self.id, drive.id, error)
 
@@ -348,13 +348,13 @@ class Machine:
             try:
                 if drive.imported and drive.guest_match is None:
                     self.vmm.recognize(drive)
-                if drive.slot is None:
+                if drive.place is None:
                     continue
-                self.vmm.adopt(drive)
+                self.vmm.take(drive)
             except Exception as error:
                 for one in adopted:
                     self._vacate(one)
-                raise InvalidState(f"{where}: device {device.id} cannot be at {drive.slot!r}: {error}; it is left as it is") from error
+                raise InvalidState(f"{where}: device {device.id} cannot be at {drive.place!r}: {error}; it is left as it is") from error
             adopted.append(drive)
         return adopted
 

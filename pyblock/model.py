@@ -66,6 +66,21 @@ class DeviceInfo(msgspec.Struct, frozen=True, gc=False):
     format: str | None = None
 
 
+class Place(msgspec.Struct, frozen=True, gc=False):
+    """Where in the machine a drive sits, as its adapter chose it.
+
+    :ivar text: the adapter's own words for it, which only the adapter reads, also after a restart; None where nothing is taken, or the
+        VMM has not chosen yet.
+    :ivar number: the number behind the guest's name, where the place has had its name since boot; None where the name follows from the
+        drive's ordinal.
+    :ivar pci_path: see BlockDrive.
+    """
+
+    text: str | None = None
+    number: int | None = None
+    pci_path: str | None = None
+
+
 class BlockDrive(msgspec.Struct, gc=False, eq=False):
     """How a device is presented to one sandbox.
 
@@ -79,9 +94,9 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
         function other than 0 is added: "02.1/00"). None where the drive is not on PCI.
     :ivar dev_no: the CCW device number as the guest has it: "0.0.0002".
     :ivar guest_match: what the target of the guest's `/sys/block/<name>` link contains for this disk and for no other.
-    :ivar slot: the adapter's own word for the place that the drive takes in the machine.
+    :ivar place: where in the machine it sits, in its adapter's words; see Place.
     :ivar verified: False where the VMM was given a path, and what it opened there could not be compared with what was claimed.
-    :ivar known_name: a guest path that came from elsewhere (an imported state) and stands in for the computed one.
+    :ivar known_name: a guest path that came from elsewhere (an imported state, its place) and stands in for the computed one.
     :ivar imported: another program plugged it in, under names that may not be ours.
     :ivar crowded: it was on its way while another of its family was, so that the guest may have seen either first.
     """
@@ -95,11 +110,17 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     pci_path: str | None = None
     dev_no: str | None = None
     guest_match: str | None = None
-    slot: str | None = None
+    place: str | None = None
     known_name: str | None = None
     imported: bool = False
     verified: bool = True
     crowded: bool = False
+
+    def sit(self, place: Place) -> None:
+        """Has it sit there."""
+        self.place, self.pci_path = place.text, place.pci_path
+        if place.number is not None:
+            self.known_name = self.kind.family.path(place.number)
 
     @property
     def facts(self) -> Facts:

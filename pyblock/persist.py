@@ -106,7 +106,7 @@ def _drive_to_state(drive: BlockDrive, saved: DriveState | None) -> DriveState:
             state.pci_addr = drive.pci_path
     state.notes = DriveNotes(
         driver=drive.driver, ordinal=drive.ordinal, offset=drive.offset, serial=drive.info.serial, guest_match=drive.guest_match,
-        slot=drive.slot, known_name=drive.known_name, imported=drive.imported, unverified=not drive.verified, crowded=drive.crowded,
+        slot=drive.place, known_name=drive.known_name, imported=drive.imported, unverified=not drive.verified, crowded=drive.crowded,
     )  # fmt: skip
     return state
 

@@ -125,7 +125,7 @@ def differences(before: Collection[Seen], ours: Collection[str], inventory: Inve
         if held is not None and _is_another(device, held):
             held = None
         elsewhere = held is None and drive.imported and drive.file in inventory.files
-        if phase is Phase.ATTACHED and (elsewhere or (held is not None and held.device)):
+        if phase is Phase.ATTACHED and (elsewhere or (held is not None and held.whole)):
             continue
         found.append(Difference(_found(device), drive, drive.id, device, held, elsewhere, seen))
     found += [
@@ -290,7 +290,7 @@ class Recovery:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 with machine.allotment.watched() as ours:  # what comes and goes while the VMM is being asked may be in its answer
                     with typed(f"sandbox {machine.id}: asking the VMM which disks it has"):
-                        inventory = await machine.vmm.inventory({seen.drive.id for seen in before})
+                        inventory = await machine.vmm.inventory([seen.drive for seen in before])
                         if not isinstance(inventory, Inventory):
                             raise TypeError(f"{inventory!r:.100} is no Inventory")
                     await machine.meet(inventory.machine)
@@ -343,7 +343,7 @@ class Recovery:
     async def _remove_orphan(self, one: Difference) -> Outcome:
         assert one.held is not None  # an orphan is something that is there
         try:
-            await self._machine.unplug(BlockDrive(one.drive_id, 0, 0, 0, one.held.kind, DeviceInfo()))
+            await self._machine.unplug(BlockDrive(one.drive_id, 0, 0, 0, one.held.driver, DeviceInfo()))
         except Unsettled as unsettled:
             raise unsettled.error from unsettled
         self._machine.doubt()  # its ID and place are free, which asking again tells

@@ -79,9 +79,9 @@ class SlowMachine(MemoryHypervisor):
         self.place_told: Gate | None = None
         self.asked = 0
 
-    async def inventory(self, known: Collection[str] = ()) -> Inventory:
+    async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
         self.asked += 1
-        found = await super().inventory(known)
+        found = await super().inventory(ours)
         # As QEMU tells it of SCSI disks: with the index that belongs to the address.
         disks = [FoundDisk(disk.id, disk.family, int(self.devices[disk.id].split()[1])) for disk in found.disks if disk.id in self.devices]
         if self.answer is not None:

@@ -67,7 +67,7 @@ def plug_in(vm: MemoryHypervisor, sandbox: Sandbox) -> None:
         if isinstance(device, BlockDevice) and device.drive is not None:
             drive = device.drive
             vm.backends[drive.id] = drive.file
-            vm.devices[drive.id] = f"{drive.driver} {drive.slot or f'told {drive.index}'}"
+            vm.devices[drive.id] = f"{drive.driver} {drive.place or f'told {drive.index}'}"
     vm._places = set(vm.devices.values())
 
 

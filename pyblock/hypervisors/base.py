@@ -17,7 +17,7 @@ from pyblock.drivers import Driver, Family
 from pyblock.errors import PyblockError, TransportError, VmmProtocolError, VmmRefused
 from pyblock.image import OpenedImage
 from pyblock.lineage import Identity
-from pyblock.model import BlockDrive
+from pyblock.model import BlockDrive, Place
 
 Result = TypeVar("Result")
 
@@ -102,47 +102,46 @@ class Step(NamedTuple):
 
 
 class FoundDisk(msgspec.Struct, frozen=True):
-    """A disk that the machine has.
+    """A disk that the machine has, and that is none of ours.
 
-    :ivar id: the VMM's ID of it, "" when it has none.
+    :ivar id: the drive ID that nobody else can have beside it, "" where it takes none.
     :ivar family: whose names it uses up in the guest.
-    :ivar index: the block index whose SCSI address it sits at, None where it is at none of ours.
+    :ivar occupies: the block index whose drive could not be plugged in beside it (on SCSI the seat follows from the index); None for
+        none.
     """
 
     id: str
     family: Family
-    index: int | None = None
+    occupies: int | None = None
 
 
 class Held(msgspec.Struct, frozen=True):
-    """What the machine has under a drive ID.
+    """What the machine has of a drive.
 
-    :ivar device: the guest has, or may have, the device.
-    :ivar backend: what the device reads and writes is there.
-    :ivar kind: a driver whose steps remove it.
+    :ivar whole: the guest has it, or may have it; False: only what is behind it is there.
+    :ivar driver: one that can remove it.
     :ivar cold: it was there when the machine started, so it is nobody's to remove.
-    :ivar image: what the backend has open, where the VMM can tell.
+    :ivar image: what it has open, where the VMM can tell.
     """
 
-    device: bool
-    backend: bool
-    kind: Driver
+    whole: bool
+    driver: Driver
     cold: bool = False
     image: Identity | None = None
-
-    @property
-    def whole(self) -> bool:
-        return self.device and self.backend
 
 
 class Inventory(msgspec.Struct, frozen=True):
     """What a machine has now.
 
-    :ivar disks: its disks, whoever plugged them in.
-    :ivar held: drive ID to what is there, for all that is named as drives are, and for no other.
+    :ivar disks: the strangers: its own disks, and whatever others plugged in. A drive that was plugged in while the machine was being
+        asked may be among them.
+    :ivar held: by our drive ID: what is there of the drives that were asked about, of those that were plugged in meanwhile, and of what
+        is only named as ours. A VMM that calls them otherwise translates.
     :ivar files: the host's paths that its disks use.
     :ivar images: what its disks have open, as far as the VMM can tell.
     :ivar machine: what two addresses of one machine have in common; "" where that cannot be told.
+
+    A place that waits for an image (a pool's member) is neither a stranger nor held: it has had its name since boot, and uses up no other.
     """
 
     disks: list[FoundDisk] = []
@@ -180,33 +179,35 @@ class Hypervisor(Protocol):
         """How many connections were lost so far. At each the machine may have been started anew, whether anybody waited for it or not."""
         return 0
 
-    async def inventory(self, known: Collection[str] = ()) -> Inventory:
+    async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
         """Connects where that is needed, and lists what the machine has now. Changes nothing.
 
-        :param known: IDs of drives whose place need not be looked at.
+        :param ours: the drives that are known to be plugged in and have nothing under way; where they sit need not be looked at.
         """
 
     async def is_gone(self) -> bool:
         """Whether nothing answers at its address any more: its socket is absent, or nobody listens there. Changes nothing, and is not
         answered by waiting."""
 
-    def adopt(self, drive: BlockDrive) -> None:
-        """Takes note of a drive that was plugged in before this adapter was opened: what it takes stays taken until it is unplugged."""
+    def take(self, drive: BlockDrive) -> None:
+        """Takes note of the place of a drive that was plugged in before this adapter was opened: it stays taken until it is given back.
+        Raises InvalidValue for a place that is none."""
 
     def recognize(self, drive: BlockDrive) -> None:
         """Fills in the guest match, and the place, of a drive that another program plugged in, as far as its address alone tells them.
         Asks nothing, takes nothing; `locate` asks."""
 
-    def vacate(self, drive: BlockDrive) -> None:
-        """Takes note that a drive's place is free: the machine has nothing of it."""
+    def give_back(self, drive: BlockDrive) -> None:
+        """Takes note that a drive's place is free: the machine has nothing of it. It may never have had one."""
 
-    async def place(self, drive: BlockDrive) -> None:
-        """Chooses and takes the drive's place, or raises SlotsExhausted; sends nothing that changes the machine."""
+    @abstractmethod
+    async def place(self, drive: BlockDrive) -> Place:
+        """Chooses and takes a place for a drive, or raises SlotsExhausted; sends nothing that changes the machine. Where the VMM itself
+        chooses, the place is empty, a step has the drive `sit`, and SlotsExhausted comes from there."""
 
     @abstractmethod
     def steps(self, drive: BlockDrive, image: OpenedImage) -> Sequence[Step]:
-        """The steps of plugging in a drive that has its place, in their order. Where the VMM itself chooses the place, a step fills it in,
-        and may raise SlotsExhausted.
+        """The steps of plugging in a drive that has its place, in their order.
 
         :param image: what was claimed for it, open as the drive is (read-only or not). It is closed when the last step is done; an adapter
             that needs it no longer may close it before.
@@ -270,7 +271,7 @@ class Hypervisor(Protocol):
     async def _check_names(self, drive: BlockDrive) -> None:
         """Raises VmmRefused when the machine has nothing under the names that an imported drive may have, but its image under another: to
         take that for gone would free an image that the guest goes on writing."""
-        found = await self.inventory()
+        found = await self.inventory([drive])
         if drive.id not in found.held and drive.file in found.files:
             raise VmmRefused(
                 f"the machine has no drive {drive.id}, but has its image {drive.file!r} in use under a name that whoever plugged it in did "

@@ -18,12 +18,12 @@ from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_
 from pyblock.errors import ConnectionLost, InvalidValue, SlotsExhausted, VmmRefused, VmmUnreachable
 from pyblock.hypervisors.base import FoundDisk, Held, Hypervisor, Inventory, Offer, Step
 from pyblock.image import OpenedImage
-from pyblock.model import BlockDrive
+from pyblock.model import BlockDrive, Place
 
 BRIDGES = 30  # PCI bridges in slots 2 … 31 of the root bus
 BRIDGE_SLOTS = 32
 JOURNAL = 1000
-OFFERS = {driver.name: Offer(serial_max=driver.serial_max) for driver in DRIVERS.values()}
+NOWHERE = Place()
 _DEV_NO = re.compile(r"(0|fe)\.[0-3]\.[0-9a-f]{4}")
 _PCI_PATH = re.compile(r"([0-9a-f]{2})/([0-9a-f]{2})")
 
@@ -36,6 +36,98 @@ class Fault(msgspec.Struct, frozen=True):
     kind: Literal["refuse", "delay", "hold", "lose", "break"]
     seconds: float = 0.0
     done: bool = True
+
+
+class _Driver:
+    """How a drive is presented there: the place that it takes, if it takes one, and where a guest would find it."""
+
+    offer = Offer()
+
+    def place(self, machine: MemoryHypervisor, drive: BlockDrive) -> Place:
+        return NOWHERE
+
+    def take(self, machine: MemoryHypervisor, drive: BlockDrive) -> None:
+        return None
+
+    def give_back(self, machine: MemoryHypervisor, drive: BlockDrive) -> None:
+        return None
+
+    def recognize(self, drive: BlockDrive) -> None:
+        self.locate(drive)
+
+    def locate(self, drive: BlockDrive) -> None:
+        return None
+
+
+class _Scsi(_Driver):
+    offer = Offer(serial_max=36)
+
+    def locate(self, drive: BlockDrive) -> None:
+        drive.guest_match = f"/0:0:{drive.index // 256}:{drive.index % 256}/"
+
+
+class _Pci(_Driver):
+    """In the lowest free slot of its bridges."""
+
+    offer = Offer(serial_max=20)
+
+    def place(self, machine: MemoryHypervisor, drive: BlockDrive) -> Place:
+        number = machine.take_slot(drive)
+        return Place(str(number), pci_path=_pci_path(number))
+
+    def take(self, machine: MemoryHypervisor, drive: BlockDrive) -> None:
+        if drive.place is not None:
+            machine.mark_slot(_number(drive.place), taken=True)
+
+    def give_back(self, machine: MemoryHypervisor, drive: BlockDrive) -> None:
+        if drive.place is not None:
+            machine.mark_slot(_number(drive.place), taken=False)
+
+    def recognize(self, drive: BlockDrive) -> None:
+        told = _PCI_PATH.fullmatch(drive.pci_path or "")
+        bridge, slot = (int(told[1], 16) - 2, int(told[2], 16)) if told else (BRIDGES, 0)
+        if drive.place is None and 0 <= bridge < BRIDGES and slot < BRIDGE_SLOTS:
+            drive.place = str(bridge * BRIDGE_SLOTS + slot)
+        self.locate(drive)
+
+    def locate(self, drive: BlockDrive) -> None:
+        if drive.place is not None:
+            number = _number(drive.place)
+            bridge, slot = divmod(number, BRIDGE_SLOTS)
+            drive.pci_path = _pci_path(number)
+            drive.guest_match = f"0000:00:{bridge + 2:02x}.0/0000:{bridge + 1:02x}:{slot:02x}.0"
+
+
+class _Ccw(_Driver):
+    offer = Offer(serial_max=20)
+
+    def recognize(self, drive: BlockDrive) -> None:
+        if _DEV_NO.fullmatch(drive.dev_no or ""):
+            drive.guest_match = f"/0.{(drive.dev_no or '').partition('.')[2]}/"
+
+    def locate(self, drive: BlockDrive) -> None:
+        drive.dev_no = f"0.{drive.index >> 16:x}.{drive.index & 0xFFFF:04x}"
+        self.recognize(drive)
+
+
+class _Mmio(_Driver):
+    def locate(self, drive: BlockDrive) -> None:
+        drive.guest_match = f"/{drive.guess.removeprefix('/dev/')}"
+
+
+class _Nvdimm(_Driver):
+    def locate(self, drive: BlockDrive) -> None:
+        drive.guest_match = f"/region{drive.nvdimm_id}/"
+
+
+_DRIVERS: dict[str, _Driver] = {
+    VIRTIO_SCSI.name: _Scsi(),
+    VIRTIO_BLK.name: _Pci(),
+    VIRTIO_BLK_CCW.name: _Ccw(),
+    VIRTIO_MMIO.name: _Mmio(),
+    NVDIMM.name: _Nvdimm(),
+}
+OFFERS = {name: driver.offer for name, driver in _DRIVERS.items()}
 
 
 class MemoryHypervisor(Hypervisor):
@@ -93,44 +185,44 @@ class MemoryHypervisor(Hypervisor):
         if self._gates and (gate := self._gates.pop(step, None)):
             gate.set()
 
-    async def inventory(self, known: Collection[str] = ()) -> Inventory:
-        self._connect()
+    async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
+        if self.dead:
+            raise self._dead()
+        known = {drive.id for drive in ours}
         kinds = {drive_id: DRIVERS[place.partition(" ")[0]] for drive_id, place in self.devices.items()}
-        found = [FoundDisk(drive_id, kind.family) for drive_id, kind in kinds.items()]
+        others = [FoundDisk(drive_id, kind.family) for drive_id, kind in kinds.items() if drive_id not in known]
         ids = dict.fromkeys([*self.backends, *self.devices])
-        held = {one: Held(one in self.devices, one in self.backends, kinds.get(one, VIRTIO_SCSI)) for one in ids}
-        return Inventory([*self._existing, *found], held, frozenset(self.backends.values()))
+        held = {one: Held(one in self.devices, kinds.get(one, VIRTIO_SCSI)) for one in ids}
+        return Inventory([*self._existing, *others], held, frozenset(self.backends.values()))
 
     async def is_gone(self) -> bool:
         return self.dead
 
-    def adopt(self, drive: BlockDrive) -> None:
-        if drive.kind is VIRTIO_BLK and drive.slot is not None:
-            self._slots |= 1 << _number(drive.slot)
+    def take(self, drive: BlockDrive) -> None:
+        _DRIVERS[drive.kind.name].take(self, drive)
 
     def recognize(self, drive: BlockDrive) -> None:
-        if drive.kind is VIRTIO_BLK:
-            told = _PCI_PATH.fullmatch(drive.pci_path or "")
-            bridge, slot = (int(told[1], 16) - 2, int(told[2], 16)) if told else (BRIDGES, 0)
-            if drive.slot is None and 0 <= bridge < BRIDGES and slot < BRIDGE_SLOTS:
-                drive.slot = str(bridge * BRIDGE_SLOTS + slot)
-        if drive.kind is not VIRTIO_BLK_CCW or _DEV_NO.fullmatch(drive.dev_no or ""):
-            self._locate(drive)
+        _DRIVERS[drive.kind.name].recognize(drive)
 
-    async def place(self, drive: BlockDrive) -> None:
-        if drive.kind is not VIRTIO_BLK:
-            return
+    async def place(self, drive: BlockDrive) -> Place:
+        return _DRIVERS[drive.kind.name].place(self, drive)
+
+    def give_back(self, drive: BlockDrive) -> None:
+        _DRIVERS[drive.kind.name].give_back(self, drive)
+        drive.place = None
+
+    def take_slot(self, drive: BlockDrive) -> int:
+        """Takes the lowest free PCI slot. Raises SlotsExhausted."""
         lowest = (~self._slots & (self._slots + 1)).bit_length() - 1
         if lowest >= self._slot_count:
             text = f"no free PCI slot for drive {drive.id}: the machine in memory has {self._slot_count}"
             raise SlotsExhausted(text, **drive.facts)
         self._slots |= 1 << lowest
-        drive.slot = str(lowest)
+        return lowest
 
-    def vacate(self, drive: BlockDrive) -> None:
-        if drive.kind is VIRTIO_BLK and drive.slot is not None:
-            self._slots &= ~(1 << _number(drive.slot))
-        drive.slot = None
+    def mark_slot(self, number: int, *, taken: bool) -> None:
+        """Takes note of a PCI slot."""
+        self._slots = self._slots | 1 << number if taken else self._slots & ~(1 << number)
 
     def steps(self, drive: BlockDrive, image: OpenedImage) -> Sequence[Step]:
         return (
@@ -152,7 +244,7 @@ class MemoryHypervisor(Hypervisor):
         def do() -> None:
             if drive.id in self.devices:
                 raise VmmRefused(f"device {drive.id} exists already", step="device-add", request=drive.id, reply="duplicate")
-            place = f"{drive.driver} {drive.slot or drive.index}"
+            place = f"{drive.kind.name} {drive.place or drive.index}"
             if place in self._places:
                 raise VmmRefused(f"place {place} is taken", step="device-add", request=drive.id, reply="in use")
             self.devices[drive.id] = place
@@ -161,23 +253,7 @@ class MemoryHypervisor(Hypervisor):
         await self._step("device-add", drive, do)
 
     async def locate(self, drive: BlockDrive) -> None:
-        if drive.kind is VIRTIO_BLK_CCW:
-            drive.dev_no = f"0.{drive.index >> 16:x}.{drive.index & 0xFFFF:04x}"
-        self._locate(drive)
-
-    def _locate(self, drive: BlockDrive) -> None:
-        if drive.kind is VIRTIO_SCSI:
-            drive.guest_match = f"/0:0:{drive.index // 256}:{drive.index % 256}/"
-        elif drive.kind is NVDIMM:
-            drive.guest_match = f"/region{drive.nvdimm_id}/"
-        elif drive.kind is VIRTIO_BLK_CCW:
-            drive.guest_match = f"/0.{(drive.dev_no or '').partition('.')[2]}/"
-        elif drive.kind is VIRTIO_MMIO:
-            drive.guest_match = f"/{drive.guess.removeprefix('/dev/')}"
-        elif drive.slot is not None:
-            bridge, slot = divmod(_number(drive.slot), BRIDGE_SLOTS)
-            drive.pci_path = f"{bridge + 2:02x}/{slot:02x}"
-            drive.guest_match = f"0000:00:{bridge + 2:02x}.0/0000:{bridge + 1:02x}:{slot:02x}.0"
+        _DRIVERS[drive.kind.name].locate(drive)
 
     async def request_removal(self, drive: BlockDrive) -> bool:
         await self._step("device-del", drive, lambda: None)
@@ -190,7 +266,8 @@ class MemoryHypervisor(Hypervisor):
         await self._step("device-gone", drive, do)
 
     def nudge(self, drive: BlockDrive) -> None:
-        self._note("device-del", drive)
+        if self._keep_journal:
+            self._note("device-del", drive)
 
     async def remove_rest(self, drive: BlockDrive) -> None:
         def do() -> None:
@@ -204,18 +281,18 @@ class MemoryHypervisor(Hypervisor):
         return None
 
     def _note(self, step: str, drive: BlockDrive) -> None:
-        if self._keep_journal:
-            self.journal.append((step, drive.id))
-            if len(self.journal) > 2 * JOURNAL:
-                del self.journal[:JOURNAL]
+        self.journal.append((step, drive.id))
+        if len(self.journal) > 2 * JOURNAL:
+            del self.journal[:JOURNAL]
 
-    def _connect(self) -> None:
-        if self.dead:
-            raise VmmUnreachable(f"the machine in memory {self.label!r} is dead")
+    def _dead(self) -> VmmUnreachable:
+        return VmmUnreachable(f"the machine in memory {self.label!r} is dead")
 
     async def _step(self, step: str, drive: BlockDrive, do: Callable[[], None]) -> None:
-        self._connect()
-        self._note(step, drive)
+        if self.dead:
+            raise self._dead()
+        if self._keep_journal:
+            self._note(step, drive)
         faults = self._faults.get(step) if self._faults else None
         fault = faults.popleft() if faults else None
         if fault is None:
@@ -238,6 +315,12 @@ class MemoryHypervisor(Hypervisor):
             raise ConnectionLost(f"the connection broke before {step} of drive {drive.id} was answered")
         if fault.kind == "break":
             raise KeyError(f"told to break after {step}")
+
+
+def _pci_path(number: int) -> str:
+    """See BlockDrive.pci_path."""
+    bridge, slot = divmod(number, BRIDGE_SLOTS)
+    return f"{bridge + 2:02x}/{slot:02x}"
 
 
 def _number(slot: str) -> int:

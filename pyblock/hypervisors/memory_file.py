@@ -46,9 +46,9 @@ class FileMachine(MemoryHypervisor):
     async def is_gone(self) -> bool:
         return not self._path.exists()
 
-    async def inventory(self, known: Collection[str] = ()) -> Inventory:
+    async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
         self._read()
-        return await super().inventory(known)
+        return await super().inventory(ours)
 
     async def _step(self, step: str, drive: BlockDrive, do: Callable[[], None]) -> None:
         def do_and_keep() -> None:

@@ -22,7 +22,7 @@ from pyblock.hypervisors.qemu_places import Places
 from pyblock.hypervisors.qmp import QmpSession, qemu_process
 from pyblock.hypervisors.unix import real_path
 from pyblock.image import OpenedImage
-from pyblock.model import BlockDrive
+from pyblock.model import BlockDrive, Place
 
 OFFERS = {each.driver.name: each.offer for each in DRIVERS}
 
@@ -67,9 +67,9 @@ class QemuHypervisor(Hypervisor):
     def lanes(self) -> int | None:
         return _LANES
 
-    async def inventory(self, known: Collection[str] = ()) -> Inventory:
+    async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
         with self._descriptors.watched() as moved:
-            listing = await take_listing(self._qmp, await self._places.look(), TYPES, known)
+            listing = await take_listing(self._qmp, await self._places.look(), TYPES, {drive.id for drive in ours})
         self._descriptors.learn(listing.sets, listing.unused, moved)
         return msgspec.structs.replace(listing.inventory, machine=await self._machine())
 
@@ -83,11 +83,11 @@ class QemuHypervisor(Hypervisor):
     async def is_gone(self) -> bool:
         return self._qmp.is_gone()
 
-    def adopt(self, drive: BlockDrive) -> None:
+    def take(self, drive: BlockDrive) -> None:
         self._driver(drive).take(drive)
 
-    async def place(self, drive: BlockDrive) -> None:
-        await self._driver(drive).place(drive)
+    async def place(self, drive: BlockDrive) -> Place:
+        return await self._driver(drive).place(drive)
 
     def recognize(self, drive: BlockDrive) -> None:
         self._driver(drive).recognize(drive)
@@ -95,7 +95,7 @@ class QemuHypervisor(Hypervisor):
     async def locate(self, drive: BlockDrive) -> None:
         await self._driver(drive).locate(drive)
 
-    def vacate(self, drive: BlockDrive) -> None:
+    def give_back(self, drive: BlockDrive) -> None:
         self._driver(drive).give_back(drive)
 
     def steps(self, drive: BlockDrive, image: OpenedImage) -> Sequence[Step]:

@@ -20,11 +20,13 @@ from pyblock.hypervisors.qemu_tree import DiskType, properties
 from pyblock.hypervisors.qmp import QmpSession
 from pyblock.hypervisors.unix import has_open
 from pyblock.image import OpenedImage
-from pyblock.model import BlockDrive
+from pyblock.model import BlockDrive, Place
 from pyblock.tasks import log
 
 _BUSY_TRIES = 6  # the node may stay in use for a moment after DEVICE_DELETED, while requests drain
 _BUSY_PAUSE = 0.02  # seconds before the first new try; doubled each time
+
+NOWHERE = Place()
 
 Command = tuple[str, dict[str, Any]]
 
@@ -49,14 +51,15 @@ class QemuDriver(ABC):
 
     # Its place. One whose place follows from its index, or does not matter, takes none.
 
-    async def place(self, drive: BlockDrive) -> None:  # noqa: B027 - most need none
+    async def place(self, drive: BlockDrive) -> Place:
         """See Hypervisor.place."""
+        return NOWHERE
 
     def take(self, drive: BlockDrive) -> None:  # noqa: B027 - most need none
-        """See Hypervisor.adopt."""
+        """See Hypervisor.take."""
 
     def give_back(self, drive: BlockDrive) -> None:  # noqa: B027 - most need none
-        """See Hypervisor.vacate."""
+        """See Hypervisor.give_back."""
 
     def recognize(self, drive: BlockDrive) -> None:  # noqa: B027 - most need none
         """See Hypervisor.recognize."""
@@ -220,18 +223,19 @@ class ScsiDisk(OnNode):
     offer = Offer(serial_max=36, descriptors=True, removal_time=0.1)
     types = (DiskType("scsi", r"scsi-(hd|block)", SD),)
 
-    async def place(self, drive: BlockDrive) -> None:
-        drive.slot = await self._places.scsi_bus()
-        if drive.slot is None:
+    async def place(self, drive: BlockDrive) -> Place:
+        bus = await self._places.scsi_bus()
+        if bus is None:
             raise UnknownDriver(
                 "this machine has no virtio-scsi controller; start QEMU with "
                 "-device virtio-scsi-pci,id=scsi0 (microvm: virtio-scsi-device)",
                 **drive.facts,
             )
+        return Place(bus)
 
     def device(self, drive: BlockDrive) -> dict[str, Any]:
         target, lun = divmod(drive.index, LUNS)
-        return {"driver": "scsi-hd", "bus": drive.slot, "scsi-id": target, "lun": lun, **self._options(drive)}
+        return {"driver": "scsi-hd", "bus": drive.place, "scsi-id": target, "lun": lun, **self._options(drive)}
 
     def recognize(self, drive: BlockDrive) -> None:
         target, lun = divmod(drive.index, LUNS)
@@ -246,7 +250,7 @@ class VirtioBlk(OnNode):
     offer = Offer(serial_max=20, descriptors=True, removal_time=0.2)  # with ACPI hot-plug; 6.3 s with native PCIe hot-plug
     types = (DiskType("pci", r"virtio-blk-.*", VD), DiskType("mmio", r"virtio-blk-device", VD))
 
-    async def place(self, drive: BlockDrive) -> None:
+    async def place(self, drive: BlockDrive) -> Place:
         slot = await self._places.take_slot(drive.id)
         if slot is None:
             raise SlotsExhausted(
@@ -254,24 +258,24 @@ class VirtioBlk(OnNode):
                 "pcie-root-port (q35) or pci-bridge (pc) devices",
                 **drive.facts,
             )
-        drive.slot, drive.pci_path = slot.name, slot.pci_path
+        return Place(slot.name, pci_path=slot.pci_path)
 
     def take(self, drive: BlockDrive) -> None:
-        if drive.slot is not None:
-            self._places.take(drive.slot, drive.id)
+        if drive.place is not None:
+            self._places.take(drive.place, drive.id)
 
     def give_back(self, drive: BlockDrive) -> None:
-        self._places.give_back(drive.slot, drive.id)
+        self._places.give_back(drive.place, drive.id)
 
     def device(self, drive: BlockDrive) -> dict[str, Any]:
-        bus, _, number = (drive.slot or "").rpartition("/")
+        bus, _, number = (drive.place or "").rpartition("/")
         return {"driver": "virtio-blk-pci", "bus": bus, "addr": f"0x{number}", **self._options(drive)}
 
     def recognize(self, drive: BlockDrive) -> None:
         pass  # only the machine can tell
 
     async def locate(self, drive: BlockDrive) -> None:
-        slot = self._places.slot(drive.slot)
+        slot = self._places.slot(drive.place)
         if slot is None and drive.imported:
             user = await self.user(drive)
             disks = (await self._places.seen()).disks

@@ -115,10 +115,7 @@ async def take_listing(qmp: QmpSession, tree: Tree, types: Types, known: Collect
     images = {each.number: image for each in sets if (image := each.image) is not None}
     behind = {name: set_behind(file) for name, file in files.items()}
     opened = {name: image for name, number in behind.items() if number is not None and (image := images.get(number)) is not None}
-    held = {
-        name: Held(name in devices, name in backends, backends.get(name, VIRTIO_SCSI), name in cold, opened.get(name))
-        for name in sorted(names)
-    }
+    held = {name: Held(name in devices, backends.get(name, VIRTIO_SCSI), name in cold, opened.get(name)) for name in sorted(names)}
     users = {block.qdev: peripheral(block.qdev) or "" for block in blocks if block.qdev}
     others = [qdev for qdev, name in users.items() if drives.get(name, name) not in known]
     scsi = await asyncio.gather(*(_scsi_disk(qmp, tree, types, qdev) for qdev in others))
@@ -132,7 +129,7 @@ async def take_listing(qmp: QmpSession, tree: Tree, types: Types, known: Collect
     used = set(behind.values())
     return Listing(
         Inventory(
-            [FoundDisk(drives.get(disk.id, disk.id), disk.family, disk.index) for disk in disks],
+            [FoundDisk(drive_id, disk.family, disk.occupies) for disk in disks if (drive_id := drives.get(disk.id, disk.id)) not in known],
             held,
             frozenset(filter(None, (*files.values(), *paths))),
             frozenset(opened.values()),

@@ -113,7 +113,7 @@ class Slot(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """What `BlockDrive.slot` holds."""
+        """What `BlockDrive.place` holds."""
         return f"{self.bus}/{self.number:02x}"
 
     @property

@@ -38,7 +38,7 @@ def ours(machine: Machine) -> tuple[set[str], set[str]]:
 def facts(device: BlockDevice) -> tuple[object, ...]:
     """What a quarantined device keeps."""
     drive = device.held
-    return (device.id, device.phase, device.attach_count, drive.id, drive.index, drive.ordinal, drive.slot, drive.pci_path)
+    return (device.id, device.phase, device.attach_count, drive.id, drive.index, drive.ordinal, drive.place, drive.pci_path)
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -195,7 +195,7 @@ async def test_a_deaf_guest_and_a_restart(start_machine: Start, make_store: Make
             again = sandbox.manager.find(device.id)
             assert isinstance(again, BlockDevice) and facts(again)[2:] == before
             other = await sandbox.attach(spare)
-            assert other.held.index == 1 and other.held.slot != again.held.slot
+            assert other.held.index == 1 and other.held.place != again.held.place
             with pytest.raises(DetachPending):
                 await sandbox.detach(again.id, timeout=SOON)
             async with Sandbox("two", "memory:", store=make_store()) as third:

@@ -17,6 +17,7 @@ from snapshot import drive_ids
 from pyblock import BlockDevice, DeviceConflict, Sandbox, SlotsExhausted, UnknownDriver
 from pyblock.hypervisors.base import Inventory
 from pyblock.hypervisors.qemu import QemuHypervisor
+from pyblock.model import BlockDrive
 from pyblock.recovery import Found, Outcome
 from pyblock.state import decode
 from pyblock.stores.sqlite import SqliteStore
@@ -123,8 +124,8 @@ async def test_a_detach_that_ends_while_qemu_is_being_asked(bare_machine: Machin
     answer, answered = asyncio.Event(), asyncio.Event()
     inventory = QemuHypervisor.inventory
 
-    async def late(self: QemuHypervisor, known: Collection[str] = ()) -> Inventory:
-        found = await inventory(self, known)
+    async def late(self: QemuHypervisor, ours: Collection[BlockDrive] = ()) -> Inventory:
+        found = await inventory(self, ours)
         answered.set()
         await answer.wait()
         return found
@@ -219,5 +220,5 @@ async def test_controllers_without_an_id(start_machine: Start) -> None:
     machine = start_machine(guest=False, scsi=False, extra=["-device", "virtio-scsi-pci", "-device", "virtio-scsi-pci"])
     async with Sandbox("one", f"qemu:{machine.qmp_path}", store=None) as sandbox:
         device = await sandbox.attach(machine.image("a"), timeout=ENOUGH)
-        assert device.held.slot == "scsi.0"
+        assert device.held.place == "scsi.0"
         await sandbox.detach(device, timeout=ENOUGH)

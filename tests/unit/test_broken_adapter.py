@@ -30,7 +30,7 @@ from pyblock.drivers import SD
 from pyblock.hypervisors.base import FoundDisk, Inventory
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
 from pyblock.hypervisors.memory_file import FileMachine
-from pyblock.model import BlockDrive
+from pyblock.model import BlockDrive, Place
 from pyblock.recovery import Outcome
 from pyblock.state import decode
 from pyblock.stores.sqlite import SqliteStore
@@ -108,14 +108,14 @@ class Broken(MemoryHypervisor):
         if method in self.broken:
             raise AttributeError(f"{method} is broken")
 
-    async def inventory(self, known: Collection[str] = ()) -> Inventory:
+    async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
         self.check("inventory")
-        answer: Inventory = await super().inventory(known) if self.answer is None else self.answer
+        answer: Inventory = await super().inventory(ours) if self.answer is None else self.answer
         return answer
 
-    async def place(self, drive: BlockDrive) -> None:
+    async def place(self, drive: BlockDrive) -> Place:
         self.check("place")
-        await super().place(drive)
+        return await super().place(drive)
 
     async def plug(self, drive: BlockDrive, *more: Any) -> None:
         await super().plug(drive, *more)
@@ -129,9 +129,9 @@ class Broken(MemoryHypervisor):
         self.check("locate")
         await super().locate(drive)
 
-    def vacate(self, drive: BlockDrive) -> None:
-        self.check("vacate")
-        super().vacate(drive)
+    def give_back(self, drive: BlockDrive) -> None:
+        self.check("give_back")
+        super().give_back(drive)
 
     def nudge(self, drive: BlockDrive) -> None:
         self.check("nudge")
@@ -175,7 +175,7 @@ async def test_whatever_vacate_does_what_is_gone_is_free(make_image: MakeImage) 
     vm = Broken()
     async with Sandbox("one", vm) as sandbox:
         device = await sandbox.attach(make_image("a"))
-        vm.broken.add("vacate")
+        vm.broken.add("give_back")
         await sandbox.detach(device)
         gone(sandbox, vm)
 

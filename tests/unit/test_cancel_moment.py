@@ -18,6 +18,7 @@ from snapshot import MakeImage, MakeStore
 from pyblock import BlockDevice, ClosedMeanwhile, DetachPending, ImageInUse, NotAttached, Sandbox, UnknownDevice
 from pyblock.hypervisors.base import Inventory
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
+from pyblock.model import BlockDrive
 from pyblock.stores.sqlite import SqliteStore
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
@@ -96,10 +97,10 @@ async def test_a_disk_that_came_and_went_while_the_machine_was_asked_is_no_orpha
     class Slow(MemoryHypervisor):
         sandbox: Sandbox | None = None
 
-        async def inventory(self, known: Collection[str] = ()) -> Inventory:
+        async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
             sandbox, self.sandbox = self.sandbox, None
             device: BlockDevice | None = await sandbox.attach(image) if sandbox is not None else None
-            found = await super().inventory(known)
+            found = await super().inventory(ours)
             if sandbox is not None and device is not None:
                 await sandbox.detach(device)
             return found

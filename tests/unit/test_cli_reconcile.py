@@ -134,13 +134,13 @@ import asyncio
 from pyblock.hypervisors.memory_file import FileMachine
 inventory = FileMachine.inventory
 asked = 0
-async def answer(self, known=()):
+async def answer(self, ours=()):
     global asked, all_asked
     asked += 1
     if asked == 1: all_asked = asyncio.Event()
     if asked == {count}: all_asked.set()
     await all_asked.wait()
-    return await inventory(self, known)
+    return await inventory(self, ours)
 FileMachine.inventory = answer
 """
     done = shell("reconcile", vm=None, patch=PATIENT + together)
@@ -153,14 +153,14 @@ from pyblock.hypervisors.memory_file import FileMachine
 import asyncio
 inventory = FileMachine.inventory
 now = most = 0
-async def answer(self, known=()):
+async def answer(self, ours=()):
     global now, most
     now += 1
     most = max(now, most)
     for _ in range(50): await asyncio.sleep(0)
     now -= 1
     assert most <= 2
-    return await inventory(self, known)
+    return await inventory(self, ours)
 FileMachine.inventory = answer
 """
     assert shell("reconcile", vm=None, patch=few).stderr == done.stderr

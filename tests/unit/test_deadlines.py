@@ -25,7 +25,7 @@ from pyblock import (
 from pyblock.hypervisors.base import CONNECT_TIMEOUT, Inventory
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
 from pyblock.machine import GRACE
-from pyblock.model import BlockDrive
+from pyblock.model import BlockDrive, Place
 from pyblock.sandbox import CLOSE_TIME, OPEN_TIME, RECONCILE_TIME, TIMEOUT
 
 pytestmark = pytest.mark.timeout(120)
@@ -47,13 +47,13 @@ class Silent(MemoryHypervisor):
         if name in self.silent:
             await asyncio.get_running_loop().create_future()
 
-    async def inventory(self, known: Collection[str] = ()) -> Inventory:
+    async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
         await self.maybe("inventory")
-        return await super().inventory(known)
+        return await super().inventory(ours)
 
-    async def place(self, drive: BlockDrive) -> None:
+    async def place(self, drive: BlockDrive) -> Place:
         await self.maybe("place")
-        await super().place(drive)
+        return await super().place(drive)
 
     async def _step(self, step: str, drive: BlockDrive, do: Callable[[], None]) -> None:
         await self.maybe(step)

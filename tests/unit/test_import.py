@@ -147,10 +147,10 @@ async def test_a_detach_asks_for_other_names_only_where_nothing_was_found(make_i
     asked = 0
     inventory = MemoryHypervisor.inventory
 
-    async def counted(self: MemoryHypervisor, known: Any = ()) -> Any:
+    async def counted(self: MemoryHypervisor, ours: Any = ()) -> Any:
         nonlocal asked
         asked += 1
-        return await inventory(self, known)
+        return await inventory(self, ours)
 
     monkeypatch.setattr(MemoryHypervisor, "inventory", counted)
     async with Sandbox("s1", vm) as sandbox:

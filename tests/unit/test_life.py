@@ -288,12 +288,12 @@ async def test_a_refused_detach_keeps_the_device(step: str, driver: str, image: 
     vm = MemoryHypervisor()
     async with pyblock.Sandbox("sb1", vm) as sandbox:
         device = await sandbox.attach(image("a"), driver=driver)
-        before = (device.held.id, device.held.index, device.held.slot)
+        before = (device.held.id, device.held.index, device.held.place)
         vm.fail(step, Fault("refuse"))
         with pytest.raises(pyblock.VmmRefused):
             await sandbox.detach(device)
         assert (device.phase, device.attach_count) == (Phase.ATTACHED, 1)
-        assert before == (device.held.id, device.held.index, device.held.slot)
+        assert before == (device.held.id, device.held.index, device.held.place)
         consistent(sandbox, vm)
         await sandbox.detach(device)
         nothing_left(sandbox, vm)

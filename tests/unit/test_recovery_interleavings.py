@@ -165,11 +165,11 @@ def test_the_slot_of_an_attach_is_known_after_its_process_died(make_image: MakeI
         async with Sandbox("one", vm, driver="virtio-blk", store=store) as sandbox:
             assert [(one.device_id, one.outcome) for one in sandbox.recovered] == [("a", Outcome.FINISHED)]
             drives = {one.id: one.held for one in sandbox.devices if isinstance(one, BlockDevice)}
-            assert {name: (drive.slot, drive.pci_path) for name, drive in drives.items()} == {"first": ("0", "02/00"), "a": ("1", "02/01")}
+            assert {name: (drive.place, drive.pci_path) for name, drive in drives.items()} == {"first": ("0", "02/00"), "a": ("1", "02/01")}
             assert drives["a"].guest_match
-            assert (await sandbox.attach(images["b"])).held.slot == "2"
+            assert (await sandbox.attach(images["b"])).held.place == "2"
             await sandbox.detach("a")
-            assert (await sandbox.attach(images["c"])).held.slot == "1"
+            assert (await sandbox.attach(images["c"])).held.place == "1"
         store.close()
 
     status, text = in_child(victim)

@@ -175,7 +175,7 @@ async def test_what_was_released_means_the_same(tmp_path: Path, make_store: Make
             assert (names["virtio-scsi"], names["virtio-blk"], names["virtio-blk-ccw"]) == ("/dev/sda", "/dev/vda", "/dev/vdb")
             assert (names["virtio-mmio"], names["nvdimm"], names["dp"]) == ("/dev/vdd", "/dev/pmem0", "/dev/vdd")
             blk, nvdimm, ccw = (found[one].held for one in ("virtio-blk", "nvdimm", "virtio-blk-ccw"))
-            assert (blk.pci_path, blk.slot, blk.guest_match) == ("02/00", "0", "0000:00:02.0/0000:01:00.0")
+            assert (blk.pci_path, blk.place, blk.guest_match) == ("02/00", "0", "0000:00:02.0/0000:01:00.0")
             assert (nvdimm.nvdimm_id, nvdimm.guest_match, ccw.dev_no) == ("0", "/region0/", "0.0.0002")
             assert found["dp"].phase is Phase.DETACH_PENDING and found["shared"].info.share
             assert found["virtio-scsi"].attach_count == 2 and found["virtio-scsi"].identity == ("file", 65024, 9980099)

@@ -41,7 +41,7 @@ from pyblock.drivers import SD
 from pyblock.hypervisors.base import FoundDisk, Inventory
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
 from pyblock.hypervisors.memory_file import FileMachine
-from pyblock.model import DeviceInfo
+from pyblock.model import BlockDrive, DeviceInfo
 from pyblock.recovery import Found, Outcome
 from pyblock.state import decode
 from pyblock.stores.sqlite import SqliteStore
@@ -506,10 +506,10 @@ def test_interrupted_while_a_blocking_sandbox_is_being_opened(tmp_path: Path, ma
     asking = threading.Event()
 
     class Silent(FileMachine):
-        async def inventory(self, known: Collection[str] = ()) -> Inventory:
+        async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
             asking.set()
             await asyncio.Event().wait()
-            return await super().inventory(known)
+            return await super().inventory(ours)
 
     (tmp_path / "vm").touch()
     store, main_thread = make_store(), threading.main_thread().ident or 0
