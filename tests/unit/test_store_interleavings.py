@@ -412,6 +412,8 @@ async def test_closed_while_the_outcome_of_an_attach_is_being_written(
 ) -> None:
     monkeypatch.setattr(machine, "GRACE", SOON)
     monkeypatch.setattr(Sandbox.settle, "__defaults__", (SOON,))
+    monkeypatch.setattr("pyblock.sandbox.GRACE", SOON)
+    monkeypatch.setattr("pyblock.sandbox.CLOSE_TIME", 10 * SOON)  # the lock is held for all of it
     vm, store, image = MemoryHypervisor(), make_store(), make_image("a")
     sandbox = await Sandbox("one", vm, store=store).__aenter__()
     vm.fail("device-add", Fault("hold"))
