@@ -179,7 +179,8 @@ class Allotment:
         index, ordinal = place = place or plan(self.index, self._family(kind.family))
         try:
             if kind.scsi and index > SCSI_INDEX_MAX:
-                raise IndexesExhausted(f"index {index} has no SCSI address: the last is {SCSI_INDEX_MAX}, ID 255 and LUN 255")
+                text = f"index {index} has no SCSI address: the last is {SCSI_INDEX_MAX}, ID 255 and LUN 255"
+                raise IndexesExhausted(text, index=index)
             drive_id = self._new_id(device.id)
         except BaseException:
             self._give_back(kind.family, place)
@@ -304,7 +305,8 @@ class Allotment:
         while drive_id in self._drive_ids or drive_id in self._foreign_ids:
             salt += 1  # it changes an ID that was shortened, and none that fits
             if salt > len(self._drive_ids) + len(self._foreign_ids) + 1:
-                raise DeviceConflict(f"drive ID {drive_id!r} is taken in this machine; give device {device_id} another ID")
+                text = f"drive ID {drive_id!r} is taken in this machine; give device {device_id} another ID"
+                raise DeviceConflict(text, device=device_id, drive=drive_id)
             drive_id = make_name_id("drive", device_id, salt=salt)
         return drive_id
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pyblock.errors import AttachPending, DetachPending, NotAttached
+from pyblock.errors import AttachPending, DetachPending, Facts, NotAttached
 from pyblock.table import GOING, Phase
 
 if TYPE_CHECKING:
@@ -75,15 +75,22 @@ class BlockDevice:
     def held(self) -> BlockDrive:
         """The drive of a device that holds one."""
         if self.drive is None:
-            raise NotAttached(f"device {self.id} is not attached and has no drive")
+            raise NotAttached(f"device {self.id} is not attached and has no drive", **self.facts)
         return self.drive
+
+    @property
+    def facts(self) -> Facts:
+        """What an error about it knows of it."""
+        if self.drive is not None:
+            return self.drive.facts | Facts(device=self.id)
+        return Facts(device=self.id, path=self.info.path or None, driver=self.info.driver)
 
     def pending(self, why: str) -> AttachPending | DetachPending:
         """What to raise while its outcome is open."""
         what = DetachPending if self.phase in GOING else AttachPending
         drive = f" (index {self.drive.index}, drive {self.drive.id})" if self.drive else ""
         stands = "attached, but not written down yet" if self.attached else str(self.phase)
-        return what(f"device {self.id}{drive} is {stands}, and what it took stays taken: {why}")
+        return what(f"device {self.id}{drive} is {stands}, and what it took stays taken: {why}", **self.facts)
 
 
 if TYPE_CHECKING:

@@ -56,6 +56,7 @@ terminal and a log. A file name may hold anything but NUL and "/", and a VMM's e
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import TracebackType
 from typing import Any, ClassVar, NamedTuple, Self, TypedDict, Unpack
 
 # fmt: off
@@ -217,6 +218,25 @@ class PyblockError(Exception):
 
     def _known(self) -> Iterable[tuple[str, object]]:
         return [(name, value) for name in _FACTS if (value := getattr(self, name)) is not None]
+
+
+class knowing:
+    """Around a body: errors of pyblock that it raises get these facts, where they did not know them.
+
+    A class, because a generator made a context manager takes longer than what it is around.
+    """
+
+    __slots__ = ("_facts",)
+
+    def __init__(self, **facts: Unpack[Facts]) -> None:
+        self._facts = facts
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, PyblockError):
+            error.about(**self._facts)
 
 
 class DeviceOutcome(NamedTuple):

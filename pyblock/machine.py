@@ -90,16 +90,22 @@ class Machine:
     def check(self) -> None:
         """Raises SandboxClosed unless it takes anything on, WrongEventLoop in another event loop."""
         if not self.opened:
-            raise SandboxClosed(f"sandbox {self.id} is not open; use it inside 'with'")
+            raise SandboxClosed(f"sandbox {self.id} is not open; use it inside 'with'", sandbox=self.id)
         self.check_loop()
 
     def check_loop(self) -> None:
         """What its operations wait for happens in the event loop that it was opened in. To look at it from outside of any is harmless."""
         loop = asyncio._get_running_loop()
         if loop is not self.loop and loop is not None and self.loop is not None:
-            raise WrongEventLoop(
-                f"sandbox {self.id} was opened in another event loop; use it there, or share a pyblock.blocking.Sandbox between threads"
-            )
+            text = f"sandbox {self.id} was opened in another event loop; use it there, or share a pyblock.blocking.Sandbox between threads"
+            raise WrongEventLoop(text, sandbox=self.id)
+
+    def about(self, error: BaseException, device: BlockDevice | None = None) -> None:
+        """Has an error of pyblock know whose machine it is about, and which device."""
+        if isinstance(error, PyblockError):
+            error.about(sandbox=self.id, vm=self.vmm.address or None)
+            if device is not None:
+                error.about(**device.facts)
 
     # The gate: whatever changes a device's phase.
 
@@ -115,12 +121,16 @@ class Machine:
     def take(self, device: BlockDevice) -> None:
         """Takes index, ordinal and drive ID for a device that is to be attached. No I/O. Raises a CapacityError or CallerError, having
         taken nothing."""
-        if device.info.driver not in self.vmm.offers:
-            raise UnknownDriver(f"this VMM has no driver {device.info.driver!r}; it has {', '.join(sorted(self.vmm.offers))}")
-        self.check()
-        if self._loading:
-            raise CallerError(f"a saved state is being loaded into sandbox {self.id}; attach when that is done")
-        device.drive = self.allotment.reserve(device)
+        try:
+            if device.info.driver not in self.vmm.offers:
+                raise UnknownDriver(f"this VMM has no driver {device.info.driver!r}; it has {', '.join(sorted(self.vmm.offers))}")
+            self.check()
+            if self._loading:
+                raise CallerError(f"a saved state is being loaded into sandbox {self.id}; attach when that is done")
+            device.drive = self.allotment.reserve(device)
+        except PyblockError as error:
+            self.about(error, device)
+            raise
         self.late.pop(device.id, None)
         self.move(device, Event.ATTACH)
 
@@ -298,7 +308,8 @@ class Machine:
         """Takes in a saved state, and has the store keep it; all of it or nothing. See Sandbox.restore."""
         self.check()
         if len(self.manager) or self._loading:
-            raise CallerError(f"sandbox {self.id} has {len(self.manager)} devices; a state is loaded into one without")
+            text = f"sandbox {self.id} has {len(self.manager)} devices; a state is loaded into one without"
+            raise CallerError(text, sandbox=self.id)
         devices, allotment, kept = self.restored(state, where=where, share=share)
         adopted: list[BlockDrive] = []
         self._loading = True  # nothing is attached until it is known whether these come in
@@ -354,7 +365,8 @@ class Machine:
             except Exception as error:
                 for one in adopted:
                     self._vacate(one)
-                raise InvalidState(f"{where}: device {device.id} cannot be at {drive.place!r}: {error}; it is left as it is") from error
+                text = f"{where}: device {device.id} cannot be at {drive.place!r}: {error}; it is left as it is"
+                raise InvalidState(text, **drive.facts) from error
             adopted.append(drive)
         return adopted
 

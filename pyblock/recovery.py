@@ -278,10 +278,13 @@ class Recovery:
 
     def _passed(self, deadline: float | None) -> DeadlinePassed:
         waits = f" (it waits for {why})" if (why := self._machine.vmm.waits_for) else ""
-        return passed(deadline, f"the VMM of sandbox {self._machine.id} was being asked which disks it has{waits}")
+        error = passed(deadline, f"the VMM of sandbox {self._machine.id} was being asked which disks it has{waits}")
+        self._machine.about(error)
+        return error
 
     def _closed(self) -> SandboxClosed:
-        return SandboxClosed(f"sandbox {self._machine.id} was closed while its VMM was being asked for its disks")
+        text = f"sandbox {self._machine.id} was closed while its VMM was being asked for its disks"
+        return SandboxClosed(text, sandbox=self._machine.id)
 
     async def _differences(self) -> list[Difference]:
         machine = self._machine
@@ -295,8 +298,13 @@ class Recovery:
                             raise TypeError(f"{inventory!r:.100} is no Inventory")
                     await machine.meet(inventory.machine)
                     others = await machine.drives_of_others(inventory.machine) if inventory.held.keys() - ours else set()
+        except PyblockError as error:
+            machine.about(error)
+            raise
         except TimeoutError:
-            raise VmmUnreachable(f"the VMM of sandbox {machine.id} did not answer within {CONNECT_TIMEOUT:g} s") from None
+            silent = VmmUnreachable(f"the VMM of sandbox {machine.id} did not answer within {CONNECT_TIMEOUT:g} s")
+            machine.about(silent)
+            raise silent from None
         self._renamed = machine.allotment.learn(inventory, ours) or self._renamed
         return differences(before, ours | others, inventory)
 
@@ -345,7 +353,7 @@ class Recovery:
         try:
             await self._machine.unplug(BlockDrive(one.drive_id, 0, 0, 0, one.held.driver, DeviceInfo()))
         except Unsettled as unsettled:
-            raise unsettled.error from unsettled
+            raise unsettled.error.about(sandbox=self._machine.id, drive=one.drive_id) from unsettled
         self._machine.doubt()  # its ID and place are free, which asking again tells
         return Outcome.REMOVED
 

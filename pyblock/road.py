@@ -35,7 +35,7 @@ from pyblock.table import (
     Phase,
     Stage,
 )
-from pyblock.tasks import Operation, Waiters, over
+from pyblock.tasks import Operation, Waiters, given, over
 
 # Seconds that a cancelled call waits for what it leaves behind to be written down, before its caller
 # goes on.
@@ -56,12 +56,12 @@ async def attach(machine: Machine, device: BlockDevice, deadline: float | None) 
     AttachPending or DetachPending when an earlier outcome is not known yet; AttachCountExhausted;
     ImageInUse or StoreError before the VMM was touched. Cancelled, it is undone.
     """
-    await _turn(device, deadline)
+    await _turn(machine, device, deadline)
     if device.phase is Phase.ATTACHED:
         await _count(machine, device, 1, deadline)
         return True
     if device.drive is not None:
-        raise device.pending("settle it with detach first")
+        raise device.pending("settle it with detach first").about(sandbox=machine.id)
     if machine.manager.get(device.id) is not device:
         return False
     machine.take(device)
@@ -92,10 +92,11 @@ async def detach(machine: Machine, device: BlockDevice, deadline: float | None) 
         if removing:
             machine.nudge(device.held)
     else:
-        await _turn(device, deadline)
+        await _turn(machine, device, deadline)
         machine.check()
         if device.phase is Phase.DETACHED:
-            raise NotAttached(f"device {device.id} is not attached; every detach needs an attach of its own")
+            text = f"device {device.id} is not attached; every detach needs an attach of its own"
+            raise NotAttached(text, **device.facts).about(sandbox=machine.id)
         if device.phase is Phase.ATTACHED and device.attach_count > 1:
             await _count(machine, device, -1, deadline)
             return True
@@ -160,7 +161,7 @@ class Road(Operation):
                     return None  # it is written down, with another device: what it waits for changes nothing
                 if self.stage >= Stage.ACTING:
                     _give_up(self._machine, self._device)
-                    raise self._device.pending(why) from None
+                    raise self._device.pending(why).about(sandbox=self._machine.id, timeout=given(deadline)) from None
                 deadline = None  # until then, the work keeps to the deadline itself
             except asyncio.CancelledError:
                 if self.abandoned and self.stage >= Stage.ACTING:
@@ -182,6 +183,7 @@ class Road(Operation):
             if begun := self._begin(aim, deadline):
                 await (machine.plug(device) if aim is Aim.PLUG else machine.unplug(device.held))
         except BaseException as error:
+            machine.about(error.error if isinstance(error, Unsettled) else error, device)
             failure = _failure(error) if begun else Failure.UNSENT
             event = FOLLOWS[aim, failure]
             if event is not Event.UNKNOWN:
@@ -203,7 +205,7 @@ class Road(Operation):
             return False
         if self._machine.ledger is not None and deadline is not None and deadline <= asyncio.get_running_loop().time():
             text = "the deadline passed while the store was being written; nothing was changed"
-            raise StoreBusy(f"device {self._device.id}: {text}")
+            raise StoreBusy(f"device {self._device.id}: {text}", timeout=given(deadline))
         if self.abandoned:
             _unsure(self._machine, self._device)
         self.stage = Stage.ACTING if aim is Aim.PLUG else Stage.REMOVING
@@ -218,16 +220,30 @@ class Road(Operation):
 
     def _raise(self, error: BaseException, failure: Failure, event: Event) -> None:
         """Raises what the caller is to see of an error."""
-        device = self._device
         if isinstance(error, asyncio.CancelledError):
             if event is Event.UNKNOWN:
-                raise device.pending(_CUT_OFF) from None
-            raise _unwritten(device) from None
+                raise self._pending(_CUT_OFF) from None
+            raise self._unwritten() from None
         if isinstance(error, Unsettled):
-            raise _unknown(device, error.error) from error.error
+            raise self._unknown(error.error) from error.error
         if failure is Failure.UNKNOWN and isinstance(error, Exception):
-            raise device.pending(f"what was to do it failed: {error!r:.200}") from error
+            raise self._pending(f"what was to do it failed: {error!r:.200}") from error
         raise error
+
+    def _unknown(self, error: PyblockError) -> PyblockError:
+        """A refusal stays what it is, since its caller asks for it; of what else happened, that the outcome is open says more."""
+        if not isinstance(error, VmmRefused):
+            return self._pending(str(error))
+        text = f"the VMM may still hold part of device {self._device.id}; what it took stays taken until detach has settled it"
+        error.add_note(text)
+        return error
+
+    def _pending(self, why: str) -> PyblockError:
+        return self._device.pending(why).about(sandbox=self._machine.id)
+
+    def _unwritten(self) -> PyblockError:
+        text = f"device {self._device.id}: the sandbox was closed before the VMM was touched; nothing was changed"
+        return SandboxClosed(text, **self._device.facts).about(sandbox=self._machine.id)
 
     async def _take_out(self, aim: Aim, deadline: float | None) -> None:
         """Has the VMM remove what it has of it."""
@@ -266,7 +282,7 @@ class Attach(Road):
         except asyncio.CancelledError:  # the sandbox is being closed; whoever opens it next may find the intent only
             _give_up(machine, device)
             await machine.write_soon(device)
-            raise device.pending("it was cut off before it was written down") from None
+            raise self._pending("it was cut off before it was written down") from None
         except Exception as error:
             if device.phase is Phase.ATTACHED and device.said_count:
                 return None  # it is written down all the same
@@ -347,7 +363,7 @@ class Count(Road):
                     device.attach_count -= self._more
                     await machine.write_soon(device)
                     if cut_off:
-                        raise _unwritten(device) from None
+                        raise self._unwritten() from None
                     raise
             if self._more < 0:
                 machine.drop(device)
@@ -358,20 +374,22 @@ class Count(Road):
             device.operation = None
 
 
-async def _turn(device: BlockDevice, deadline: float | None) -> None:
+async def _turn(machine: Machine, device: BlockDevice, deadline: float | None) -> None:
     while (operation := device.operation) is not None and not operation.done:
         try:
             await operation.settled(deadline)
         except TimeoutError:
             if device.phase is Phase.ATTACHED:
                 text = "the deadline passed while its count was being written for another; nothing was changed"
-                raise StoreBusy(f"device {device.id}: {text}") from None
-            raise device.pending("the deadline passed while an earlier operation on it was under way") from None
+                raise StoreBusy(f"device {device.id}: {text}", **device.facts).about(sandbox=machine.id, timeout=given(deadline)) from None
+            why = "the deadline passed while an earlier operation on it was under way"
+            raise device.pending(why).about(sandbox=machine.id, timeout=given(deadline)) from None
 
 
 async def _count(machine: Machine, device: BlockDevice, more: int, deadline: float | None) -> None:
     if more > 0 and device.attach_count >= ATTACH_COUNT_MAX:
-        raise AttachCountExhausted(f"device {device.id} is attached {device.attach_count} times, which is all the count can hold")
+        text = f"device {device.id} is attached {device.attach_count} times, which is all the count can hold"
+        raise AttachCountExhausted(text, **device.facts).about(sandbox=machine.id)
     machine.check()
     if machine.ledger is None:
         device.attach_count += more
@@ -396,7 +414,7 @@ async def _take_back(machine: Machine, device: BlockDevice) -> None:
 
     Others may have had their turn since: a detach of theirs may be counting, and the disk may be lost.
     """
-    await _turn(device, None)
+    await _turn(machine, device, None)
     if device.phase is not Phase.ATTACHED:
         return
     if device.attach_count > 1:
@@ -436,15 +454,3 @@ def _failure(error: BaseException) -> Failure:
     if isinstance(error, TransportError):
         return Failure.UNREACHED
     return Failure.REFUSED if isinstance(error, PyblockError) else Failure.UNKNOWN
-
-
-def _unknown(device: BlockDevice, error: PyblockError) -> PyblockError:
-    if isinstance(error, TransportError):
-        return device.pending(str(error))
-    text = f"the VMM may still hold part of device {device.id}; what it took stays taken until detach has settled it"
-    error.add_note(text)
-    return error
-
-
-def _unwritten(device: BlockDevice) -> SandboxClosed:
-    return SandboxClosed(f"device {device.id}: the sandbox was closed before the VMM was touched; nothing was changed")

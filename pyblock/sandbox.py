@@ -26,6 +26,7 @@ from pyblock.errors import (
     MachineAnswers,
     PyblockError,
     UnknownDevice,
+    knowing,
 )
 from pyblock.hypervisors import open_hypervisor
 from pyblock.hypervisors.base import Hypervisor, typed
@@ -92,9 +93,10 @@ class Sandbox:
         open_timeout: float | None = None,
     ) -> None:
         if not _is_sandbox_id(sandbox_id):
-            raise InvalidID(f"sandbox ID {sandbox_id!r} is not 1 to 128 of A-Z a-z 0-9 _ . - beginning with a letter or digit")
+            text = f"sandbox ID {sandbox_id!r} is not 1 to 128 of A-Z a-z 0-9 _ . - beginning with a letter or digit"
+            raise InvalidID(text, value=sandbox_id)
         if block_offset is not None and not 0 <= block_offset < capacity:
-            raise InvalidValue(f"block offset {block_offset!r} is not in 0 … {capacity - 1}")
+            raise InvalidValue(f"block offset {block_offset!r} is not in 0 … {capacity - 1}", value=block_offset)
         vmm = open_hypervisor(vm) if isinstance(vm, str) else vm
         offsets = None if block_offset is None else {"vd": block_offset}
         self._machine = Machine(sandbox_id, vmm, DeviceManager(driver), Allotment(capacity, offsets))
@@ -114,7 +116,8 @@ class Sandbox:
         store = self._find_store()
         deadline = deadline_after(self._open_timeout)
         if store is not None:
-            await self._machine.take_up(store, deadline)
+            with knowing(sandbox=self.id, vm=self._machine.vmm.address or None):
+                await self._machine.take_up(store, deadline)
         self._machine.opened, self._machine.loop = True, asyncio.get_running_loop()
         self._recovery.begin()
         if self._recover and len(self.manager):
@@ -235,7 +238,7 @@ class Sandbox:
         :param progress: called with each device when it is attached.
         """
         if isinstance(images, str | bytes | os.PathLike):
-            raise InvalidValue(f"images {images!r} is one path; give a list of them, or use attach")
+            raise InvalidValue(f"images {images!r} is one path; give a list of them, or use attach", value=images)
         infos = [self._info(image, driver=driver, read_only=read_only, share=share, format=format) for image in images]
         deadline = deadline_after(timeout)
         devices = self._obtain(infos, many=True)
@@ -292,9 +295,14 @@ class Sandbox:
         if device_id in late and device_id not in self.manager:
             del late[device_id]
             return  # it was told "pending", and is gone since
-        found = self.manager.find(device_id)
+        try:
+            found = self.manager.find(device_id)
+        except UnknownDevice as error:
+            self._machine.about(error)
+            raise
         if not isinstance(device, str) and device is not found:
-            raise UnknownDevice(f"device {device_id!r} of this sandbox is another object; the one given was detached, or belongs elsewhere")
+            text = f"device {device_id!r} of this sandbox is another object; the one given was detached, or belongs elsewhere"
+            raise UnknownDevice(text, sandbox=self.id, device=device_id)
         await self._detach_known(found, deadline)
         if not isinstance(found, BlockDevice):
             self._machine.drop(found)
@@ -316,7 +324,8 @@ class Sandbox:
         saving = self._saving = asyncio.ensure_future(self._save(path, self._saving))
         saving.add_done_callback(lambda task: task.cancelled() or task.exception())
         await over(saving)
-        saving.result()
+        with knowing(sandbox=self.id, path=os.fsdecode(path)):
+            saving.result()
 
     async def _save(self, path: str | os.PathLike[str], previous: asyncio.Future[None] | None) -> None:
         with loading("a state file"):
@@ -336,8 +345,9 @@ class Sandbox:
             from pyblock.stores import json_file  # noqa: PLC0415
 
         self._machine.check()
-        state = await asyncio.to_thread(json_file.read, path)
-        await self.restore(state, where=f"state file {os.fspath(path)!r}", share=share)
+        with knowing(sandbox=self.id, path=os.fsdecode(path)):
+            state = await asyncio.to_thread(json_file.read, path)
+            await self.restore(state, where=f"state file {os.fspath(path)!r}", share=share)
 
     def state(self) -> SandboxState:
         """What `save` writes. An operation under way is saved as pending."""
@@ -349,7 +359,8 @@ class Sandbox:
 
     async def restore(self, state: SandboxState, *, where: str = "the state", share: bool = False) -> None:
         """Restores a decoded state; see `load`."""
-        await self._machine.load_state(state, where=where, share=share)
+        with knowing(sandbox=self.id):
+            await self._machine.load_state(state, where=where, share=share)
 
     async def reconcile(self, *, dry_run: bool = False, orphans: bool = False, timeout: float | None = RECONCILE_TIME) -> list[Finding]:
         """Asks the VMM now what it has, settles what differs from what is known, and returns the differences.
@@ -371,11 +382,12 @@ class Sandbox:
         Raises MachineAnswers unless its socket is absent or nobody listens there; StoreError.
         """
         self._machine.check()
-        with typed(f"sandbox {self.id}: finding out whether its machine is gone"):
+        with knowing(sandbox=self.id), typed(f"sandbox {self.id}: finding out whether its machine is gone"):
             gone = await self._machine.vmm.is_gone()
         if not gone:
             address = self._machine.vmm.address
-            raise MachineAnswers(f"sandbox {self.id}: its machine {address} still answers; detach its devices, or end it first")
+            text = f"sandbox {self.id}: its machine {address} still answers; detach its devices, or end it first"
+            raise MachineAnswers(text, sandbox=self.id, vm=address or None)
         await self._machine.cut_off()
         given_up = self._machine.clear()
         if self._machine.ledger is not None:
@@ -438,7 +450,9 @@ class Sandbox:
         if driver is not None or read_only or serial is not None or device_id is not None or share or format is not None:
             raise InvalidValue("a DeviceInfo says driver, read_only, serial, ID, share and format itself; give them there")
         if image.dev_type in ("c", "u"):
-            raise InvalidImage(f"a character device ({image.major}:{image.minor}) is no disk; count it through sandbox.manager")
+            raise InvalidImage(
+                f"a character device ({image.major}:{image.minor}) is no disk; count it through sandbox.manager", path=image.path or None
+            )
         return image
 
     def _obtain(self, infos: Sequence[DeviceInfo], *, many: bool = False) -> list[BlockDevice]:
@@ -453,6 +467,7 @@ class Sandbox:
         except BaseException as error:
             for device in devices:
                 self.manager.drop(device)
+            self._machine.about(error)
             if many and isinstance(error, PyblockError):
                 bad = len(devices)
                 error.outcomes = tuple(
@@ -478,7 +493,7 @@ class Sandbox:
         if not isinstance(device, BlockDevice):
             await self._machine.count(device, 1, deadline)
         elif not await road.attach(self._machine, device, deadline):
-            raise UnknownDevice(f"device {device.id!r} has ended meanwhile; attach its image anew")
+            raise UnknownDevice(f"device {device.id!r} has ended meanwhile; attach its image anew", **device.facts)
 
     async def _detach_known(self, device: Device, deadline: float | None) -> None:
         if isinstance(device, BlockDevice):
