@@ -74,15 +74,22 @@ class Sandbox:
     def __repr__(self) -> str:
         return f"<blocking {self._sandbox!r}>"
 
-    def __enter__(self) -> Self:
+    def open(self) -> Self:
+        """See pyblock.Sandbox.open."""
+        if self._portal is not None and self._pid == os.getpid():
+            self._call(self._sandbox.open)
+            return self
         self._portal, self._pid = self._stack.enter_context(_provider), os.getpid()
         try:
-            self._call(self._sandbox.__aenter__, lambda _: self._sandbox.close())
+            self._call(self._sandbox.open, lambda _: self._sandbox.close())
         except BaseException:
             self._portal = None
             self._stack.close()
             raise
         return self
+
+    def __enter__(self) -> Self:
+        return self.open()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
@@ -123,6 +130,27 @@ class Sandbox:
         attach = partial(self._sandbox.attach, image, driver=driver, read_only=read_only, serial=serial, device_id=device_id)
         take_back: Callable[[AttachedDevice], Awaitable[None]] = partial(self._sandbox.detach, timeout=GRACE)
         return self._call(partial(attach, share=share, format=format, timeout=timeout), take_back)
+
+    def ensure(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        device_id: str,
+        driver: str | None = None,
+        read_only: bool = False,
+        serial: str | None = None,
+        share: bool = False,
+        format: str | None = None,
+        timeout: float | None = door.TIMEOUT,
+    ) -> AttachedDevice:
+        """See pyblock.Sandbox.ensure."""
+        ensure = partial(self._sandbox._ensure, path, device_id, driver, read_only, serial, share, format, timeout)
+
+        async def take_back(done: tuple[AttachedDevice, bool]) -> None:
+            if done[1]:
+                await self._sandbox.detach(done[0], timeout=GRACE)
+
+        return self._call(ensure, take_back)[0]
 
     def attach_many(
         self,

@@ -56,7 +56,7 @@ async def attach(machine: Machine, device: BlockDevice, deadline: float | None) 
     AttachPending or DetachPending when an earlier outcome is not known yet; AttachCountExhausted;
     ImageInUse or StoreError before the VMM was touched. Cancelled, it is undone.
     """
-    await _turn(machine, device, deadline)
+    await turn(machine, device, deadline)
     if device.phase is Phase.ATTACHED:
         await _count(machine, device, 1, deadline)
         return True
@@ -92,7 +92,7 @@ async def detach(machine: Machine, device: BlockDevice, deadline: float | None) 
         if removing:
             machine.nudge(device.held)
     else:
-        await _turn(machine, device, deadline)
+        await turn(machine, device, deadline)
         machine.check()
         if device.phase is Phase.DETACHED:
             text = f"device {device.id} is not attached; every detach needs an attach of its own"
@@ -374,7 +374,8 @@ class Count(Road):
             device.operation = None
 
 
-async def _turn(machine: Machine, device: BlockDevice, deadline: float | None) -> None:
+async def turn(machine: Machine, device: BlockDevice, deadline: float | None) -> None:
+    """Returns when nothing is under way on the device. Raises StoreBusy, AttachPending or DetachPending past the deadline."""
     while (operation := device.operation) is not None and not operation.done:
         try:
             await operation.settled(deadline)
@@ -414,7 +415,7 @@ async def _take_back(machine: Machine, device: BlockDevice) -> None:
 
     Others may have had their turn since: a detach of theirs may be counting, and the disk may be lost.
     """
-    await _turn(machine, device, None)
+    await turn(machine, device, None)
     if device.phase is not Phase.ATTACHED:
         return
     if device.attach_count > 1:

@@ -69,7 +69,7 @@ class Sandbox:
     :param recover: open also asks the VMM what it has and settles what differs; else that waits for the first attach, detach or reconcile.
     :param open_timeout: seconds for all of opening; None: 60 s for the store, whose lock another process may have, and 10 s for the VMM.
 
-    Opening (`async with`) makes this process the owner, and takes up what the store knows. Raises SandboxBusy, SandboxConflict,
+    Opening (`async with`, or `open`) makes this process the owner, and takes up what the store knows. Raises SandboxBusy, SandboxConflict,
     StateError, StoreError. A VMM that does not answer is no error then: what is known stays as it is, and it is asked again later.
 
     Everything runs in the event loop in which it was opened; another one gets WrongEventLoop. It is not safe to share between threads
@@ -77,7 +77,7 @@ class Sandbox:
     """
 
     __slots__ = (
-        "__weakref__", "_batches", "_machine", "_open_timeout", "_recover", "_recovery", "_saving", "_store",
+        "__weakref__", "_batches", "_machine", "_open_timeout", "_opening", "_recover", "_recovery", "_saving", "_store",
     )  # fmt: skip
 
     def __init__(
@@ -106,13 +106,23 @@ class Sandbox:
         self._store = store
         self._recover = recover
         self._open_timeout = open_timeout
+        self._opening = asyncio.Lock()
 
     def __repr__(self) -> str:
         return f"<Sandbox {self.id} {len(self.manager)} devices, {len(self.index)} indexes taken>"
 
-    async def __aenter__(self) -> Self:
+    async def open(self) -> Self:
+        """Opens the sandbox as `async with` does, and returns it; `close` ends that. One that is open stays as it is, and two calls at once
+        open it once."""
         if self._machine.opened:
             self._machine.check_loop()
+            return self
+        async with self._opening:
+            if not self._machine.opened:
+                await self._open()
+        return self
+
+    async def _open(self) -> None:
         store = self._find_store()
         deadline = deadline_after(self._open_timeout)
         if store is not None:
@@ -128,7 +138,6 @@ class Sandbox:
             except BaseException:
                 await self.close()
                 raise
-        return self
 
     def _find_store(self) -> Store | None:
         if self._store != "host":
@@ -139,6 +148,9 @@ class Sandbox:
             from pyblock.stores import host_store  # noqa: PLC0415
 
         return host_store()
+
+    async def __aenter__(self) -> Self:
+        return await self.open()
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
@@ -217,6 +229,57 @@ class Sandbox:
         deadline = deadline_after(timeout)
         [device] = self._obtain([info])
         return await self._attach(device, info, deadline)
+
+    async def ensure(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        device_id: str,
+        driver: str | None = None,
+        read_only: bool = False,
+        serial: str | None = None,
+        share: bool = False,
+        format: str | None = None,
+        timeout: float | None = TIMEOUT,
+    ) -> AttachedDevice:
+        """Attaches an image under that ID unless it is attached so already, and returns its device.
+
+        However often it is called it counts one attach, so one detach ends it. An attach or detach of it
+        that is under way is waited for. For parameters see `attach`.
+
+        Raises DeviceConflict where the image is there under another ID, the ID with another image, or
+        both with another driver, access or serial than asked for; and what `attach` raises.
+        """
+        return (await self._ensure(path, device_id, driver, read_only, serial, share, format, timeout))[0]
+
+    async def _ensure(
+        self,
+        path: str | os.PathLike[str],
+        device_id: str,
+        driver: str | None,
+        read_only: bool,
+        serial: str | None,
+        share: bool,
+        format: str | None,
+        timeout: float | None,
+    ) -> tuple[AttachedDevice, bool]:
+        """The device, and whether it was attached for this."""
+        info = self._info(path, driver=driver, read_only=read_only, serial=serial, device_id=device_id, share=share, format=format)
+        deadline = deadline_after(timeout)
+        while True:
+            [device] = self._obtain([info])
+            try:
+                await road.turn(self._machine, device, deadline)
+                await self._recovery.ask(deadline)
+                if there := device.phase is Phase.ATTACHED and device.operation is None:
+                    self.manager.drop(device)
+                elif device.operation is not None or not await road.attach(self._machine, device, deadline):
+                    self.manager.drop(device)
+                    continue
+            except BaseException:
+                self.manager.drop(device)
+                raise
+            return device, not there  # type: ignore[return-value]  # it is attached
 
     async def attach_many(
         self,

@@ -32,7 +32,8 @@ CALLS: dict[str, Call] = {
     "close": lambda sandbox, device, image: sandbox.close(),
     "road.detach": lambda sandbox, device, image: road.detach(sandbox._machine, device, None),
     "road.attach": lambda sandbox, device, image: road.attach(sandbox._machine, device, None),
-    "opened again": lambda sandbox, device, image: sandbox.__aenter__(),
+    "opened again": lambda sandbox, device, image: sandbox.open(),
+    "ensure": lambda sandbox, device, image: sandbox.ensure(image, device_id="b", timeout=5),
 }
 
 
