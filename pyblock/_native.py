@@ -130,7 +130,7 @@ def _fail_index(function: str, status: int, handle: Handle, **facts: object) -> 
     _fail(function, status, **facts, capacity=capacity, last=capacity - 1, free=capacity - index_count(handle))
 
 
-def _fail_plan(function: str, status: int, handle: Handle, ordinals: Handle, **facts: object) -> NoReturn:
+def plan_refused(function: str, status: int, handle: Handle, ordinals: Handle, **facts: object) -> NoReturn:
     """Speaks of the fuller of the two indexes, which is the one that was found full."""
     room = [(index_capacity(each) - index_count(each), each) for each in (ordinals, handle)]
     _fail_index(function, status, min(room, key=lambda pair: pair[0])[1], **facts)
@@ -349,14 +349,7 @@ def make_id(kind: str, device_id: str, salt: int, limit: int) -> str:
 # --- plans --------------------------------------------------------------------------------------------------------------------------
 
 
-_plan: Any = lib.pb_plan
-
-
-def plan(handle: Handle, ordinals: Handle) -> tuple[int, int]:
-    got: int = _plan(handle, ordinals)
-    if got < 0:
-        _fail_plan("pb_plan", got, handle, ordinals, n=1)
-    return got & 0xFFFFFFFF, got >> 32
+raw_plan: Callable[[Handle, Handle], int] = lib.pb_plan
 
 
 def plan_many(handle: Handle, ordinals: Handle, n: int) -> tuple[list[int], list[int]]:
@@ -365,5 +358,5 @@ def plan_many(handle: Handle, ordinals: Handle, n: int) -> tuple[list[int], list
     numbers = _new_raw(_UINT32S, max(asked, 0))
     got = lib.pb_plan_many(handle, ordinals, asked, indexes, numbers)
     if got < 0:
-        _fail_plan("pb_plan_many", got, handle, ordinals, n=n)
+        plan_refused("pb_plan_many", got, handle, ordinals, n=n)
     return _numbers(indexes, asked), _numbers(numbers, asked)

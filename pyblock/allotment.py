@@ -6,7 +6,7 @@ A drive takes one of each, or nothing. The machine's own disks have theirs as we
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 from pyblock.crowd import Crowd
@@ -16,7 +16,7 @@ from pyblock.errors import DeviceConflict, IndexesExhausted, IndexTaken, Invalid
 from pyblock.hypervisors.base import Inventory
 from pyblock.index import BlockIndex
 from pyblock.model import BlockDrive
-from pyblock.naming import SCSI_INDEX_MAX, drive_index, make_name_id
+from pyblock.naming import ID_MAX, SCSI_INDEX_MAX, drive_index, make_name_id
 from pyblock.plan import plan, plan_many
 
 Place = tuple[int, int]
@@ -66,9 +66,9 @@ class Allotment:
         self._foreign_ids = NO_IDS  # of the machine's own disks, and of orphans
         self._foreign = NO_INDEXES  # indexes whose address one of these sits at
         self._watches: tuple[set[str], ...] = ()
-        self._planned: dict[str, Place] | None = None  # device ID to what a batch took for it
+        self._planned: dict[str, Place] = {}  # device ID to what a batch took for it
         self._imported: Sequence[BlockDrive] = ()  # whose names wait for the offset of their family
-        self._crowds: tuple[Crowd, ...] = ()  # one of a family at most
+        self._crowds: dict[str, Crowd] = {}  # by the prefix of a family; most of the time there is none
         self._counts: Mapping[str, int] | None = None  # of the machine's own disks, by prefix, when it was last asked
         self._moved = NO_IDS  # prefixes of which that number has changed
 
@@ -149,7 +149,7 @@ class Allotment:
 
         Devices of several families are left to `reserve`. Raises IndexesExhausted, having taken nothing.
         """
-        devices = [device for device in devices if not self._planned or device.id not in self._planned]
+        devices = [device for device in devices if device.id not in self._planned]
         kinds = {_kind(device) for device in devices}
         if len(devices) < 2 or len({kind.family for kind in kinds}) != 1:
             return
@@ -157,15 +157,13 @@ class Allotment:
         [family] = {kind.family for kind in kinds}
         indexes, ordinals = plan_many(self.index, self._family(family), len(devices))
         places = zip(indexes, ordinals, strict=True)
-        self._planned = (self._planned or {}) | dict(zip((device.id for device in devices), places, strict=True))
+        self._planned |= zip((device.id for device in devices), places, strict=True)
 
     def unplan(self, devices: Sequence[BlockDevice]) -> None:
         """Gives back what `plan` took and `reserve` did not use."""
-        if self._planned is not None:
-            for device in devices:
-                if (place := self._planned.pop(device.id, None)) is not None:
-                    self._give_back(_kind(device).family, place)
-            self._planned = self._planned or None
+        for device in devices:
+            if (place := self._planned.pop(device.id, None)) is not None:
+                self._give_back(_kind(device).family, place)
 
     def reserve(self, device: BlockDevice) -> BlockDrive:
         """The drive of a device: lowest free index and ordinal, and an ID that no other drive of the machine has.
@@ -173,33 +171,40 @@ class Allotment:
         Raises IndexesExhausted, or DeviceConflict when the ID cannot be made unique; nothing is then taken.
         """
         self.unused = False
-        kind, info = _kind(device), device.info
-        place = self._planned.pop(device.id, None) if self._planned else None
+        kind = DRIVERS[device.info.driver or ""]
+        prefix = kind.family.prefix
+        place = self._planned.pop(device.id, None)
         planned = place is not None
-        index, ordinal = place = place or plan(self.index, self._family(kind.family))
+        if place is None:
+            ordinals = self._ordinals.get(prefix)
+            place = plan(self.index, ordinals if ordinals is not None else self._family(kind.family))
+        index, ordinal = place
         try:
             if kind.scsi and index > SCSI_INDEX_MAX:
                 text = f"index {index} has no SCSI address: the last is {SCSI_INDEX_MAX}, ID 255 and LUN 255"
                 raise IndexesExhausted(text, index=index)
-            drive_id = self._new_id(device.id)
+            drive_id = f"drive-{device.id}"  # as make_name_id has it where it fits
+            if len(drive_id) > ID_MAX or drive_id in self._drive_ids or drive_id in self._foreign_ids:
+                drive_id = self._new_id(device.id)
         except BaseException:
             self._give_back(kind.family, place)
             raise
         self._drive_ids.add(drive_id)
         for seen in self._watches:
             seen.add(drive_id)
-        offset = self._offsets.get(kind.family.prefix, kind.offset) if self._offsets else kind.offset
-        drive = BlockDrive(drive_id, index, ordinal, offset, kind, info)
-        self.comes(drive, together=planned)  # else it would not have been planned
+        drive = BlockDrive(drive_id, index, ordinal, self._offsets.get(prefix, kind.offset), kind, device.info)
+        self._crowd(drive).comes(drive, unsure=planned or prefix in self._moved)  # what comes alone is not planned
         return drive
 
-    def comes(self, drive: BlockDrive, *, together: bool = False) -> None:
-        """Takes note that a drive is on its way. The guest may see those that come together in any order: none of their names is sound."""
-        self._crowd(drive).comes(drive, unsure=together or drive.kind.family.prefix in self._moved)
+    def comes(self, drive: BlockDrive) -> None:
+        """Takes note that a drive is on its way."""
+        self._crowd(drive).comes(drive, unsure=drive.kind.family.prefix in self._moved)
 
     def came(self, drive: BlockDrive) -> None:
         """Takes note that the machine has a drive."""
-        self._note(drive, Crowd.came)
+        crowd = self._crowds.get(drive.kind.family.prefix)
+        if crowd is not None and crowd.came(drive):
+            del self._crowds[crowd.prefix]
 
     def leaves(self, drive: BlockDrive) -> bool:
         """Takes note that the guest is asked to let go of a drive: one that comes meanwhile may get its name. False when it was asked
@@ -210,29 +215,25 @@ class Allotment:
 
     def stays(self, drive: BlockDrive) -> None:
         """Takes note that the guest keeps it."""
-        self._note(drive, Crowd.stays)
+        crowd = self._crowds.get(drive.kind.family.prefix)
+        if crowd is not None and crowd.stays(drive):
+            del self._crowds[crowd.prefix]
 
     def _crowd(self, drive: BlockDrive) -> Crowd:
         """That of a drive's family, which is made where there is none."""
         prefix = drive.kind.family.prefix
-        for crowd in self._crowds:
-            if crowd.prefix == prefix:
-                return crowd
-        crowd = Crowd(prefix)
-        self._crowds = (*self._crowds, crowd)
-        return crowd
-
-    def _note(self, drive: BlockDrive, what: Callable[[Crowd, BlockDrive], None]) -> None:
-        for crowd in self._crowds:
-            if crowd.prefix == drive.kind.family.prefix:
-                what(crowd, drive)
-                if crowd.idle:
-                    self._crowds = tuple(one for one in self._crowds if one is not crowd)
+        if prefix not in self._crowds:
+            self._crowds[prefix] = Crowd(prefix)
+        return self._crowds[prefix]
 
     def release(self, drive: BlockDrive) -> None:
         """Gives back what `reserve` took."""
-        self._note(drive, Crowd.gone)
-        self._give_back(drive.kind.family, (drive.index, drive.ordinal))
+        prefix = drive.kind.family.prefix
+        crowd = self._crowds.get(prefix)
+        if crowd is not None and crowd.gone(drive):
+            del self._crowds[prefix]
+        self.index.release(drive.index)
+        self._ordinals[prefix].release(drive.ordinal)
         self._drive_ids.discard(drive.id)
 
     def restore(self, drives: Sequence[BlockDrive], others: Collection[int], offsets: Mapping[str, int]) -> None:

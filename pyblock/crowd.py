@@ -12,7 +12,7 @@ from pyblock.model import BlockDrive
 
 
 class Crowd(msgspec.Struct, gc=False, eq=False):
-    """The drives of one family that come, leave, or were crowded. Most are at rest for as long as their sandbox, and hold a number only.
+    """The drives of one family that come, leave, or were crowded. It is forgotten when it holds nothing.
 
     :ivar prefix: of the family's names.
     :ivar crowded: how many of the drives that are there are crowded.
@@ -26,15 +26,10 @@ class Crowd(msgspec.Struct, gc=False, eq=False):
     prefix: str
     crowded: int = 0
     restored: bool = False
-    coming: dict[str, BlockDrive] | None = None
-    leaving: dict[str, BlockDrive] | None = None
-    met: set[str] | None = None
-    vague: set[int] | None = None
-
-    @property
-    def idle(self) -> bool:
-        """Whether there is nothing to remember."""
-        return not (self.coming or self.leaving or self.crowded)
+    coming: dict[str, BlockDrive] = {}
+    leaving: dict[str, BlockDrive] = {}
+    met: set[str] = set()
+    vague: set[int] = set()
 
     def restore(self, drive: BlockDrive) -> None:
         """Takes note of a crowded drive of a saved state."""
@@ -44,53 +39,49 @@ class Crowd(msgspec.Struct, gc=False, eq=False):
 
     def comes(self, drive: BlockDrive, *, unsure: bool) -> None:
         """Takes note that a drive is on its way. `unsure`: its name is not known, whatever the crowd knows."""
-        met = [one.id for one in (self.leaving or {}).values() if _may_leave_its_name(one, drive)]
-        if unsure or self.coming or met or self.restored or drive.ordinal in (self.vague or ()):
+        met = [one.id for one in self.leaving.values() if _may_leave_its_name(one, drive)] if self.leaving else ()
+        if unsure or self.coming or met or self.restored or drive.ordinal in self.vague:
             self._crowd(drive)
-        self.coming = self.coming or {}
         for other in self.coming.values() if len(self.coming) == 1 else ():  # of more than one all are crowded already
             self._crowd(other)
-        if met:
-            self.met = {*(self.met or ()), *met}
-        if self.vague:
-            self.vague.discard(drive.ordinal)
+        self.met.update(met)
+        self.vague.discard(drive.ordinal)
         self.coming[drive.id] = drive
 
-    def came(self, drive: BlockDrive) -> None:
-        """Takes note that the machine has it."""
-        if self.coming and self.coming.pop(drive.id, None) is not None:
-            self.coming = self.coming or None
+    def came(self, drive: BlockDrive) -> bool:
+        """Takes note that the machine has it. Returns whether there is nothing left to remember."""
+        self.coming.pop(drive.id, None)
+        return not (self.coming or self.leaving or self.crowded)
 
     def leaves(self, drive: BlockDrive) -> bool:
         """Takes note that the guest is asked to let go of it; False when it was asked before."""
-        for other in (self.coming or {}).values():
+        for other in self.coming.values():
             if _may_leave_its_name(drive, other):
                 self._crowd(other)
-                self.met = {*(self.met or ()), drive.id}
-        self.leaving = self.leaving or {}
+                self.met.add(drive.id)
         asked = drive.id in self.leaving
         self.leaving[drive.id] = drive
         return not asked
 
-    def stays(self, drive: BlockDrive) -> None:
-        """Takes note that it does not leave."""
-        if self.leaving and self.leaving.pop(drive.id, None) is not None:
-            self.leaving = self.leaving or None
-        if self.met:
-            self.met.discard(drive.id)
+    def stays(self, drive: BlockDrive) -> bool:
+        """Takes note that it does not leave. Returns whether there is nothing left to remember."""
+        self.leaving.pop(drive.id, None)
+        self.met.discard(drive.id)
+        return not (self.coming or self.leaving or self.crowded)
 
-    def gone(self, drive: BlockDrive) -> None:
-        """Takes note that the machine has it no more, or never had it."""
-        self.came(drive)
-        unsure = drive.crowded or drive.id in (self.met or ())
-        self.stays(drive)
+    def gone(self, drive: BlockDrive) -> bool:
+        """Takes note that the machine has it no more, or never had it. Returns whether there is nothing left to remember."""
+        unsure = drive.crowded or drive.id in self.met
+        self.coming.pop(drive.id, None)
+        self.leaving.pop(drive.id, None)
+        self.met.discard(drive.id)
         self.crowded -= drive.crowded
         if not self.crowded:  # nobody is left who may have another's name
-            self.vague = None
+            self.vague.clear()
             self.restored = False
         elif unsure:
-            self.vague = self.vague or set()
             self.vague.add(drive.ordinal)
+        return not (self.coming or self.leaving or self.crowded)
 
     def _crowd(self, drive: BlockDrive) -> None:
         if not drive.crowded:

@@ -22,6 +22,8 @@ from pyblock.errors import DescriptorsExhausted, ImageReplaced, InvalidImage
 from pyblock.formats import HEAD, format_of, not_raw
 from pyblock.lineage import SYSFS_BLOCK, USED_UP, Identity, Lineage, identity_from, in_words, lineage_of
 
+_SELF = "/proc/self/fd/"  # with a descriptor: what was opened, whatever its own path leads to by now
+_EFFECTIVE = os.access in os.supports_effective_ids
 _SECTOR = 512  # bytes: the unit of a block device's `size` in sysfs, whatever the disk's own sector size
 
 _WHAT = {
@@ -161,15 +163,18 @@ def inspect_image(path: str, *, read_only: bool, raw: bool = False) -> HostImage
     fd, found, size = _look(path)
     try:
         wanted = os.R_OK if read_only else os.R_OK | os.W_OK
-        if not os.access(_itself(fd), wanted, effective_ids=os.access in os.supports_effective_ids):
+        if not os.access(f"{_SELF}{fd}", wanted, effective_ids=_EFFECTIVE):
             why = f"image {path!r} may not be {_need(read_only=read_only)} by user {os.geteuid()}{_without_proc()}"
             raise InvalidImage(why, path=path)
         kind, major, minor = found
-        size = _not_empty(path, size if kind == "file" else _block_size(major, minor))
+        if kind == "block":
+            size = _block_size(major, minor)
+        if size == 0:
+            raise _empty(path)
         looks_like = None if raw else _look_inside(path, fd)
         if kind == "file":
-            return HostImage(path, found, size, looks_like=looks_like)
-        lineage = lineage_of(found, _itself(fd))
+            return HostImage(path, found, size, (), None, looks_like)
+        lineage = lineage_of(found, f"{_SELF}{fd}")
         return HostImage(path, lineage.identity, size, lineage.claims, (major, minor), looks_like)
     finally:
         os.close(fd)
@@ -192,8 +197,10 @@ def open_image(path: str, *, read_only: bool) -> OpenedImage:
         is_block = found[0] == "block"
         if is_block:
             size = os.lseek(fd, 0, os.SEEK_END)
-        _not_empty(path, size)
-        return OpenedImage(fd, path, lineage_of(found, _itself(fd)), size, is_block=is_block)
+        if size == 0:
+            raise _empty(path)
+        lineage = lineage_of(found, f"{_SELF}{fd}") if is_block else Lineage(found)
+        return OpenedImage(fd, path, lineage, size, is_block=is_block)
     except BaseException as error:
         os.close(fd)
         if isinstance(error, OSError):
@@ -212,7 +219,8 @@ def open_claimed(
     """
     image = open_image(path, read_only=read_only)
     try:
-        _check_claimed(image, identity, under)
+        if image.identity != identity or not set(image.under) <= set(under):
+            raise _replaced(image, identity, under)
         if not raw and (name := _begins_like(path, image.fd)) is not None:
             raise not_raw(path, name)
     except BaseException:
@@ -221,16 +229,14 @@ def open_claimed(
     return image
 
 
-def _check_claimed(image: OpenedImage, identity: Identity | None, under: tuple[Identity, ...]) -> None:
+def _replaced(image: OpenedImage, identity: Identity | None, under: tuple[Identity, ...]) -> ImageReplaced:
     path = image.path
-    if image.identity == identity and set(image.under) <= set(under):
-        return
     if identity is None:
         why = "was not there when its device was loaded, so nobody claimed it; attach it anew, by its path"
-        raise ImageReplaced(f"image {path!r} {why}", path=path)
+        return ImageReplaced(f"image {path!r} {why}", path=path)
     was, now = (_all_in_words(*lineage) for lineage in ((identity, under), (image.identity, image.under)))
     why = f"({now}) is not what was claimed ({was}): it was replaced meanwhile; attach it again"
-    raise ImageReplaced(f"what is at {path!r} now {why}", path=path)
+    return ImageReplaced(f"what is at {path!r} now {why}", path=path)
 
 
 def _all_in_words(identity: Identity, under: tuple[Identity, ...]) -> str:
@@ -269,6 +275,8 @@ def _look(path: str) -> tuple[int, Identity, int]:
         raise InvalidImage(f"image {path!r}: {error.strerror}", path=path) from error
     try:
         status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode):
+            return fd, ("file", status.st_dev, status.st_ino), status.st_size
         identity = identity_from(status)
         if identity is None:
             kind = _WHAT.get(stat.S_IFMT(status.st_mode), "not a file")
@@ -282,7 +290,7 @@ def _look(path: str) -> tuple[int, Identity, int]:
 def _reopen(path: str, look: int, flags: int) -> int:
     """A descriptor for reading, or reading and writing, on what `look` stands for."""
     try:
-        return os.open(_itself(look), flags)
+        return os.open(f"{_SELF}{look}", flags)
     except OSError as error:
         if error.errno in USED_UP:
             raise _used_up(path, error) from error
@@ -307,11 +315,6 @@ def _begins_like(path: str, fd: int) -> str | None:
         raise InvalidImage(f"{why}; say format='raw' if it is to be plugged in all the same", path=path) from error
 
 
-def _itself(fd: int) -> str:
-    """A path that leads to what was opened, whatever its own path leads to by now."""
-    return f"/proc/self/fd/{fd}"
-
-
 def _need(*, read_only: bool) -> str:
     return "read" if read_only else "read and written (attach it read-only if that is meant)"
 
@@ -325,10 +328,8 @@ def _used_up(path: str, error: OSError) -> DescriptorsExhausted:
     return DescriptorsExhausted(f"{path!r} cannot be opened now: {why}", path=path)
 
 
-def _not_empty(path: str, size: int) -> int:
-    if size == 0:
-        raise InvalidImage(f"image {path!r} is empty; give it a size first, for example with truncate", path=path)
-    return size
+def _empty(path: str) -> InvalidImage:
+    return InvalidImage(f"image {path!r} is empty; give it a size first, for example with truncate", path=path)
 
 
 def _read(path: str) -> str:

@@ -7,7 +7,6 @@ What it takes up from a store, it gives up again when it is closed.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import warnings
 from typing import TYPE_CHECKING
 
@@ -91,7 +90,8 @@ class Machine:
         """Raises SandboxClosed unless it takes anything on, WrongEventLoop in another event loop."""
         if not self.opened:
             raise SandboxClosed(f"sandbox {self.id} is not open; use it inside 'with'", sandbox=self.id)
-        self.check_loop()
+        if self.loop is not asyncio._get_running_loop():
+            self.check_loop()
 
     def check_loop(self) -> None:
         """What its operations wait for happens in the event loop that it was opened in. To look at it from outside of any is harmless."""
@@ -183,10 +183,13 @@ class Machine:
         """
         try:
             async with asyncio.timeout_at(deadline):
-                with typed(f"choosing a place for device {device.id}"):
-                    device.held.sit(await self.vmm.place(device.held))
+                device.held.sit(await self.vmm.place(device.held))
         except TimeoutError:
             raise passed(deadline, f"the VMM of sandbox {self.id} was being asked which places are free") from None
+        except PyblockError:
+            raise
+        except Exception as error:
+            raise fault(f"choosing a place for device {device.id}", error) from error
         if self.ledger is not None:
             await self.ledger.claim(device.id, deadline)
 
@@ -226,20 +229,29 @@ class Machine:
         """
         if self._lanes is None and self.vmm.lanes is not None:
             self._lanes = asyncio.Semaphore(self.vmm.lanes)
-        async with self._lanes or contextlib.nullcontext():  # an image that waits for its turn is not open yet
-            drive = device.held
-            raw = device.info.format == RAW
-            with open_claimed(drive.info.path, device.identity, device.under, read_only=drive.info.read_only, raw=raw) as image:
-                try:
-                    await self.vmm.plug(drive, image)
-                except (TransportError, Unsettled):
-                    self.doubt()
-                    raise
-                except PyblockError:
-                    raise
-                except Exception as error:
-                    self.doubt()
-                    raise Unsettled(fault(f"plugging in drive {drive.id}", error)) from error
+        if self._lanes is None:
+            await self._plug(device)
+        else:
+            async with self._lanes:  # an image that waits for its turn is not open yet
+                await self._plug(device)
+
+    async def _plug(self, device: BlockDevice) -> None:
+        drive, info = device.held, device.info
+        image = open_claimed(info.path, device.identity, device.under, read_only=info.read_only, raw=info.format == RAW)
+        try:
+            await self.vmm.plug(drive, image)
+        except PyblockError as error:
+            if isinstance(error, TransportError):
+                self.doubt()
+            raise
+        except Unsettled:
+            self.doubt()
+            raise
+        except Exception as error:
+            self.doubt()
+            raise Unsettled(fault(f"plugging in drive {drive.id}", error)) from error
+        finally:
+            image.close()
         self.allotment.came(drive)
 
     async def unplug(self, drive: BlockDrive) -> None:

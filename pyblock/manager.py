@@ -98,8 +98,11 @@ class DeviceManager:
 
     def drop(self, device: Device) -> None:
         """Counts one user less. A device without users that holds nothing is forgotten."""
-        device.ref_count = max(0, device.ref_count - 1)
-        self.tidy(device)
+        if device.ref_count > 1:
+            device.ref_count -= 1
+        else:
+            device.ref_count = 0
+            self.tidy(device)
 
     def tidy(self, device: Device) -> None:
         """Forgets the device if it has no users and holds nothing."""
@@ -152,10 +155,11 @@ class DeviceManager:
                 self._doubles |= self._by_identity.setdefault(device.identity, device) is not device
 
     def _block(self, info: DeviceInfo) -> BlockDevice:
-        check_format(info.format)
+        if info.format is not None:
+            check_format(info.format)
         if info.options:
             check_options(info.options)
-        driver = self._driver(info)
+        driver = self._driver(info) if info.driver or info.options else self.driver
         path = info.path or (block_special_path(info.major, info.minor) if info.dev_type == "b" else "")
         image = inspect_image(path, read_only=info.read_only, raw=info.format == RAW)
         if info.dev_type == "b" and not image.is_block:

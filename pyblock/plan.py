@@ -12,13 +12,18 @@ from pyblock.index import BlockIndex
 
 __all__ = ["plan", "plan_many"]
 
+_plan = _native.raw_plan
+
 
 def plan(index: BlockIndex, ordinals: BlockIndex) -> tuple[int, int]:
     """Takes one index and one ordinal; returns both.
 
     Raises `IndexesExhausted` when either is used up (nothing is taken then), `InvalidValue` when both are one object.
     """
-    return _native.plan(index._handle, ordinals._handle)
+    got = _plan(index._handle, ordinals._handle)
+    if got < 0:
+        _native.plan_refused("pb_plan", got, index._handle, ordinals._handle, n=1)
+    return got & 0xFFFFFFFF, got >> 32
 
 
 def plan_many(index: BlockIndex, ordinals: BlockIndex, n: int) -> tuple[list[int], list[int]]:

@@ -175,7 +175,8 @@ class Recovery:
 
         Raises TransportError when it does not answer, DeadlinePassed (nothing is then changed), SandboxClosed.
         """
-        if self._asked:
+        machine = self._machine
+        if self._asked_at == machine.doubts + machine.vmm.losses:
             return
         asking = self._asking = self._asking or SharedWork()
         try:

@@ -56,7 +56,8 @@ async def attach(machine: Machine, device: BlockDevice, deadline: float | None) 
     AttachPending or DetachPending when an earlier outcome is not known yet; AttachCountExhausted;
     ImageInUse or StoreError before the VMM was touched. Cancelled, it is undone.
     """
-    await turn(machine, device, deadline)
+    if device.operation is not None:
+        await turn(machine, device, deadline)
     if device.phase is Phase.ATTACHED:
         await _count(machine, device, 1, deadline)
         return True
@@ -92,7 +93,8 @@ async def detach(machine: Machine, device: BlockDevice, deadline: float | None) 
         if removing:
             machine.nudge(device.held)
     else:
-        await turn(machine, device, deadline)
+        if operation is not None:
+            await turn(machine, device, deadline)
         machine.check()
         if device.phase is Phase.DETACHED:
             text = f"device {device.id} is not attached; every detach needs an attach of its own"
@@ -146,7 +148,7 @@ class Road(Operation):
         self._device = device
         self._deadline = deadline
         device.operation = self  # before the work, which may be over at once, takes it away
-        self.start()
+        self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def outcome(self, deadline: float | None, why: str) -> None:
         """Waits for it. When the deadline passes, or the caller goes away, while the VMM has it in hand,

@@ -349,26 +349,31 @@ class Sandbox:
         Raises UnknownDevice, NotAttached; StoreError, DeadlinePassed (nothing was changed); VmmRefused (it stays attached); DetachPending
         (not confirmed: everything stays taken, and calling again is safe, also after a late confirmation has finished the job).
         """
-        self._machine.check()
+        machine = self._machine
+        machine.check()
         deadline = deadline_after(timeout)
         device_id = device if isinstance(device, str) else device.id
-        if device_id in self.manager:
+        found = machine.manager.get(device_id)
+        if found is not None:
             await self._recovery.ask(deadline)
-        late = self._machine.late
-        if device_id in late and device_id not in self.manager:
-            del late[device_id]
-            return  # it was told "pending", and is gone since
-        try:
-            found = self.manager.find(device_id)
-        except UnknownDevice as error:
-            self._machine.about(error)
-            raise
+            found = machine.manager.get(device_id)
+        if found is None:
+            if device_id in machine.late:
+                del machine.late[device_id]
+                return  # it was told "pending", and is gone since
+            try:
+                found = machine.manager.find(device_id)
+            except UnknownDevice as error:
+                machine.about(error)
+                raise
         if not isinstance(device, str) and device is not found:
             text = f"device {device_id!r} of this sandbox is another object; the one given was detached, or belongs elsewhere"
             raise UnknownDevice(text, sandbox=self.id, device=device_id)
-        await self._detach_known(found, deadline)
-        if not isinstance(found, BlockDevice):
-            self._machine.drop(found)
+        if isinstance(found, BlockDevice):
+            await road.detach(machine, found, deadline)
+        else:
+            await machine.count(found, -1, deadline)
+            machine.drop(found)
 
     async def detach_many(self, devices: Iterable[Device | str], *, timeout: float | None = TIMEOUT) -> None:
         """Detaches many devices at once. All are tried; the first error is raised, the others are its notes, and its `outcomes` say of each

@@ -15,7 +15,7 @@ docs/recovery.md draws its diagram from LIFE.
 
 from __future__ import annotations
 
-from enum import Enum, IntEnum, StrEnum
+from enum import IntEnum, StrEnum
 
 # The original's count is a Go uint, which JSON readers hold in 64 bits with a sign.
 ATTACH_COUNT_MAX = 2**63 - 1
@@ -95,7 +95,7 @@ class Stage(IntEnum):
     OVER = 3  # what is left of it changes nothing any more
 
 
-class Aim(Enum):
+class Aim(StrEnum):
     """What a step on the road is for."""
 
     PLUG = "plug in"
@@ -104,7 +104,7 @@ class Aim(Enum):
     UNDO = "remove what nobody has"
 
 
-class Failure(Enum):
+class Failure(StrEnum):
     """How a step failed."""
 
     UNSENT = "before the VMM was touched"
@@ -133,7 +133,7 @@ FOLLOWS: dict[tuple[Aim, Failure], Event] = {
 }
 
 
-class End(Enum):
+class End(StrEnum):
     """How a device came to hold nothing."""
 
     UNDONE = "an attach was undone"  # whoever uses it still may

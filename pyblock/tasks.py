@@ -11,7 +11,7 @@ import asyncio
 import copy
 import logging
 from collections.abc import Callable, Coroutine
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
 from pyblock.errors import DeadlinePassed, InvalidTimeout
@@ -64,19 +64,12 @@ async def over(future: asyncio.Future[Any]) -> None:
     await asyncio.wait([future])
 
 
-class Waiters(Enum):
+class Waiters(StrEnum):
     """Who waits for an operation."""
 
     AWAITED = "awaited"  # by all who ever asked
     LEFT = "left by some"  # who may ask again what became of it
     ABANDONED = "abandoned"  # nobody does; an attach is then undone
-
-
-JOINED = {
-    Waiters.AWAITED: Waiters.AWAITED,
-    Waiters.LEFT: Waiters.LEFT,
-    Waiters.ABANDONED: Waiters.LEFT,
-}
 
 
 class Operation:
@@ -98,13 +91,9 @@ class Operation:
         self.error: BaseException | None = None
         self._waiting = 0
         self._wakers: list[asyncio.Future[None]] = []
+        # Made by whoever it belongs to, who keeps it until it is over: the event loop holds its tasks
+        # weakly. It may be over before that has returned (asyncio's eager tasks).
         self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Starts the work, which may be over before this returns (asyncio's eager tasks): whoever it
-        belongs to has the operation by then, and keeps it until it is over, for the event loop holds
-        its tasks weakly."""
-        self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def work(self) -> None:
         """What it does."""
@@ -165,7 +154,8 @@ class Operation:
     async def result(self, deadline: float | None) -> None:
         """Returns, or raises, what the work did. A deadline (TimeoutError) or cancellation ends the
         waiting, and perhaps leaves it abandoned."""
-        self.waiters = JOINED[self.waiters]
+        if self.waiters is Waiters.ABANDONED:
+            self.waiters = Waiters.LEFT
         self._waiting += 1
         try:
             await self.settled(deadline)

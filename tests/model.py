@@ -133,7 +133,7 @@ class WatchedMachine(Machine):
 
     def take(self, device: BlockDevice) -> None:
         taken = set(self.allotment.index)
-        planned = device.id in (self.allotment._planned or ())
+        planned = device.id in self.allotment._planned
         super().take(device)
         assert planned or device.held.index == lowest(taken)
 
@@ -694,7 +694,7 @@ class World:
         holding = [device for device in box.blocks if device.phase in HOLDING]
         drives = {device.held.id for device in holding}
         assert len(drives) == len(holding)
-        planned = [index for index, _ in (box.open._machine.allotment._planned or {}).values()]  # of a batch that is just beginning
+        planned = [index for index, _ in box.open._machine.allotment._planned.values()]  # of a batch that is just beginning
         assert sorted(box.open.index) == sorted([*(device.held.index for device in holding), *planned])
         assert all(device.drive is None for device in box.blocks if device.phase is Phase.DETACHED)
         assert box.vm.backends.keys() | box.vm.devices.keys() <= drives
