@@ -14,7 +14,6 @@ from pyblock.table import GOING, Phase
 if TYPE_CHECKING:
     from pyblock.lineage import Identity
     from pyblock.model import BlockDrive, DeviceInfo
-    from pyblock.state import DeviceState
     from pyblock.tasks import Operation
 
 _NEW = Phase.DETACHED  # bound once: a member of an enum takes three times as long as a name
@@ -32,7 +31,7 @@ class BlockDevice:
     :ivar phase: where it stands in table.LIFE.
     :ivar attach_count: attaches that no detach stands against yet.
     :ivar ref_count: how many users the manager has given it to.
-    :ivar saved: the saved state it came from, kept for what pyblock does not know; None otherwise.
+    :ivar kata: what the original wrote of it, kept for what pyblock does not know; b"" for nothing.
     :ivar said_count: the count that is written down, where what is written says that it is attached:
         before a removal is asked for, it must not. It may have been written along with another
         device's row.
@@ -40,8 +39,8 @@ class BlockDevice:
     """
 
     __slots__ = (
-        "attach_count", "drive", "id", "identity", "info", "operation", "phase", "ref_count",
-        "said_count", "saved", "under",
+        "attach_count", "drive", "id", "identity", "info", "kata", "operation", "phase",
+        "ref_count", "said_count", "under",
     )  # fmt: skip
 
     def __init__(
@@ -59,7 +58,7 @@ class BlockDevice:
         self.phase = _NEW
         self.attach_count = 0
         self.ref_count = 0
-        self.saved: DeviceState | None = None
+        self.kata = b""
         self.said_count = 0
         self.operation: Operation | None = None
 

@@ -9,7 +9,6 @@ from pyblock.table import ATTACH_COUNT_MAX
 
 if TYPE_CHECKING:
     from pyblock.model import DeviceInfo
-    from pyblock.state import DeviceState
 
 
 class GenericDevice:
@@ -19,17 +18,17 @@ class GenericDevice:
     :ivar info: what the caller asked for.
     :ivar attach_count: attaches that no detach stands against yet.
     :ivar ref_count: how many users the manager has given it to.
-    :ivar saved: the saved state it came from, kept for what pyblock does not know; None otherwise.
+    :ivar kata: what the original wrote of it, kept for what pyblock does not know; b"" for nothing.
     """
 
-    __slots__ = ("attach_count", "id", "info", "ref_count", "saved")
+    __slots__ = ("attach_count", "id", "info", "kata", "ref_count")
 
     def __init__(self, device_id: str, info: DeviceInfo) -> None:
         self.id = device_id
         self.info = info
         self.attach_count = 0
         self.ref_count = 0
-        self.saved: DeviceState | None = None
+        self.kata = b""
 
     def __repr__(self) -> str:
         return f"<GenericDevice {self.id} count={self.attach_count} {self.info.dev_type} {self.info.major}:{self.info.minor}>"

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 
 from pyblock.device import BlockDevice
 from pyblock.errors import ImageInUse, InvalidValue, PyblockError
+from pyblock.generic import GenericDevice
 from pyblock.manager import Device, DeviceManager
-from pyblock.persist import device_to_state
-from pyblock.state import encode_device
+from pyblock.recorded import record_of
 from pyblock.stores.base import Claim, Row, Store
+from pyblock.stores.record import SandboxRecord, encode, encode_sandbox
 from pyblock.table import HOLDING, Phase
 from pyblock.tasks import log
 
@@ -27,7 +28,7 @@ class Ledger:
     :param opening: which opening of the sandbox it belongs to, as the store counts them.
     """
 
-    __slots__ = ("_later", "_loop", "_manager", "_opening", "_refused", "_sandbox_id", "_stamp", "_state", "_store", "_touched")
+    __slots__ = ("_later", "_loop", "_manager", "_opening", "_own", "_refused", "_sandbox_id", "_stamp", "_store", "_touched")
 
     def __init__(self, store: Store, sandbox_id: str, manager: DeviceManager, opening: int) -> None:
         self._store = store
@@ -36,7 +37,7 @@ class Ledger:
         self._sandbox_id = sandbox_id
         self._manager = manager
         self._touched: dict[str, int] = {}  # device ID to when it was touched last
-        self._state: bytes | None = None  # the sandbox's own saved form, while it is to be written
+        self._own: bytes | None = None  # the sandbox's own record, while it is to be written
         self._stamp = 0
         self._refused: dict[str, ImageInUse | InvalidValue] = {}
         self._later: asyncio.Task[None] | None = None
@@ -46,18 +47,18 @@ class Ledger:
         self._stamp += 1
         self._touched[device_id] = self._stamp
 
-    async def flush(self, deadline: float | None = None, *, state: bytes | None = None) -> None:
+    async def flush(self, deadline: float | None = None, *, own: bytes | None = None) -> None:
         """Writes what was touched. Raises StoreError, StoreBusy; it is then written with the next flush.
 
-        :param state: the sandbox's own saved form, where it is to change.
+        :param own: the sandbox's own record, where it is to change.
         """
-        if state is not None:
-            self._state = state
-        if not self._touched and self._state is None:
+        if own is not None:
+            self._own = own
+        if not self._touched and self._own is None:
             return
         taken: dict[str, int] = {}
         said: list[tuple[BlockDevice, int]] = []
-        pending = self._state
+        pending = self._own
 
         def rows() -> list[Row]:
             taken.clear()
@@ -72,9 +73,9 @@ class Ledger:
                         said.append((device, device.attach_count if device.attached else 0))
             return found
 
-        refused = await self._store.write(self._sandbox_id, rows, deadline, state=pending)
-        if self._state is pending:
-            self._state = None
+        refused = await self._store.write(self._sandbox_id, rows, deadline, own=pending)
+        if self._own is pending:
+            self._own = None
         for device, count in said:
             device.said_count = count
         for device_id, stamp in taken.items():
@@ -113,15 +114,15 @@ class Ledger:
         if refused is not None:
             raise refused
 
-    async def replace(self, devices: Sequence[Device], state: bytes) -> None:
-        """Writes the rows of devices that are to come in, and the sandbox's own saved form: all of it or nothing. Raises ImageInUse,
+    async def replace(self, devices: Sequence[Device], own: SandboxRecord) -> None:
+        """Writes the rows of devices that are to come in, and the sandbox's own record: all of it or nothing. Raises ImageInUse,
         StoreError."""
         rows = [_row(device) for device in devices]
-        refused = await self._store.write(self._sandbox_id, lambda: rows, state=state, all_or_none=True)
+        refused = await self._store.write(self._sandbox_id, lambda: rows, own=encode_sandbox(own), all_or_none=True)
         for device in devices:
             if device.id in refused:
                 raise _named(refused[device.id], device)
-        self._state = None
+        self._own = None
 
     async def meet(self, machine: str) -> None:
         """Writes down which machine answers. Raises SandboxConflict, StoreError."""
@@ -163,11 +164,15 @@ class Ledger:
 def _row(device: Device) -> Row:
     if not _is_kept(device):
         return Row(device.id, None)
+    record = record_of(device)
+    if not device.kata:
+        record.users = None  # others die with their process
+    if isinstance(device, GenericDevice):
+        return Row(device.id, encode(record))
     claim = None
-    if isinstance(device, BlockDevice) and device.identity is not None and device.phase in HOLDING:
+    if device.identity is not None and device.phase in HOLDING:
         claim = Claim(device.identity, device.info.read_only, device.info.share, device.under)
-    claiming = isinstance(device, BlockDevice) and device.phase is Phase.ATTACHING
-    return Row(device.id, encode_device(device_to_state(device)), claim, claiming)
+    return Row(device.id, encode(record), claim, device.phase is Phase.ATTACHING)
 
 
 def _named(error: ImageInUse, device: Device | None) -> ImageInUse:
@@ -177,6 +182,6 @@ def _named(error: ImageInUse, device: Device | None) -> ImageInUse:
 def _is_kept(device: Device) -> bool:
     """Whether there is something to remember: a drive, a count, or what another program has written down. Mere users die with their
     process."""
-    if device.attach_count or device.saved is not None:
+    if device.attach_count or device.kata:
         return True
     return isinstance(device, BlockDevice) and device.phase in HOLDING

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pyblock.allotment import Allotment
@@ -33,9 +34,8 @@ from pyblock.tasks import Operation, log, passed
 
 if TYPE_CHECKING:
     from pyblock.ledger import Ledger
-    from pyblock.persist import Kept
-    from pyblock.state import SandboxState
     from pyblock.stores.base import Store
+    from pyblock.stores.record import Record, SandboxRecord
 
 # What only a saved state and a store need is imported there: its typed schema is a tenth of the time to import pyblock.
 
@@ -57,7 +57,7 @@ class Machine:
     """
 
     __slots__ = (
-        "_lanes", "_loading", "_met", "allotment", "doubts", "id", "kept", "late", "ledger", "loop",
+        "_lanes", "_loading", "_met", "allotment", "doubts", "id", "kata", "late", "ledger", "loop",
         "manager", "opened", "vmm",
     )  # fmt: skip
 
@@ -68,7 +68,7 @@ class Machine:
         self.allotment = allotment
         self.ledger: Ledger | None = None
         self.late: dict[str, None] = {}
-        self.kept: Kept | None = None  # of the saved state that was taken in, what pyblock does not know
+        self.kata = b""  # of the saved state that was taken in, what pyblock does not know
         self.doubts = 0
         self.opened = False
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -298,37 +298,34 @@ class Machine:
         """Becomes the sandbox's owner, and takes up what the store knows of it."""
         with loading("the store"):
             from pyblock.ledger import Ledger  # noqa: PLC0415
-            from pyblock.state import decode_rows  # noqa: PLC0415
 
         stored = await store.open_sandbox(self.id, self.vmm.address, deadline)
         try:
             self.clear()  # of an earlier opening; the store knows what came of it
-            if stored.devices or stored.state:
-                where = f"{store!r}, sandbox {self.id!r}"
-                devices, allotment, kept = self.restored(decode_rows(stored.state, stored.devices, where=where), where=where)
-                self._adopt(devices, where=where)
-                self.take_in(devices, allotment, kept)
-                for device in self.manager:
-                    if device.saved is None:
-                        device.ref_count = device.attach_count  # other users died with the process that they were in
+            if stored.devices or stored.own:
+                own = stored.record()
+                devices, allotment = self.restored(own, stored.records(), where=stored.where)
+                self._adopt(devices, where=stored.where)
+                self.take_in(devices, allotment, bytes(own.kata))
         except BaseException:
             await store.close_sandbox(self.id)
             raise
         self.ledger, self._met = Ledger(store, self.id, self.manager, stored.opening), ""
 
-    async def load_state(self, state: SandboxState, *, where: str, share: bool = False) -> None:
-        """Takes in a saved state, and has the store keep it; all of it or nothing. See Sandbox.restore."""
+    async def load(self, own: SandboxRecord, records: list[Record], *, where: str) -> None:
+        """Takes in the records of a saved state, and has the store keep them; all of it or nothing. See Sandbox.restore."""
         self.check()
         if len(self.manager) or self._loading:
             text = f"sandbox {self.id} has {len(self.manager)} devices; a state is loaded into one without"
             raise CallerError(text, sandbox=self.id)
-        devices, allotment, kept = self.restored(state, where=where, share=share)
+        devices, allotment = self.restored(own, records, where=where)
+        kata = bytes(own.kata)
         adopted: list[BlockDrive] = []
         self._loading = True  # nothing is attached until it is known whether these come in
         try:
             adopted = self._adopt(devices, where=where)
             if self.ledger is not None:
-                await self.ledger.replace(devices, self._row(devices, allotment, kept))
+                await self.ledger.replace(devices, self.own_record(devices, allotment, kata))
         except BaseException:
             for drive in adopted:
                 self._vacate(drive)
@@ -337,20 +334,26 @@ class Machine:
             raise
         finally:
             self._loading = False
-        self.take_in(devices, allotment, kept)
+        self.take_in(devices, allotment, kata)
 
-    def restored(self, state: SandboxState, *, where: str, share: bool = False) -> tuple[list[Device], Allotment, Kept | None]:
-        """What a saved state says. Raises StateError; nothing is changed by it but the allotment, if that was unused."""
+    def restored(self, own: SandboxRecord, records: list[Record], *, where: str) -> tuple[list[Device], Allotment]:
+        """What records say. Raises StateError; nothing is changed by it but the allotment, if that was unused."""
         with loading("a saved state"):
-            from pyblock.persist import restore_sandbox  # noqa: PLC0415
+            from pyblock.recorded import device_of  # noqa: PLC0415
 
         allotment = self.allotment if self.allotment.unused else Allotment(self.allotment.capacity, self.allotment.given)
-        devices, kept = restore_sandbox(state, self.manager, allotment, where=where, share=share)
-        return devices, allotment, kept
+        devices = [device_of(record) for record in records]
+        drives = [device.drive for device in devices if isinstance(device, BlockDevice) and device.drive is not None]
+        try:
+            self.manager.check_new(devices)
+            allotment.restore(drives, own.taken, own.offsets)
+        except PyblockError as error:
+            raise InvalidState(f"{where} contradicts itself: {error}; it is left as it is") from error
+        return devices, allotment
 
-    def take_in(self, devices: list[Device], allotment: Allotment, kept: Kept | None) -> None:
+    def take_in(self, devices: list[Device], allotment: Allotment, kata: bytes) -> None:
         self.manager.take_in(devices)
-        self.allotment, self.kept = allotment, kept
+        self.allotment, self.kata = allotment, kata
         self.doubt()  # the machine's own disks are asked for anew
         for device in devices:
             if isinstance(device, BlockDevice):
@@ -382,14 +385,14 @@ class Machine:
             adopted.append(drive)
         return adopted
 
-    def _row(self, devices: list[Device], allotment: Allotment, kept: Kept | None) -> bytes:
-        """What the store keeps of the sandbox beside its devices; b"" for nothing."""
+    def own_record(self, devices: Iterable[Device], allotment: Allotment, kata: bytes) -> SandboxRecord:
+        """What there is to be known of the sandbox beside its devices."""
         with loading("a saved state"):
-            from pyblock.persist import sandbox_to_row  # noqa: PLC0415
-            from pyblock.state import encode_row  # noqa: PLC0415
+            from pyblock.recorded import sandbox_record  # noqa: PLC0415
 
-        row = sandbox_to_row(self.id, devices, allotment, kept)
-        return encode_row(row) if row is not None else b""
+        held = {device.drive.index for device in devices if isinstance(device, BlockDevice) and device.drive is not None}
+        taken = [index for index in allotment.own_indexes() if index not in held]
+        return sandbox_record(allotment.offsets, taken, kata)
 
     def clear(self) -> list[str]:
         """Forgets all devices, as if none had ever been there; returns their IDs."""
@@ -401,7 +404,7 @@ class Machine:
                 self._vacate(device.drive)
         self.manager.clear()
         self.allotment = Allotment(self.allotment.capacity, self.allotment.given)
-        self.kept, self.late = None, {}
+        self.kata, self.late = b"", {}
         self.doubt()
         return [device.id for device in devices]
 

@@ -1,35 +1,38 @@
-"""Sandboxes, devices and drives to their saved form and back.
+"""Records to the original's saved form and back: at import, export, save and load, and nowhere else.
 
-What the saved form had and pyblock does not know comes out again as it went in.
+What the saved form had and pyblock does not know comes out again as it went in: it travels in a record's `kata`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import get_args
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Raw, UnsetType
 
-from pyblock.allotment import Allotment
-from pyblock.device import BlockDevice
 from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_MMIO, VIRTIO_SCSI, Driver
-from pyblock.errors import InvalidID, InvalidIndex, InvalidState, PyblockError
-from pyblock.formats import RAW
-from pyblock.generic import GenericDevice
+from pyblock.errors import InvalidID, InvalidIndex, InvalidState
 from pyblock.image import identity_of, is_file
-from pyblock.lineage import Identity, lineage_of
-from pyblock.manager import NO_OPTIONS, Device, DeviceManager
-from pyblock.model import BlockDrive, DeviceInfo, check_device_id
+from pyblock.lineage import Identity
+from pyblock.model import check_device_id
 from pyblock.naming import scsi_address
-from pyblock.state import DeviceNotes, DeviceState, DriveNotes, DriveState, HypervisorState, SandboxNotes, SandboxState
-from pyblock.table import Phase
-
-# An operation that was under way when the state was saved has an unknown outcome for whoever loads it.
-_SAVED_PHASE = {Phase.ATTACHING: Phase.ATTACH_PENDING, Phase.DETACHING: Phase.DETACH_PENDING}
-_PHASES = {phase.value: phase for phase in (Phase.DETACHED, Phase.ATTACHED, Phase.ATTACH_PENDING, Phase.DETACH_PENDING)}
-
-# Bound once: a member of an enum takes three times as long as a name, and each device asks for six.
-_ATTACHED, _DETACHED, _DETACH_PENDING = Phase.ATTACHED, Phase.DETACHED, Phase.DETACH_PENDING
+from pyblock.state import (
+    PLAIN,
+    VERSION,
+    DeviceNotes,
+    DeviceState,
+    DriveNotes,
+    DriveState,
+    HypervisorState,
+    SandboxNotes,
+    SandboxState,
+    decode,
+    decode_device,
+    encode_device,
+    encode_short,
+)
+from pyblock.stores.record import UNTOLD, Record, SandboxRecord, SavedPhase
 
 _LOWEST, _SIGNED, _UNSIGNED = -(2**63), 2**63, 2**64  # what the original's integers hold
 
@@ -39,42 +42,54 @@ BLOCK = "block"
 # Major and minor of a file. The original of 2020 had 0 and 0, and took two devices with the same numbers for one.
 FILE = (-1, 0)
 
+_NO_OPTIONS: dict[str, str] = {}
+_DRIVER_OPTION = "block-driver"
 
-def device_to_state(device: Device) -> DeviceState:
+# What the translation writes itself; the other fields of a record travel under their own names.
+_OURS = (
+    "form id path driver read_only share serial format options dev_type major minor identity phase attach_count users drive_id index "
+    "ordinal offset place pci_path dev_no guest_match known_name imported unverified crowded generic kata"
+)
+_TOLD = frozenset(_OURS.split())
+_MORE = {field.name: field.default for field in msgspec.structs.fields(Record) if field.name not in _TOLD}
+
+
+def device_to_state(record: Record) -> DeviceState:
     """The saved form of a device."""
-    saved = device.saved or DeviceState(notes=UNSET if isinstance(device, GenericDevice) else DeviceNotes())
-    state = msgspec.structs.replace(saved, id=device.id, ref_count=device.ref_count, attach_count=device.attach_count)
-    info = device.info
-    if isinstance(device, GenericDevice):
-        if device.saved is None:
-            state.type, state.dev_type, state.major, state.minor = GENERIC, info.dev_type, info.major, info.minor
-            state.driver_options = info.options
+    saved = decode_device(bytes(record.kata), where=f"device {record.id!r}") if record.kata else None
+    state = saved or DeviceState(notes=UNSET if record.generic else DeviceNotes())
+    untold = state.notes is UNSET
+    state.id, state.attach_count = record.id, record.attach_count
+    state.ref_count = record.attach_count if record.users is None else record.users
+    if record.generic:
+        if saved is None:
+            state.type, state.dev_type, state.major, state.minor = GENERIC, record.dev_type, record.major, record.minor
+            state.driver_options = record.options
         return state
-    identity, drive = device.identity, device.drive
-    if device.saved is None:
+    if saved is None:
         state.dev_type = "b"
-        state.major, state.minor = (info.major, info.minor) if info.major > 0 else FILE
-        state.driver_options = {**info.options, "block-driver": info.driver or ""}
-    before = saved.block_drive if isinstance(saved.block_drive, DriveState) else None
-    same = drive is not None and before is not None and _is_same(drive, before)
-    if drive is not None:
-        state.block_drive = _drive_to_state(drive, before if same else None)
-    elif device.saved is None:
-        state.block_drive = UNSET
+        state.major, state.minor = (record.major, record.minor) if record.major > 0 else FILE
+        state.driver_options = {**record.options, _DRIVER_OPTION: record.driver}
+    before = state.block_drive if isinstance(state.block_drive, DriveState) else None
+    same = record.holds and before is not None and _is_same(record, before)
+    shared = _is_shared(before)
+    if record.holds:
+        state.block_drive = _drive_to_state(record, before if same else None)
     # What the original wrote stays as it wrote it as long as it has words for where the device stands.
-    told = same or drive is None
-    if saved.notes is UNSET and device.phase in (Phase.ATTACHED, Phase.DETACHED) and told and info.share == _is_shared(before):
+    told = same or not record.holds
+    more = {name: getattr(record, name) for name, default in _MORE.items() if getattr(record, name) != default}
+    if untold and record.phase in ("attached", "detached") and told and record.share == shared and not more:
         return state
     state.notes = DeviceNotes(
-        phase=_SAVED_PHASE.get(device.phase, device.phase).value, path=info.path, driver=info.driver, serial=info.serial,
-        read_only=info.read_only, share=info.share, format="raw" if info.format == RAW else None, identity=identity,
+        phase=record.phase, path=record.path, driver=record.driver, serial=record.serial,
+        read_only=record.read_only, share=record.share, format="raw" if record.format else None, identity=record.identity, more=more,
     )  # fmt: skip
     return state
 
 
-def _is_same(drive: BlockDrive, saved: DriveState) -> bool:
+def _is_same(record: Record, saved: DriveState) -> bool:
     """Whether this is the drive that was saved, and not one that the device got since."""
-    return drive.imported == _is_imported(saved) and (drive.id, drive.index, drive.file) == (saved.id, saved.index, saved.file)
+    return record.imported == _is_imported(saved) and (record.drive_id, record.index, record.path) == (saved.id, saved.index, saved.file)
 
 
 def _is_imported(saved: DriveState) -> bool:
@@ -87,33 +102,35 @@ def _is_shared(saved: DriveState | None) -> bool:
     return saved is not None and saved.share_rw is True
 
 
-def _drive_to_state(drive: BlockDrive, saved: DriveState | None) -> DriveState:
+def _drive_to_state(record: Record, saved: DriveState | None) -> DriveState:
     """`saved`: the same drive's saved form, if there is one, whose unknown keys are kept; so are all its keys where another program
     plugged it in, but for a PCI address that the machine told."""
-    if saved is None or not drive.imported:
+    if saved is None or not record.imported:
+        drive = record.drive(record.info())
+        assert drive is not None
         state = DriveState(
-            file=drive.info.path, format=drive.info.options.get("fstype") or "raw", id=drive.id, index=drive.index,
+            file=drive.file, format=drive.format, id=drive.id, index=drive.index,
             pci_addr=drive.pci_path or "", scsi_addr=drive.scsi_addr or "",
             nvdimm_id=drive.nvdimm_id or "", virt_path=drive.guess if drive.kind.guest_path else "", dev_no=drive.dev_no or "",
-            pmem=drive.pmem, read_only=drive.info.read_only, share_rw=True if drive.info.share else UNSET,
+            pmem=drive.pmem, read_only=drive.read_only, share_rw=True if drive.share else UNSET,
         )  # fmt: skip
         if saved is not None:
             state.extra, state.pci_path, state.mmio_addr = saved.extra, saved.pci_path, saved.mmio_addr
             state.share_rw = saved.share_rw if state.share_rw is UNSET else True
     else:
         state = msgspec.structs.replace(saved)
-        if drive.pci_path is not None:
-            state.pci_addr = drive.pci_path
+        if record.pci_path is not None:
+            state.pci_addr = record.pci_path
     state.notes = DriveNotes(
-        driver=drive.driver, ordinal=drive.ordinal, offset=drive.offset, serial=drive.info.serial, guest_match=drive.guest_match,
-        slot=drive.place, known_name=drive.known_name, imported=drive.imported, unverified=not drive.verified, crowded=drive.crowded,
+        driver=record.driver, ordinal=record.ordinal, offset=record.offset, serial=record.serial, guest_match=record.guest_match,
+        slot=record.place, known_name=record.known_name, imported=record.imported, unverified=record.unverified, crowded=record.crowded,
     )  # fmt: skip
     return state
 
 
-def device_from_state(state: DeviceState, default: Driver, *, where: str, share: bool = False) -> Device | None:
-    """The device of a saved form; None for a kind that pyblock keeps untouched. Its drive's ordinal is -1 where the saved form does not
-    tell.
+def device_from_state(state: DeviceState, default: Driver, *, where: str, share: bool = False) -> Record | None:
+    """The record of a saved form; None for a kind that pyblock keeps untouched. Its drive's ordinal is UNTOLD where the saved form does
+    not tell.
 
     :param share: others may write its image as well, whatever the saved form says.
     Raises InvalidState, naming the device, when the values contradict each other.
@@ -127,16 +144,20 @@ def device_from_state(state: DeviceState, default: Driver, *, where: str, share:
         fits = _LOWEST <= state.major < _SIGNED and _LOWEST <= state.minor < _SIGNED
         if not fits or state.ref_count >= _UNSIGNED or state.attach_count >= _UNSIGNED:
             raise InvalidState("a count, or Major:Minor, is a number of more than 64 bits, which the original cannot read")
-        return _generic(state) if state.type == GENERIC else _block(_readable(state), default, share=share)
+        record = _generic(state) if state.type == GENERIC else _block(_readable(state), default, share=share)
     except (InvalidState, InvalidID, InvalidIndex) as error:
         raise InvalidState(f"{where}: device {state.id!r}: {error}; the file is left as it is") from error
+    record.id, record.attach_count = state.id, state.attach_count
+    record.users = state.ref_count if state.ref_count != state.attach_count else None
+    return record
 
 
-def _generic(state: DeviceState) -> GenericDevice:
-    info = DeviceInfo(id=state.id, dev_type=state.dev_type, major=state.major, minor=state.minor, options=state.driver_options or {})
-    device = GenericDevice(state.id, info)
-    device.ref_count, device.attach_count, device.saved = state.ref_count, state.attach_count, state
-    return device
+def _generic(state: DeviceState) -> Record:
+    return Record(
+        generic=True, dev_type=state.dev_type, major=state.major, minor=state.minor, serial=None,
+        options=state.driver_options or _NO_OPTIONS, phase="attached" if state.attach_count else "detached",
+        kata=Raw(encode_device(state)),
+    )  # fmt: skip
 
 
 def _readable(state: DeviceState) -> DeviceState:
@@ -152,37 +173,34 @@ def _readable(state: DeviceState) -> DeviceState:
     return state if new is drive else msgspec.structs.replace(state, block_drive=new)
 
 
-def _block(state: DeviceState, default: Driver, *, share: bool) -> BlockDevice:
+def _block(state: DeviceState, default: Driver, *, share: bool) -> Record:
     notes = state.notes if state.notes is not UNSET else _NO_NOTES
     saved = state.block_drive or None
     phase = _phase(notes, state, saved)
-    options = state.driver_options or NO_OPTIONS
-    driver = _driver(notes.driver or options.get("block-driver"), saved, default)
+    options = state.driver_options or _NO_OPTIONS
+    driver = _driver(notes.driver or options.get(_DRIVER_OPTION), saved, default)
+    held = saved if phase != "detached" else None
     path = notes.path or (saved.file if saved is not None else "")
-    serial = notes.serial
-    if serial == state.id:
-        serial = state.id  # one text in memory, not two
-    read_only, share = notes.read_only, share or notes.share
-    if saved is not None and phase is not _DETACHED:
-        read_only = read_only or saved.read_only is True
-        share = share or saved.share_rw is True
     ours = _is_our_own(state, saved, driver)
-    if ours and len(options) == 1:
-        options = NO_OPTIONS  # the driver alone, which is written anew
-    plain = ours and (state.major, state.minor) == FILE  # which the original has no words for
+    if ours:  # it is written anew from the driver
+        options = {name: value for name, value in options.items() if name != _DRIVER_OPTION} or _NO_OPTIONS
+    plain = ours and state.major <= 0  # a file, which the original has no words for
     special = ("", -1, -1) if plain else (state.dev_type, state.major, state.minor)
-    info = DeviceInfo(path, driver.name, read_only, serial, state.id, *special, options, share, notes.format)
-    drive = _drive(saved, driver, info) if saved is not None and phase is not _DETACHED else None
-    identity = notes.identity or _identity(state, path, driver)
-    if identity is None or identity[0] == "file":  # nothing lies under a file
-        device = BlockDevice(state.id, info, identity)
-    else:
-        lineage = lineage_of(identity)
-        device = BlockDevice(state.id, info, lineage.identity, lineage.claims)
-    device.ref_count, device.attach_count, device.phase, device.drive = state.ref_count, state.attach_count, phase, drive
-    if not ours:
-        device.saved = state
-    return device
+    record = Record(
+        path=path, driver=driver.name, serial=notes.serial, format=notes.format, options=options,
+        read_only=notes.read_only or (held is not None and held.read_only is True),
+        share=share or notes.share or _is_shared(held),
+        dev_type=special[0], major=special[1], minor=special[2],
+        identity=notes.identity or _identity(state, path, driver), phase=phase,
+        kata=Raw() if ours else Raw(encode_device(state)),
+    )  # fmt: skip
+    if held is not None:
+        _take_drive(record, held, driver)
+    if notes.more:
+        told = msgspec.convert(notes.more, Record)
+        for name in notes.more.keys() - _TOLD:
+            setattr(record, name, getattr(told, name))
+    return record
 
 
 def _identity(state: DeviceState, path: str, driver: Driver) -> Identity | None:
@@ -196,14 +214,14 @@ def _identity(state: DeviceState, path: str, driver: Driver) -> Identity | None:
 
 
 def _is_our_own(state: DeviceState, drive: DriveState | None, driver: Driver) -> bool:
-    """Whether pyblock wrote all of it, and would write it again from what the device knows."""
+    """Whether pyblock wrote all of it, and would write it again from the record."""
     return (
         state.notes is not UNSET
         and bool(state.notes.path)
         and state.extra is UNSET
         and not state.cold_plug
         and state.dev_type == "b"
-        and (state.driver_options or NO_OPTIONS).get("block-driver") == driver.name
+        and (state.driver_options or _NO_OPTIONS).get(_DRIVER_OPTION) == driver.name
         and (
             drive is None
             or (
@@ -219,18 +237,21 @@ def _is_our_own(state: DeviceState, drive: DriveState | None, driver: Driver) ->
     )
 
 
-def _phase(notes: DeviceNotes, state: DeviceState, saved: DriveState | None) -> Phase:
+def _phase(notes: DeviceNotes, state: DeviceState, saved: DriveState | None) -> SavedPhase:
     if notes.phase:
         if (known := _PHASES.get(notes.phase)) is None:
             raise InvalidState(f"phase {notes.phase!r} is not one that is saved")
         phase = known
     else:
-        phase = _ATTACHED if state.attach_count else _DETACHED
-    if saved is None and phase is not _DETACHED:
-        raise InvalidState(f"it is {phase.value} but has no BlockDrive")
-    if (phase is _ATTACHED) != (state.attach_count > 0) and phase is not _DETACH_PENDING:
-        raise InvalidState(f"it is {phase.value} with AttachCount {state.attach_count}")
+        phase = "attached" if state.attach_count else "detached"
+    if saved is None and phase != "detached":
+        raise InvalidState(f"it is {phase} but has no BlockDrive")
+    if (phase == "attached") != (state.attach_count > 0) and phase != "detach-pending":
+        raise InvalidState(f"it is {phase} with AttachCount {state.attach_count}")
     return phase
+
+
+_PHASES: dict[str, SavedPhase] = {phase: phase for phase in get_args(SavedPhase)}
 
 
 def _driver(name: str | None, saved: DriveState | None, default: Driver) -> Driver:
@@ -259,22 +280,26 @@ _DIGITS = 8  # of a number behind /dev/pmem; a machine has 256 memory slots
 _HOST_CSS, _GUEST_CSS = "fe.", "0."
 
 
-def _drive(saved: DriveState, driver: Driver, info: DeviceInfo) -> BlockDrive:
+def _take_drive(record: Record, saved: DriveState, driver: Driver) -> None:
+    """Has the record tell of a drive that is held."""
     notes = saved.notes if saved.notes is not UNSET else _NO_DRIVE_NOTES
     if driver.scsi and saved.scsi_addr and saved.scsi_addr != scsi_address(saved.index):
         raise InvalidState(f"SCSIAddr {saved.scsi_addr!r} does not belong to Index {saved.index} ({scsi_address(saved.index)})")
     if not saved.id:
         raise InvalidState("its BlockDrive has no ID")
+    if saved.index < 0:
+        raise InvalidState(f"its Index {saved.index} is negative")
     if notes.offset < 0:
         raise InvalidState(f"its Offset {notes.offset} is negative")
     if notes.driver and notes.driver != driver.name:
         notes = _NO_DRIVE_NOTES  # it was taken for what it is not
-    known_name = _told_name(saved, driver) if saved.notes is UNSET or notes.ordinal < 0 else notes.known_name
-    return BlockDrive(
-        saved.id, saved.index, notes.ordinal, notes.offset if notes.ordinal >= 0 else driver.offset, driver, info,
-        saved.pci_addr or None, saved.dev_no or None, notes.guest_match, notes.slot, known_name,
-        _is_imported(saved), not notes.unverified, notes.crowded,
-    )  # fmt: skip
+    told = notes.ordinal >= 0
+    record.drive_id, record.index = saved.id, saved.index
+    record.ordinal, record.offset = (notes.ordinal, notes.offset) if told else (UNTOLD, driver.offset)
+    record.known_name = notes.known_name if told and saved.notes is not UNSET else _told_name(saved, driver)
+    record.pci_path, record.dev_no = saved.pci_addr or None, saved.dev_no or None
+    record.guest_match, record.place = notes.guest_match, notes.slot
+    record.imported, record.unverified, record.crowded = _is_imported(saved), notes.unverified, notes.crowded
 
 
 def _told_name(saved: DriveState, driver: Driver) -> str | None:
@@ -285,88 +310,65 @@ def _told_name(saved: DriveState, driver: Driver) -> str | None:
     return NVDIMM.family.path(int(number)) if number.isascii() and number.isdigit() and len(number) < _DIGITS else None
 
 
-class Kept(msgspec.Struct, frozen=True, gc=False):
-    """What a loaded state had and pyblock has no place for.
-
-    :ivar devices: those of kinds that pyblock does not plug.
-    :ivar sandbox: the rest of the file, without its devices.
-    """
-
-    devices: list[DeviceState]
-    sandbox: SandboxState
-
-
-def sandbox_to_state(sandbox_id: str, manager: DeviceManager, allotment: Allotment, kept: Kept | None) -> SandboxState:
+def sandbox_to_state(sandbox_id: str, own: SandboxRecord, records: Iterable[Record]) -> SandboxState:
     """The saved form of a sandbox."""
-    loaded = kept.sandbox if kept is not None else SandboxState()
+    records = list(records)
+    loaded = decode(bytes(own.kata), where="what was loaded") if own.kata else SandboxState()
     hypervisor = loaded.hypervisor_state if isinstance(loaded.hypervisor_state, HypervisorState) else HypervisorState()
     was = hypervisor.block_index_map or {}
-    indexes = {(text := str(index)): was.get(text, {}) for index in allotment.own_indexes()}
+    taken = sorted({*own.taken, *(record.index for record in records if record.holds)})
+    indexes = {(text := str(index)): was.get(text, {}) for index in taken}
+    devices = [device_to_state(record) for record in records]
+    more = any(one.notes is not UNSET and one.notes.more for one in devices)
     state = SandboxState(
-        notes=SandboxNotes(sandbox=sandbox_id, offsets=allotment.offsets),
-        devices=[*(device_to_state(device) for device in manager), *(kept.devices if kept is not None else ())],
+        notes=SandboxNotes(version=VERSION if more else PLAIN, sandbox=sandbox_id, offsets=own.offsets),
+        devices=[*devices, *(loaded.devices or ())],
         hypervisor_state=msgspec.structs.replace(hypervisor, block_index_map=indexes),
     )
     state.extra = loaded.extra
     return state
 
 
-def sandbox_to_row(sandbox_id: str, devices: Iterable[Device], allotment: Allotment, kept: Kept | None) -> SandboxState | None:
-    """What a store keeps of a sandbox beside its devices: what was loaded and has no other place; None for nothing."""
-    state = kept.sandbox if kept is not None else SandboxState()
-    indexes = {device.drive.index for device in devices if isinstance(device, BlockDevice) and device.drive is not None}
-    taken = [index for index in allotment.own_indexes() if index not in indexes]
-    if kept is None and not taken:
-        return None
-    notes = SandboxNotes(sandbox=sandbox_id, offsets=allotment.offsets, taken=taken)
-    return msgspec.structs.replace(state, notes=notes, devices=kept.devices if kept is not None else [])
+def sandbox_from_state(state: SandboxState, default: Driver, *, where: str, share: bool = False) -> tuple[SandboxRecord, list[Record]]:
+    """The records of a saved form: the sandbox's own, and those of its devices.
 
-
-def restore_sandbox(
-    state: SandboxState, manager: DeviceManager, allotment: Allotment, *, where: str, share: bool = False
-) -> tuple[list[Device], Kept | None]:
-    """The devices of a saved form, which an empty manager can take in, and what there is no place for; an unused allotment is told what
-    they take.
-
+    :param default: the driver of what tells none.
     :param share: others may write their images as well.
-    Raises InvalidState when the state contradicts itself, having changed nothing.
+    Raises InvalidState when a device contradicts itself.
     """
-    devices: list[Device] = []
-    drives: list[BlockDrive] = []
+    records: list[Record] = []
     untouched: list[DeviceState] = []
-    default = manager.driver
     for saved in state.devices or ():
-        device = device_from_state(saved, default, where=where, share=share)
-        if device is None:
+        record = device_from_state(saved, default, where=where, share=share)
+        if record is None:
             untouched.append(saved)
-            continue
-        devices.append(device)
-        if isinstance(device, BlockDevice) and device.drive is not None:
-            drives.append(device.drive)
+        else:
+            records.append(record)
+    offsets = state.notes.offsets if state.notes is not UNSET else {}
+    held = {record.index for record in records if record.holds}
+    if offsets and (lowest := min(offsets.values())) < 0:
+        raise InvalidState(f"{where} contradicts itself: block offset {lowest} is negative; it is left as it is")
     try:
-        manager.check_new(devices)
-        offsets = state.notes.offsets if state.notes is not UNSET else {}
-        if offsets and (lowest := min(offsets.values())) < 0:
-            raise InvalidIndex(f"block offset {lowest} is negative")
-        taken = state.notes.taken if state.notes is not UNSET else UNSET
-        others = _mapped(state.hypervisor_state, drives) if taken is UNSET else set(taken)
-        allotment.restore(drives, others, offsets)
-    except PyblockError as error:
+        taken = sorted(_mapped(state.hypervisor_state, held) - held)
+    except InvalidIndex as error:
         raise InvalidState(f"{where} contradicts itself: {error}; it is left as it is") from error
     hypervisor = state.hypervisor_state
-    if not untouched and state.extra is UNSET and (hypervisor is UNSET or (hypervisor is not None and _is_plain(hypervisor))):
-        return devices, None
-    return devices, Kept(untouched, SandboxState(hypervisor_state=hypervisor, extra=state.extra))
+    own = SandboxRecord(offsets=offsets, taken=taken)
+    if untouched or state.extra is not UNSET or not _is_plain(hypervisor):
+        own.kata = Raw(encode_short(SandboxState(devices=untouched, hypervisor_state=hypervisor, extra=state.extra)))
+    return own, records
 
 
-def _is_plain(hypervisor: HypervisorState) -> bool:
-    return hypervisor.extra is UNSET and not any((hypervisor.block_index_map or {}).values())
+def _is_plain(hypervisor: HypervisorState | UnsetType | None) -> bool:
+    if hypervisor is UNSET:
+        return True
+    return hypervisor is not None and hypervisor.extra is UNSET and not any((hypervisor.block_index_map or {}).values())
 
 
-def _mapped(hypervisor: HypervisorState | UnsetType | None, drives: Sequence[BlockDrive]) -> set[int]:
-    """The indexes of BlockIndexMap that no drive has: something that pyblock does not know took them."""
+def _mapped(hypervisor: HypervisorState | UnsetType | None, held: set[int]) -> set[int]:
+    """The indexes of BlockIndexMap, where it has others than the drives': something that pyblock does not know took them."""
     texts = hypervisor.block_index_map if isinstance(hypervisor, HypervisorState) else None
-    if not texts or texts.keys() == {str(drive.index) for drive in drives}:
+    if not texts or texts.keys() == {str(index) for index in held}:
         return set()
     for text in texts:
         if not (text.isascii() and text.isdigit() and len(text) < 20):

@@ -159,14 +159,11 @@ class Sandbox:
     async def stored(cls, store: Store, sandbox_id: str) -> Self:
         """A sandbox as a store has it, whoever has it open: to be looked at, not to be opened. Raises UnknownSandbox, StateError,
         StoreError."""
-        with loading("the store"):
-            from pyblock.state import decode_rows  # noqa: PLC0415
-
         stored = await store.read(sandbox_id)
         sandbox = cls(sandbox_id, "memory:", store=None, capacity=CAPACITY_MAX)
-        where = f"{store!r}, sandbox {sandbox_id!r}"
-        machine, state = sandbox._machine, decode_rows(stored.state, stored.devices, where=where)
-        devices, machine.allotment, machine.kept = machine.restored(state, where=where)
+        machine, own = sandbox._machine, stored.record()
+        devices, machine.allotment = machine.restored(own, stored.records(), where=stored.where)
+        machine.kata = bytes(own.kata)
         machine.manager.take_in(devices)
         return sandbox
 
@@ -421,14 +418,22 @@ class Sandbox:
         """What `save` writes. An operation under way is saved as pending."""
         with loading("a saved state"):
             from pyblock.persist import sandbox_to_state  # noqa: PLC0415
+            from pyblock.recorded import record_of  # noqa: PLC0415
 
-        self._machine.check()
-        return sandbox_to_state(self.id, self.manager, self._machine.allotment, self._machine.kept)
+        machine = self._machine
+        machine.check()
+        own = machine.own_record(self.manager, machine.allotment, machine.kata)
+        return sandbox_to_state(self.id, own, map(record_of, self.manager))
 
     async def restore(self, state: SandboxState, *, where: str = "the state", share: bool = False) -> None:
         """Restores a decoded state; see `load`."""
+        with loading("a saved state"):
+            from pyblock.persist import sandbox_from_state  # noqa: PLC0415
+
         with knowing(sandbox=self.id):
-            await self._machine.load_state(state, where=where, share=share)
+            self._machine.check()
+            own, records = sandbox_from_state(state, self.manager.driver, where=where, share=share)
+            await self._machine.load(own, records, where=where)
 
     async def reconcile(self, *, dry_run: bool = False, orphans: bool = False, timeout: float | None = RECONCILE_TIME) -> list[Finding]:
         """Asks the VMM now what it has, settles what differs from what is known, and returns the differences.
@@ -459,7 +464,7 @@ class Sandbox:
         await self._machine.cut_off()
         given_up = self._machine.clear()
         if self._machine.ledger is not None:
-            await self._machine.ledger.flush(state=b"")
+            await self._machine.ledger.flush(own=b"")
         return given_up
 
     async def settle(self, timeout: float = GRACE) -> None:

@@ -5,7 +5,6 @@ What pyblock adds stands under the key `Pyblock`, which the original skips. Keys
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import msgspec
@@ -13,7 +12,8 @@ from msgspec import UNSET, UnsetType
 
 from pyblock.errors import InvalidState, NewerState
 
-VERSION = 1
+PLAIN = 1  # the version that is written while every field of a record has a key here
+VERSION = 2  # the one with `More`, and the last that this version reads
 
 
 # A key that no file has: what is behind it is written out as keys of its own.
@@ -76,6 +76,7 @@ class DeviceNotes(msgspec.Struct, kw_only=True, omit_defaults=True, rename="pasc
     share: bool = False
     format: Literal["raw"] | None = None
     identity: tuple[str, int, int] | None = None
+    more: dict[str, Any] = {}  # fields of a record that have no key here, under their own names
 
 
 class DeviceState(_Kept):
@@ -103,11 +104,9 @@ class HypervisorState(_Kept):
 class SandboxNotes(msgspec.Struct, kw_only=True, rename="pascal", gc=False):
     """What pyblock says of the sandbox as a whole. `version` comes first in the file."""
 
-    version: int = VERSION
+    version: int = PLAIN
     sandbox: str = ""
     offsets: dict[str, int] = {}
-    # Indexes that something other than drives took; unset: those of BlockIndexMap that no drive has.
-    taken: list[int] | UnsetType = UNSET
 
 
 class SandboxState(_Kept):
@@ -119,7 +118,7 @@ class SandboxState(_Kept):
 
 
 class _Version(msgspec.Struct):
-    version: int = msgspec.field(name="Version", default=VERSION)
+    version: int = msgspec.field(name="Version", default=PLAIN)
 
 
 class _Peek(msgspec.Struct):
@@ -155,41 +154,19 @@ def decode(text: bytes, *, where: str) -> SandboxState:
         raise InvalidState(f"{where} is not a saved sandbox: {error}; it is left as it is") from error
 
 
-class _DriveID(msgspec.Struct):
-    id: str = msgspec.field(name="ID", default="")
+def decode_device(text: bytes, *, where: str) -> DeviceState:
+    """Reads one device. Raises as `decode`."""
+    [device] = decode(b'{"Devices":[' + text + b"]}", where=where).devices or [DeviceState()]
+    return device
 
 
-class _DriveOnly(msgspec.Struct):
-    drive: _DriveID | None = msgspec.field(name="BlockDrive", default=None)
-
-
-_drive_only = msgspec.json.Decoder(_DriveOnly)
-
-
-def drive_id_of(device: bytes) -> str:
-    """The drive ID in a device's row, "" where it has none, or cannot be read: that is said by whoever takes the device up."""
-    try:
-        drive = _drive_only.decode(device).drive
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return ""
-    return drive.id if drive is not None else ""
-
-
-def decode_rows(sandbox: bytes, devices: Iterable[bytes], *, where: str) -> SandboxState:
-    """Reads what a store has: a sandbox without its devices (b"" for nothing), and the devices. Raises as `decode`."""
-    state = decode(sandbox, where=where) if sandbox else SandboxState(devices=[])
-    rows = decode(b'{"Devices":[' + b",".join(devices) + b"]}", where=where).devices or []
-    state.devices = [*rows, *(state.devices or [])]
-    return state
-
-
-def encode_row(state: SandboxState) -> bytes:
-    """Writes a sandbox for a store, in as few bytes as it takes."""
+def encode_short(state: SandboxState) -> bytes:
+    """Writes a sandbox in as few bytes as it takes."""
     return msgspec.json.encode(_builtins(state))
 
 
 def encode_device(state: DeviceState) -> bytes:
-    """Writes one device for a store."""
+    """Writes one device in as few bytes as it takes."""
     drive = state.block_drive
     if state.extra is UNSET and (not isinstance(drive, DriveState) or drive.extra is UNSET):
         return msgspec.json.encode(state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sqlite3
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import samples
 from snapshot import drive_ids
 from turns import LATE, until
+from written import written
 
 from pyblock import (
     BlockDevice,
@@ -126,8 +126,8 @@ def query(store: SqliteStore, sql: str) -> list[tuple[Any, ...]]:
 
 def rows(store: SqliteStore) -> dict[str, tuple[str, int]]:
     """Phase and count of each device, as the store has them."""
-    found = {device_id: json.loads(state) for device_id, state in query(store, "SELECT id, state FROM device")}
-    return {device_id: (state["Pyblock"]["Phase"], state["AttachCount"]) for device_id, state in found.items()}
+    found = {device_id: written(device_id, data) for device_id, data in query(store, "SELECT id, state FROM device")}
+    return {device_id: (row.phase, row.attach_count) for device_id, row in found.items()}
 
 
 def facts(sandbox: Sandbox) -> dict[str, tuple[str, int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import selectors
 import sqlite3
 import warnings
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import eager
+from written import written
 
 import pyblock
 from pyblock import BlockDevice, Phase, PyblockError, Sandbox
@@ -640,11 +640,8 @@ class World:
         found = []
         query = "SELECT id, state, image, access FROM device WHERE sandbox = ? ORDER BY rowid"
         for device_id, state, image, access in self._looking.execute(query, (box.name,)):
-            device = json.loads(state)
-            drive = device.get("BlockDrive") or {"ID": "", "Index": -1}
-            assert device["ID"] == device_id
-            phase = device["Pyblock"]["Phase"]
-            found.append(StoredRow(device_id, drive["ID"], drive["Index"], phase, device["AttachCount"], image, access))
+            said = written(device_id, state)
+            found.append(StoredRow(device_id, said.drive_id, said.number, said.phase, said.attach_count, image, access))
         return found
 
     def check(self) -> None:

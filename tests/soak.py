@@ -24,6 +24,7 @@ from contextlib import closing
 from pathlib import Path
 
 import msgspec
+from written import written
 
 from pyblock import BlockDevice, ImageInUse, Phase, PyblockError, Sandbox, StoreError
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
@@ -80,13 +81,13 @@ class MortalStore(SqliteStore):
         rows: Callable[[], Sequence[Row]],
         deadline: float | None = None,
         *,
-        state: bytes | None = None,
+        own: bytes | None = None,
         all_or_none: bool = False,
     ) -> dict[str, ImageInUse]:
         if self.dead:
             self.ghosts += 1
             raise StoreError("the process that had this store has died")
-        return await super().write(sandbox_id, rows, deadline, state=state, all_or_none=all_or_none)
+        return await super().write(sandbox_id, rows, deadline, own=own, all_or_none=all_or_none)
 
     def die(self) -> None:
         self.dead = True
@@ -375,8 +376,8 @@ class Soak:
         with closing(sqlite3.connect(self.path)) as db:
             found = {}
             for sandbox, device_id, state, image, access in db.execute("SELECT sandbox, id, state, image, access FROM device"):
-                saved = msgspec.json.decode(state)
-                found[sandbox, device_id] = (image, access, saved["AttachCount"], saved["Pyblock"]["Phase"])
+                said = written(device_id, state)
+                found[sandbox, device_id] = (image, access, said.attach_count, said.phase)
             sandboxes = {sandbox for (sandbox,) in db.execute("SELECT id FROM sandbox WHERE owner IS NOT NULL")}
             [damage] = db.execute("PRAGMA integrity_check(1)").fetchone()
         for key in claims.keys() | found.keys():

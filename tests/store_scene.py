@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,9 @@ from pyblock import (
     Sandbox,
 )
 from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.stores import sqlite_file
+from pyblock.persist import device_to_state
+from pyblock.state import encode_device
+from pyblock.stores import record, sqlite_file
 from pyblock.stores.sqlite import SqliteStore
 
 
@@ -35,10 +37,40 @@ def first_version(path: Path, target: Path, boot: str = "") -> None:
             columns = ", ".join(name for _, name, *_ in old.execute(f"PRAGMA table_info({table})"))
             for row in new.execute(f"SELECT {columns} FROM {table} ORDER BY rowid"):
                 old.execute(f"INSERT INTO {table} VALUES ({', '.join('?' * len(row))})", row)
+        for rowid, device_id, data in old.execute("SELECT rowid, id, state FROM device").fetchall():
+            old.execute("UPDATE device SET state = ? WHERE rowid = ?", (as_first_version(device_id, data), rowid))
         old.execute("UPDATE host SET boot = ?, owners = ?", (boot, *new.execute("SELECT owners FROM host").fetchone()))
         old.execute(f"PRAGMA application_id = {sqlite_file.APPLICATION_ID}")
         old.execute("PRAGMA user_version = 1")
         old.commit()
+
+
+def older_store(
+    path: Path, version: int, devices: Mapping[str, Sequence[Sequence[Any]]], sandboxes: Mapping[str, bytes] | None = None
+) -> None:
+    """Makes a database of a version before 5.
+
+    :param devices: by sandbox: ID, row, and perhaps image and access of each.
+    :param sandboxes: the sandboxes' own rows, where they have any.
+    """
+    with closing(sqlite3.connect(path)) as db:
+        for script in sqlite_file.MIGRATIONS[:version]:
+            db.executescript(script)
+        for name, rows in devices.items():
+            db.execute("INSERT INTO sandbox (id, owner_text, state) VALUES (?, '', ?)", (name, (sandboxes or {}).get(name, b"")))
+            for device_id, row, *claim in rows:
+                db.execute("INSERT INTO device VALUES (?, ?, ?, ?, ?)", (name, device_id, row, *(claim or (None, None))))
+        db.execute(f"PRAGMA application_id = {sqlite_file.APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {version}")
+        db.commit()
+    path.chmod(0o600)
+
+
+def as_first_version(device_id: str, data: bytes) -> bytes:
+    """A row as the versions before 5 had it: what a saved file still says of the device. What is no record stays what it is."""
+    if data == b"{}":
+        return data
+    return encode_device(device_to_state(record.decode(device_id, data, where="a row")))
 
 
 async def agreed(store: SqliteStore, sandbox: Sandbox, vm: MemoryHypervisor) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from pyblock.errors import ImageInUse
 from pyblock.lineage import Identity
+from pyblock.stores.record import Record, SandboxRecord, decode, decode_sandbox
 
 PATIENCE = 60.0  # seconds that a write without a deadline of its own waits for another process
 
@@ -38,13 +39,13 @@ class Row(NamedTuple):
     """A device as the store shall have it from now on.
 
     :ivar device_id: its ID.
-    :ivar state: its saved form; None: it goes, and its claim with it.
+    :ivar record: what `record.encode` made of it; None: it goes, and its claim with it.
     :ivar claim: the claim it holds, if any.
     :ivar claiming: the claim is new, so others' are to be looked at.
     """
 
     device_id: str
-    state: bytes | None
+    record: bytes | None
     claim: Claim | None = None
     claiming: bool = False
 
@@ -55,17 +56,68 @@ class Stored(NamedTuple):
     :ivar sandbox_id: its ID.
     :ivar vm: the VMM's address, "" where nothing finds the machine again.
     :ivar owner: who has it open, in words; "" for nobody who lives.
-    :ivar state: the saved form of the sandbox without its devices, b"" for nothing.
-    :ivar devices: the saved forms of its devices, in the order in which they came.
+    :ivar own: the sandbox's own record as it is written, b"" for nothing.
+    :ivar devices: the IDs of its devices, in the order in which they came, and their records as they are written.
+    :ivar where: what errors call it.
     :ivar opening: which opening of a sandbox by this process it is, where it was opened; 0 where it was read.
     """
 
     sandbox_id: str
     vm: str
     owner: str
-    state: bytes
-    devices: Sequence[bytes]
+    own: bytes
+    devices: Sequence[tuple[str, bytes]]
+    where: str
     opening: int = 0
+
+    def record(self) -> SandboxRecord:
+        """The sandbox's own record. Raises InvalidState, NewerState."""
+        return decode_sandbox(self.own, where=self.where)
+
+    def records(self) -> list[Record]:
+        """Those of its devices. Raises InvalidState, NewerState, for the first that cannot be read."""
+        return [decode(device_id, data, where=self.where) for device_id, data in self.devices]
+
+
+class Standing(NamedTuple):
+    """A sandbox in a list of all.
+
+    :ivar sandbox_id: its ID.
+    :ivar vm: the VMM's address, "" where nothing finds the machine again.
+    :ivar owner: who has it open, in words; "" for nobody who lives.
+    :ivar devices: how many it has.
+    """
+
+    sandbox_id: str
+    vm: str
+    owner: str
+    devices: int
+
+
+Relation = Literal["it", "under it", "on it"]
+
+
+class Holder(NamedTuple):
+    """A device that has claimed an image, what lies under it, or what lies on it.
+
+    :ivar sandbox_id: the sandbox of the device.
+    :ivar owner: who has that open, in words; "" for nobody who lives.
+    :ivar device_id: the device's ID.
+    :ivar claimed: what it has claimed.
+    :ivar relation: what that is to the image.
+    :ivar read_only: it only reads.
+    :ivar share: others may write it as well.
+    :ivar data: its record as it is written.
+    """
+
+    sandbox_id: str
+    owner: str
+    device_id: str
+    claimed: Identity
+    relation: Relation
+    read_only: bool
+    share: bool
+    data: bytes
 
 
 class Store(Protocol):
@@ -94,7 +146,7 @@ class Store(Protocol):
         rows: Callable[[], Sequence[Row]],
         deadline: float | None = None,
         *,
-        state: bytes | None = None,
+        own: bytes | None = None,
         all_or_none: bool = False,
     ) -> dict[str, ImageInUse]:
         """Writes rows of a sandbox that this process owns, all in one transaction; `rows` is asked when that has begun.
@@ -102,7 +154,7 @@ class Store(Protocol):
         Returns, by device ID, the rows that were left out because their claim does not fit one that is held: of the same image by another
         sandbox, of what lies under it or on it by another device; the errors say so without a subject, since a store knows no path.
 
-        :param state: the sandbox's own saved form, where it is to change.
+        :param own: the sandbox's own record, where it is to change.
         :param all_or_none: with a row that would be left out, nothing is written.
         """
 
@@ -123,6 +175,15 @@ class Store(Protocol):
 
     async def sandboxes(self, deadline: float | None = None) -> list[str]:
         """The IDs of all its sandboxes, sorted."""
+
+    async def standings(self, deadline: float | None = None) -> list[Standing]:
+        """All its sandboxes, by their IDs."""
+
+    async def holders(self, image: Identity, under: Sequence[Identity] = (), deadline: float | None = None) -> list[Holder]:
+        """The devices of all sandboxes that have claimed an image, what lies under it, or what lies on it.
+
+        :param under: what lies under the image, and its other names.
+        """
 
     def close(self) -> None:
         """Closes what it holds open. A later call opens it again; sandboxes that are open stay this process's only until then."""

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from pyblock.errors import ImageInUse, InvalidValue, SandboxBusy, SandboxConflict, StateError, StoreError, UnknownSandbox
-from pyblock.lineage import in_words
-from pyblock.state import drive_id_of
-from pyblock.stores.base import Claim, Row, Store, Stored
+from pyblock.lineage import Identity, in_words
+from pyblock.stores.base import Claim, Holder, Relation, Row, Standing, Store, Stored
 from pyblock.stores.owner import OwnerLock
-from pyblock.stores.sqlite_file import SqliteFile, image_text
+from pyblock.stores.record import drive_id_of
+from pyblock.stores.sqlite_file import SqliteFile, image_text, image_told
 
 Result = TypeVar("Result")
 
@@ -107,11 +107,11 @@ class SqliteStore(Store):
         rows: Callable[[], Sequence[Row]],
         deadline: float | None = None,
         *,
-        state: bytes | None = None,
+        own: bytes | None = None,
         all_or_none: bool = False,
     ) -> dict[str, ImageInUse]:
         try:
-            return await self._change(lambda db: self._write(db, sandbox_id, rows(), state, all_or_none=all_or_none), deadline)
+            return await self._change(lambda db: self._write(db, sandbox_id, rows(), own, all_or_none=all_or_none), deadline)
         except _Refused as refused:
             return refused.errors
 
@@ -121,8 +121,8 @@ class SqliteStore(Store):
     async def drives_of_others(self, sandbox_id: str, machine: str, deadline: float | None = None) -> set[str]:
         def work(db: sqlite3.Connection) -> set[str]:
             others = "SELECT id FROM sandbox WHERE id <> :own AND (machine = '' OR :machine = '' OR machine = :machine)"
-            rows = db.execute(f"SELECT state FROM device WHERE sandbox IN ({others})", {"own": sandbox_id, "machine": machine})
-            return {drive_id for (state,) in rows if (drive_id := drive_id_of(state))}
+            rows = db.execute(f"SELECT id, state FROM device WHERE sandbox IN ({others})", {"own": sandbox_id, "machine": machine})
+            return {drive_id for device_id, data in rows if (drive_id := drive_id_of(device_id, data))}
 
         return await self._file.transact(work, deadline, writes=False)
 
@@ -143,6 +143,17 @@ class SqliteStore(Store):
         return await self._file.transact(
             lambda db: [row[0] for row in db.execute("SELECT id FROM sandbox ORDER BY id")], deadline, writes=False
         )
+
+    async def standings(self, deadline: float | None = None) -> list[Standing]:
+        query = "SELECT id, vm, owner, owner_text, (SELECT COUNT(*) FROM device WHERE sandbox = sandbox.id) FROM sandbox ORDER BY id"
+
+        def work(db: sqlite3.Connection) -> list[Standing]:
+            return [Standing(name, vm or "", self._living(owner, text), count) for name, vm, owner, text, count in db.execute(query)]
+
+        return await self._file.transact(work, deadline, writes=False)
+
+    async def holders(self, image: Identity, under: Sequence[Identity] = (), deadline: float | None = None) -> list[Holder]:
+        return await self._file.transact(lambda db: self._holders(db, image, under), deadline, writes=False)
 
     def close(self) -> None:
         self._file.close()
@@ -232,20 +243,20 @@ class SqliteStore(Store):
         return given_up
 
     def _write(
-        self, db: sqlite3.Connection, sandbox_id: str, rows: Sequence[Row], state: bytes | None, *, all_or_none: bool
+        self, db: sqlite3.Connection, sandbox_id: str, rows: Sequence[Row], own: bytes | None, *, all_or_none: bool
     ) -> dict[str, ImageInUse]:
         self._check_owned(db, sandbox_id)
         refused: dict[str, ImageInUse] = {}
         for row in rows:  # those that go come first: another may have their image, or their index, by now
-            if row.state is None:
+            if row.record is None:
                 db.execute("DELETE FROM device WHERE sandbox = ? AND id = ?", (sandbox_id, row.device_id))
         for row in rows:
-            if row.state is not None and (holder := self._write_row(db, sandbox_id, row, row.state)) is not None:
+            if row.record is not None and (holder := self._write_row(db, sandbox_id, row, row.record)) is not None:
                 refused[row.device_id] = holder
         if refused and all_or_none:
             raise _Refused(refused)
-        if state is not None:
-            db.execute("UPDATE sandbox SET state = ? WHERE id = ?", (state, sandbox_id))
+        if own is not None:
+            db.execute("UPDATE sandbox SET state = ? WHERE id = ?", (own, sandbox_id))
         return refused
 
     def _check_owned(self, db: sqlite3.Connection, sandbox_id: str) -> None:
@@ -253,10 +264,10 @@ class SqliteStore(Store):
         if db.execute("SELECT 1 FROM sandbox WHERE id = ? AND owner = ?", (sandbox_id, number)).fetchone() is None:
             raise StoreError(f"{self._file.name}: sandbox {sandbox_id!r} is not this process's any more; nothing was changed")
 
-    def _write_row(self, db: sqlite3.Connection, sandbox_id: str, row: Row, state: bytes) -> ImageInUse | None:
+    def _write_row(self, db: sqlite3.Connection, sandbox_id: str, row: Row, record: bytes) -> ImageInUse | None:
         claim = row.claim
         if claim is not None and not row.claiming:
-            key = (state, sandbox_id, row.device_id)
+            key = (record, sandbox_id, row.device_id)
             if db.execute("UPDATE device SET state = ? WHERE sandbox = ? AND id = ?", key).rowcount:
                 return None
         if claim is not None and (holder := self._holder(db, sandbox_id, row.device_id, claim)):
@@ -265,7 +276,7 @@ class SqliteStore(Store):
         db.execute(
             "INSERT INTO device VALUES (?, ?, ?, ?, ?) ON CONFLICT (sandbox, id) "
             "DO UPDATE SET state = excluded.state, image = excluded.image, access = excluded.access",
-            (sandbox_id, row.device_id, state, image, access),
+            (sandbox_id, row.device_id, record, image, access),
         )
         if claim is not None and claim.under:  # most have nothing under them
             db.execute("DELETE FROM under WHERE sandbox = ? AND device = ?", (sandbox_id, row.device_id))
@@ -307,9 +318,33 @@ class SqliteStore(Store):
         row = db.execute("SELECT vm, owner, owner_text, state FROM sandbox WHERE id = ?", (sandbox_id,)).fetchone()
         if row is None:
             raise UnknownSandbox(f"no sandbox {sandbox_id!r} in the {self._file.name}")
-        vm, owner, text, state = row
-        devices = [state for (state,) in db.execute("SELECT state FROM device WHERE sandbox = ? ORDER BY rowid", (sandbox_id,))]
-        return Stored(sandbox_id, vm or "", text if owner is not None and self._lives(owner) else "", state, devices)
+        vm, owner, text, own = row
+        devices = db.execute("SELECT id, state FROM device WHERE sandbox = ? ORDER BY rowid", (sandbox_id,)).fetchall()
+        return Stored(sandbox_id, vm or "", self._living(owner, text), own, devices, f"{self._file.name}, sandbox {sandbox_id!r}")
+
+    def _holders(self, db: sqlite3.Connection, image: Identity, under: Sequence[Identity]) -> list[Holder]:
+        whose = "SELECT device.sandbox, owner, owner_text, device.id, device.image, device.access, device.state FROM device"
+        whose += " JOIN sandbox ON sandbox.id = device.sandbox"
+        itself = f"{whose} WHERE device.image = ? ORDER BY device.rowid"
+        on_it = f"{whose} JOIN under ON under.sandbox = device.sandbox AND device = device.id AND top = device.image WHERE under.image = ?"
+        queries: list[tuple[Relation, str, Identity]] = [
+            ("it", itself, image),
+            *(("under it", itself, lower) for lower in under),
+            ("on it", on_it, image),
+        ]
+        found: dict[tuple[str, str], Holder] = {}
+        for relation, query, asked in queries:
+            for sandbox_id, owner, text, device_id, claimed, access, data in db.execute(query, (image_text(asked),)):
+                holder = Holder(
+                    sandbox_id, self._living(owner, text), device_id, image_told(claimed), relation,
+                    bool(access & READ_ONLY), bool(access & SHARE), data,
+                )  # fmt: skip
+                found.setdefault((sandbox_id, device_id), holder)
+        return list(found.values())
+
+    def _living(self, owner: int | None, text: str) -> str:
+        """What an owner is called, "" where it lives no more."""
+        return text if owner is not None and self._lives(owner) else ""
 
     def _lives(self, owner: int) -> bool:
         if self._owner is not None and self._owner[1] == owner:

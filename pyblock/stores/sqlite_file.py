@@ -34,6 +34,7 @@ from pyblock.lineage import Identity, lineage_of
 from pyblock.stores import boot, files, forks
 from pyblock.stores.base import PATIENCE
 from pyblock.stores.owner import OwnerLock
+from pyblock.stores.record import encode, encode_sandbox
 
 log = logging.getLogger("pyblock")
 
@@ -65,7 +66,10 @@ MIGRATIONS = (
     """
     UPDATE host SET boot = '';
     """,
+    # `state` has records since (`record.py`), which `_rewrite` makes of the rows of before. One that cannot be read stays as it is.
+    "",
 )
+RECORDS = 5  # the first version whose rows are records
 CHECKPOINT_PAGES = 200  # of the journal, until they are copied into the database: some tenths of a millisecond
 FIRST_PAUSE = 0.0005  # seconds until a lock is tried again; a transaction holds it for less
 LAST_PAUSE = 0.02
@@ -359,6 +363,8 @@ class SqliteFile:
                 db.execute(statement)
         if version == 1:
             self._tell_what_lies_under(db)
+        if 0 < version < RECORDS:
+            _rewrite(db)
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
         db.execute("COMMIT")
@@ -410,6 +416,28 @@ class SqliteFile:
         if code in _DAMAGE:
             return InvalidState(f"{self.name} is not a store, or is damaged: {error}; it is left as it is")
         return StoreError(f"{self.name}: {error}; nothing was changed (a full disk, or a folder that may not be written?)")
+
+
+def _rewrite(db: sqlite3.Connection) -> None:
+    """Makes records of rows of an older version; see old_rows.py."""
+    from pyblock.stores.old_rows import DAMAGE, record_of, sandbox_record_of  # noqa: PLC0415 - once in a store's life
+
+    held: dict[str, set[int]] = {}
+    for rowid, sandbox, device, data, image in db.execute("SELECT rowid, sandbox, id, state, image FROM device").fetchall():
+        with contextlib.suppress(*DAMAGE):
+            record = record_of(device, data, image)
+            db.execute("UPDATE device SET state = ? WHERE rowid = ?", (encode(record), rowid))
+            held.setdefault(sandbox, set()).add(record.index)
+    for sandbox, data in db.execute("SELECT id, state FROM sandbox WHERE state <> x''").fetchall():
+        with contextlib.suppress(*DAMAGE):
+            own = encode_sandbox(sandbox_record_of(data, held.get(sandbox, ())))
+            db.execute("UPDATE sandbox SET state = ? WHERE id = ?", (own, sandbox))
+
+
+def image_told(text: str) -> Identity:
+    """The image that a text stands for."""
+    kind, major, minor = text.split(":")
+    return (kind, int(major), int(minor))
 
 
 def image_text(identity: Identity) -> str:

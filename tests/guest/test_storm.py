@@ -81,7 +81,7 @@ def change_rows(patch: Patch, change: Callable[[Sequence[Row]], Sequence[Row]]) 
 
 
 def forget_to_delete(patch: Patch) -> None:
-    change_rows(patch, lambda rows: [row for row in rows if row.state is not None])
+    change_rows(patch, lambda rows: [row for row in rows if row.record is not None])
 
 
 def forget_the_claim(patch: Patch) -> None:

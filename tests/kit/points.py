@@ -7,7 +7,6 @@ They are counted where they pass, not listed, so a step that is new is one more 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import signal
@@ -16,6 +15,8 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+
+from written import written
 
 from pyblock.hypervisors.qmp import QmpSession
 from pyblock.stores.owner import OwnerLock
@@ -117,11 +118,11 @@ class TurningPoints(Points):
         """The store must say that what this command is about is on its way in or out."""
         drive = arguments.get("node-name") or arguments.get("id")
         with closing(sqlite3.connect(f"file:{self._path}?mode=ro", uri=True)) as db:
-            rows = [json.loads(state) for (state,) in db.execute("SELECT state FROM device")]
+            rows = [written(device_id, data) for device_id, data in db.execute("SELECT id, state FROM device")]
         if command == "add-fd":  # it says which image it hands over, and not for which drive
             kind, device, inode = re.fullmatch(r"pb:(.)(\w+):(\w+)", arguments["opaque"]).groups()  # type: ignore[union-attr]
-            image = [{"f": "file", "b": "block"}[kind], int(device, 16), int(inode, 16)]
-            drive = next((row["BlockDrive"]["ID"] for row in rows if row["Pyblock"]["Identity"] == image), None)
-        said = [row["Pyblock"]["Phase"] for row in rows if row["BlockDrive"]["ID"] == drive]
+            image = ({"f": "file", "b": "block"}[kind], int(device, 16), int(inode, 16))
+            drive = next((row.drive_id for row in rows if row.identity == image), None)
+        said = [row.phase for row in rows if row.drive_id == drive]
         if said not in (["attach-pending"], ["detach-pending"]):
             self.unsaid.append(f"{command} {drive} while the store says {said or 'nothing'}")

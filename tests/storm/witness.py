@@ -11,8 +11,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 from kit import Machine, QmpRefused
+from written import written
 
 from .notes import DeviceSeen
 
@@ -133,13 +133,9 @@ def read_rows(path: Path, images: Images) -> list[Stored]:
         if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'device'").fetchone():
             return found  # the first process has not come so far
         for name, device_id, state, image, access in db.execute("SELECT sandbox, id, state, image, access FROM device ORDER BY rowid"):
-            saved = msgspec.json.decode(state)
-            drive = saved.get("BlockDrive") or {}
-            phase = saved.get("Pyblock", {}).get("Phase", "")
+            said = written(device_id, state)
             claimed = images.claimed(image) if image is not None else ""
-            found.append(
-                Stored(name, device_id, phase, saved["AttachCount"], drive.get("ID", ""), drive.get("Index", -1), claimed, access or 0)
-            )
+            found.append(Stored(name, device_id, said.phase, said.attach_count, said.drive_id, said.number, claimed, access or 0))
     return found
 
 

@@ -15,7 +15,7 @@ from snapshot import MakeImage
 from pyblock import DRIVERS, AttachPending, BlockDevice, CallerError, DetachPending, DeviceInfo, GenericDevice, Phase, Sandbox
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
 from pyblock.recovery import Found, Outcome
-from pyblock.state import VERSION
+from pyblock.state import PLAIN
 
 pytestmark = pytest.mark.anyio
 
@@ -89,7 +89,7 @@ async def test_keys_are_the_originals(make_image: MakeImage, path: Path) -> None
     state = json.loads(path.read_bytes())
     assert state.keys() == {"Pyblock", "Devices", "HypervisorState"}
     assert state["HypervisorState"] == {"BlockIndexMap": {str(index): {} for index in range(len(DRIVERS))}}
-    assert state["Pyblock"]["Version"] == VERSION
+    assert state["Pyblock"]["Version"] == PLAIN
     devices = {device["ID"]: device for device in state["Devices"]}
     assert devices.pop("detached").keys() == (DEVICE_KEYS | {"Pyblock"}) - {"BlockDrive"}
     for device in devices.values():

@@ -281,13 +281,13 @@ class Failing(SqliteStore):
         rows: Callable[[], Sequence[Row]],
         deadline: float | None = None,
         *,
-        state: bytes | None = None,
+        own: bytes | None = None,
         all_or_none: bool = False,
     ) -> dict[str, ImageInUse]:
         self.count += 1
         if self.count - 1 in self._bad:
             raise self._error(f"store {str(self.path)!r}: told to fail")
-        return await super().write(sandbox_id, rows, deadline, state=state, all_or_none=all_or_none)
+        return await super().write(sandbox_id, rows, deadline, own=own, all_or_none=all_or_none)
 
 
 async def writes_of(name: str, path: Path, make_image: MakeImage) -> int:

@@ -289,7 +289,7 @@ async def test_many_forks_beside_many_transactions(make_store: MakeStore) -> Non
         assert await asyncio.to_thread(in_child, lambda: elsewhere(store.path)) == (0, "one other"), number
     over = True
     await writing
-    assert (await store.read("one")).devices == [str(count).encode()]
+    assert (await store.read("one")).devices == [("device", str(count).encode())]
 
 
 def test_an_interrupted_fork_keeps_nobody_out_for_ever(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
