@@ -168,13 +168,13 @@ class Sandbox:
         take_back: Callable[[list[AttachedDevice]], Awaitable[None]] = partial(self._sandbox.detach_many, timeout=GRACE)
         return self._call(partial(attach, format=format, timeout=timeout, progress=progress), take_back)
 
-    def detach(self, device: Device | str, *, timeout: float | None = door.TIMEOUT) -> None:
+    def detach(self, device: Device | str, *, timeout: float | None = door.TIMEOUT, released: bool = False) -> None:
         """See pyblock.Sandbox.detach."""
-        self._call(partial(self._sandbox.detach, device, timeout=timeout))
+        self._call(partial(self._sandbox.detach, device, timeout=timeout, released=released))
 
-    def detach_many(self, devices: Iterable[Device | str], *, timeout: float | None = door.TIMEOUT) -> None:
+    def detach_many(self, devices: Iterable[Device | str], *, timeout: float | None = door.TIMEOUT, released: bool = False) -> None:
         """See pyblock.Sandbox.detach_many."""
-        self._call(partial(self._sandbox.detach_many, list(devices), timeout=timeout))
+        self._call(partial(self._sandbox.detach_many, list(devices), timeout=timeout, released=released))
 
     @property
     def recovered(self) -> tuple[Finding, ...]:

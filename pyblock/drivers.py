@@ -40,7 +40,6 @@ class Driver(msgspec.Struct, frozen=True):
     :ivar family: the guest's names for it.
     :ivar scsi: True when its address is `id:lun`, which follows from the block index.
     :ivar guest_path: True when `virt_path` is filled; Kata leaves it empty where the guest finds the disk by address.
-    :ivar serial_max: bytes of serial that it carries: 20 is VIRTIO_BLK_ID_BYTES, 36 what QEMU's scsi-hd takes; 0 none.
     :ivar offset: the block offset it starts with when the VMM says nothing: Firecracker's root disk is vda.
     """
 
@@ -48,13 +47,12 @@ class Driver(msgspec.Struct, frozen=True):
     family: Family
     scsi: bool = False
     guest_path: bool = True
-    serial_max: int = 0
     offset: int = 0
 
 
-VIRTIO_SCSI = Driver("virtio-scsi", SD, scsi=True, guest_path=False, serial_max=36)
-VIRTIO_BLK = Driver("virtio-blk", VD, serial_max=20)
-VIRTIO_BLK_CCW = Driver("virtio-blk-ccw", VD, serial_max=20)
+VIRTIO_SCSI = Driver("virtio-scsi", SD, scsi=True, guest_path=False)
+VIRTIO_BLK = Driver("virtio-blk", VD)
+VIRTIO_BLK_CCW = Driver("virtio-blk-ccw", VD)
 VIRTIO_MMIO = Driver("virtio-mmio", VD, offset=1)
 NVDIMM = Driver("nvdimm", PMEM, guest_path=False)
 

@@ -15,6 +15,8 @@ PyblockError
 │   ├── UnknownDevice          no such device in this sandbox (also a KeyError)
 │   ├── UnknownSandbox         no such sandbox in the store (also a KeyError)
 │   ├── NotAttached            a detach that no attach stands against
+│   ├── NotOffered             what this VMM, or the driver on it, has no way to do
+│   ├── NotReleased            a detach that needs the caller's word that the guest let go
 │   ├── IndexTaken             reserving an index that is taken
 │   ├── IndexFree              releasing an index that is free
 │   ├── SandboxClosed          the sandbox was closed, or not opened yet
@@ -64,7 +66,7 @@ __all__ = [  # noqa: RUF022 - as the tree has them
     "PyblockError", "DeviceOutcome",
     "CallerError", "InvalidValue", "InvalidIndex", "InvalidName", "InvalidAddress", "InvalidID",
     "InvalidSerial", "InvalidTimeout", "InvalidImage", "UnknownDriver", "UnknownScheme",
-     "UnknownDevice", "UnknownSandbox", "NotAttached", "IndexTaken", "IndexFree",
+     "UnknownDevice", "UnknownSandbox", "NotAttached", "NotOffered", "NotReleased", "IndexTaken", "IndexFree",
     "SandboxClosed", "WrongEventLoop",
     "Conflict", "SandboxBusy", "ImageInUse", "ImageReplaced", "MachineAnswers", "SandboxConflict",
     "DeviceConflict",
@@ -385,6 +387,19 @@ class NotAttached(CallerError):
     """A detach that no attach stands against."""
 
     code = "not-attached"
+
+
+class NotOffered(CallerError):
+    """This VMM, or the driver on it, has no way to do what was asked for; its offers say what it can."""
+
+    code = "not-offered"
+
+
+class NotReleased(CallerError):
+    """This VMM takes a disk away without a word from the guest, so that the caller has to say that the guest has let go of it
+    (`detach(released=True)`)."""
+
+    code = "not-released"
 
 
 class IndexTaken(CallerError):

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
 import msgspec
 
 from pyblock.device import BlockDevice
-from pyblock.drivers import DRIVERS, VIRTIO_SCSI, Driver, driver_named
-from pyblock.errors import DeviceConflict, InvalidImage, InvalidSerial, InvalidValue, UnknownDevice
+from pyblock.drivers import DRIVERS, Driver, driver_named
+from pyblock.errors import DeviceConflict, InvalidImage, InvalidSerial, InvalidValue, NotOffered, UnknownDevice
 from pyblock.formats import RAW, check_format, not_raw
 from pyblock.generic import GenericDevice
+from pyblock.hypervisors.base import Offer
 from pyblock.image import block_special_path, inspect_image
 from pyblock.lineage import Identity
 from pyblock.model import DeviceInfo, check_device_id
@@ -20,17 +21,17 @@ from pyblock.table import HOLDING
 
 Device = BlockDevice | GenericDevice
 
+NOTHING = Offer()  # by a driver that the VMM does not have, which is said when the device is to be attached
 NO_OPTIONS: dict[str, str] = {}  # shared by all devices that have none; nobody writes to the options of an info
 OPTIONS = ("block-driver", "fstype")
 
 
-def check_serial(serial: str, driver: Driver) -> str:
-    """The serial itself, or InvalidSerial: printable ASCII without spaces, as many bytes as the driver carries (20 virtio-blk, 36
-    scsi-hd)."""
+def check_serial(serial: str, driver: Driver, offer: Offer) -> str:
+    """The serial itself, or InvalidSerial: printable ASCII without spaces, as many bytes as the driver carries on this VMM."""
     if not serial or not serial.isascii() or not serial.isprintable() or " " in serial:
         raise InvalidSerial(f"serial {serial!r} is empty or not printable ASCII without spaces", value=serial)
-    if len(serial) > driver.serial_max:
-        room = f"at most {driver.serial_max} bytes" if driver.serial_max else "no serial at all"
+    if len(serial) > offer.serial_max:
+        room = f"at most {offer.serial_max} bytes" if offer.serial_max else "no serial at all"
         text = f"serial {serial!r} has {len(serial)} bytes; {driver.name} carries {room}"
         raise InvalidSerial(text, driver=driver.name, value=serial)
     return serial
@@ -54,12 +55,15 @@ class Door(Protocol):
 
 
 class DeviceManager:
-    """:param driver: the name of the driver for devices that ask for none. Raises UnknownDriver."""
+    """:param driver: the name of the driver for devices that ask for none. Raises UnknownDriver.
+    :param offers: what each driver can do on their machine.
+    """
 
-    __slots__ = ("_by_id", "_by_identity", "_doubles", "driver")
+    __slots__ = ("_by_id", "_by_identity", "_doubles", "_offers", "driver")
 
-    def __init__(self, driver: str = VIRTIO_SCSI.name) -> None:
+    def __init__(self, driver: str, offers: Mapping[str, Offer]) -> None:
         self.driver = driver_named(driver)
+        self._offers = offers
         self._by_id: dict[str, Device] = {}
         self._by_identity: dict[Identity, BlockDevice] = {}
         self._doubles = False
@@ -160,6 +164,7 @@ class DeviceManager:
         if info.options:
             check_options(info.options)
         driver = self._driver(info) if info.driver or info.options else self.driver
+        offer = self._offers.get(driver.name, NOTHING)
         path = info.path or (block_special_path(info.major, info.minor) if info.dev_type == "b" else "")
         image = inspect_image(path, read_only=info.read_only, raw=info.format == RAW)
         if info.dev_type == "b" and not image.is_block:
@@ -168,11 +173,14 @@ class DeviceManager:
             return self._same(device, info, image.path)
         if image.looks_like is not None:
             raise not_raw(image.path, image.looks_like)
+        if (info.read_only and not offer.read_only) or (info.share and not offer.share):
+            what = "for reading only" if info.read_only and not offer.read_only else "with other writers"
+            raise NotOffered(f"{driver.name} has no way to plug in {image.path!r} {what} on this VMM", driver=driver.name, path=image.path)
         device_id = self._new_id(info)
         serial = info.serial
         if serial is not None:
-            check_serial(serial, driver)
-        elif len(device_id) <= driver.serial_max:
+            check_serial(serial, driver, offer)
+        elif len(device_id) <= offer.serial_max:
             serial = device_id
         have = DeviceInfo(
             image.path, driver.name, info.read_only, serial, device_id, info.dev_type, *(image.number or (-1, -1)),

@@ -15,6 +15,7 @@ from pyblock.device import BlockDevice
 from pyblock.errors import (
     AttachCountExhausted,
     NotAttached,
+    NotReleased,
     PyblockError,
     SandboxClosed,
     StoreBusy,
@@ -76,11 +77,12 @@ async def attach(machine: Machine, device: BlockDevice, deadline: float | None) 
     return True
 
 
-async def detach(machine: Machine, device: BlockDevice, deadline: float | None) -> bool:
+async def detach(machine: Machine, device: BlockDevice, deadline: float | None, *, released: bool = False) -> bool:
     """Takes one attach back; the last unplugs the device. Returns when the VMM says that it is gone;
     True when others are left.
 
-    Raises NotAttached; what the machine raises when the device is kept (it stays attached);
+    :param released: the guest has let go of it, which some VMMs cannot tell.
+    Raises NotAttached, NotReleased; what the machine raises when the device is kept (it stays attached);
     DetachPending when the deadline passes or the connection breaks: everything stays taken, calling
     again resumes, and a late confirmation finishes the job by itself.
     """
@@ -102,11 +104,22 @@ async def detach(machine: Machine, device: BlockDevice, deadline: float | None) 
         if device.phase is Phase.ATTACHED and device.attach_count > 1:
             await _count(machine, device, -1, deadline)
             return True
+        offer = machine.vmm.offers.get(device.info.driver or "")
+        if offer is not None and offer.removal == "forced" and not released:
+            raise _not_released(device).about(sandbox=machine.id)
         if device.phase in PENDING:
             machine.move(device, Event.DETACH)
         operation = Removal(machine, device, deadline)
     await operation.outcome(deadline, _AGAIN)
     return False
+
+
+def _not_released(device: BlockDevice) -> NotReleased:
+    text = (
+        f"device {device.id}: this VMM takes a disk away without a word from the guest; have the guest "
+        "unmount and close it, then detach it with released=True"
+    )
+    return NotReleased(text, **device.facts)
 
 
 def free(machine: Machine, device: BlockDevice) -> None:

@@ -99,7 +99,7 @@ class Sandbox:
             raise InvalidValue(f"block offset {block_offset!r} is not in 0 … {capacity - 1}", value=block_offset)
         vmm = open_hypervisor(vm) if isinstance(vm, str) else vm
         offsets = None if block_offset is None else {"vd": block_offset}
-        self._machine = Machine(sandbox_id, vmm, DeviceManager(driver), Allotment(capacity, offsets))
+        self._machine = Machine(sandbox_id, vmm, DeviceManager(driver, vmm.offers), Allotment(capacity, offsets))
         self._recovery = Recovery(self._machine)
         self._batches: set[asyncio.Task[list[AttachedDevice]]] = set()  # that are under way
         self._saving: asyncio.Future[None] | None = None  # the last save, which may still be under way
@@ -338,13 +338,16 @@ class Sandbox:
             raise closed
         return task.result()
 
-    async def detach(self, device: Device | str, *, timeout: float | None = TIMEOUT) -> None:
+    async def detach(self, device: Device | str, *, timeout: float | None = TIMEOUT, released: bool = False) -> None:
         """Takes one attach of a device back; the last one unplugs it. Returns when the VMM says that it is gone.
 
         :param device: a device of this sandbox, or its ID.
         :param timeout: seconds, None for no deadline.
-        Raises UnknownDevice, NotAttached; StoreError, DeadlinePassed (nothing was changed); VmmRefused (it stays attached); DetachPending
-        (not confirmed: everything stays taken, and calling again is safe, also after a late confirmation has finished the job).
+        :param released: the guest has let go of the disk. It has to be said where the VMM cannot tell (an offer's `removal` is "forced"):
+            such a VMM takes the disk away at once, whatever the guest still does with it.
+        Raises UnknownDevice, NotAttached, NotReleased; StoreError, DeadlinePassed (nothing was changed); VmmRefused (it stays attached);
+        DetachPending (not confirmed: everything stays taken, and calling again is safe, also after a late confirmation has finished the
+        job).
         """
         machine = self._machine
         machine.check()
@@ -367,17 +370,17 @@ class Sandbox:
             text = f"device {device_id!r} of this sandbox is another object; the one given was detached, or belongs elsewhere"
             raise UnknownDevice(text, sandbox=self.id, device=device_id)
         if isinstance(found, BlockDevice):
-            await road.detach(machine, found, deadline)
+            await road.detach(machine, found, deadline, released=released)
         else:
             await machine.count(found, -1, deadline)
             machine.drop(found)
 
-    async def detach_many(self, devices: Iterable[Device | str], *, timeout: float | None = TIMEOUT) -> None:
+    async def detach_many(self, devices: Iterable[Device | str], *, timeout: float | None = TIMEOUT, released: bool = False) -> None:
         """Detaches many devices at once. All are tried; the first error is raised, the others are its notes, and its `outcomes` say of each
         position what became of it (DeviceOutcome)."""
         wanted = list(devices)
         known = [self.manager.get(device) or device if isinstance(device, str) else device for device in wanted]
-        done = await asyncio.gather(*(self.detach(device, timeout=timeout) for device in wanted), return_exceptions=True)
+        done = await asyncio.gather(*(self.detach(device, timeout=timeout, released=released) for device in wanted), return_exceptions=True)
         errors = [error if isinstance(error, BaseException) else None for error in done]
         raise_first([error for error in errors if error is not None], tuple(map(_outcome, known, errors)))
 
@@ -568,9 +571,9 @@ class Sandbox:
         elif not await road.attach(self._machine, device, deadline):
             raise UnknownDevice(f"device {device.id!r} has ended meanwhile; attach its image anew", **device.facts)
 
-    async def _detach_known(self, device: Device, deadline: float | None) -> None:
+    async def _detach_known(self, device: Device, deadline: float | None, *, released: bool = False) -> None:
         if isinstance(device, BlockDevice):
-            await road.detach(self._machine, device, deadline)
+            await road.detach(self._machine, device, deadline, released=released)
         else:
             await self._machine.count(device, -1, deadline)
 

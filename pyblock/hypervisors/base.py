@@ -66,6 +66,7 @@ class Offer(msgspec.Struct, frozen=True):
     :ivar limits: its bandwidth and operations can be limited.
     :ivar cold_plug: it can be plugged in before the machine starts.
     :ivar descriptors: the VMM takes the image as an open file; else it is told a path.
+    :ivar unlocated: why a drive of it has no guest match; "" where it has one.
     :ivar seen: the signal by which it is known that the guest has taken the disk; "" where there is none.
     :ivar removal: "confirmed": the VMM says when the guest has let go. "forced": it takes the disk away at once and nothing tells
         whether the guest had closed it, so that the caller has to say so (`detach(released=True)`).
@@ -79,6 +80,7 @@ class Offer(msgspec.Struct, frozen=True):
     limits: bool = False
     cold_plug: bool = False
     descriptors: bool = False
+    unlocated: str = ""
     seen: str = ""
     removal: Literal["confirmed", "forced"] = "confirmed"
     removal_time: float | None = None
@@ -158,16 +160,19 @@ class Hypervisor(Protocol):
     """
 
     @property
+    @abstractmethod
     def offers(self) -> Mapping[str, Offer]:
         """By the names of the drivers that this VMM has: what each can do here."""
 
     @property
+    @abstractmethod
     def address(self) -> str:
         """What finds this machine again from another process, as `open_hypervisor` takes it; "" when nothing does."""
 
     @property
     def lanes(self) -> int | None:
         """How many drives it is to be given at once to plug in; None for any number. Each has its image open until then."""
+        return None
 
     @property
     def waits_for(self) -> str:
@@ -179,12 +184,14 @@ class Hypervisor(Protocol):
         """How many connections were lost so far. At each the machine may have been started anew, whether anybody waited for it or not."""
         return 0
 
+    @abstractmethod
     async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
         """Connects where that is needed, and lists what the machine has now. Changes nothing.
 
         :param ours: the drives that are known to be plugged in and have nothing under way; where they sit need not be looked at.
         """
 
+    @abstractmethod
     async def is_gone(self) -> bool:
         """Whether nothing answers at its address any more: its socket is absent, or nobody listens there. Changes nothing, and is not
         answered by waiting."""
@@ -192,13 +199,16 @@ class Hypervisor(Protocol):
     def take(self, drive: BlockDrive) -> None:
         """Takes note of the place of a drive that was plugged in before this adapter was opened: it stays taken until it is given back.
         Raises InvalidValue for a place that is none."""
+        return None
 
     def recognize(self, drive: BlockDrive) -> None:
         """Fills in the guest match, and the place, of a drive that another program plugged in, as far as its address alone tells them.
         Asks nothing, takes nothing; `locate` asks."""
+        return None
 
     def give_back(self, drive: BlockDrive) -> None:
         """Takes note that a drive's place is free: the machine has nothing of it. It may never have had one."""
+        return None
 
     @abstractmethod
     async def place(self, drive: BlockDrive) -> Place:
@@ -224,9 +234,11 @@ class Hypervisor(Protocol):
         A TransportError says that no confirmation can come any more. Where it can be asked for again, asking again is this method's
         (`Poller`): a question that fails says nothing about the drive.
         """
+        return None
 
     async def remove_rest(self, drive: BlockDrive) -> None:
         """Removes what the machine keeps of a drive that has left the guest; content when there is nothing."""
+        return None
 
     async def plug(self, drive: BlockDrive, image: OpenedImage) -> None:
         """Plugs in a drive that has its place, and fills in where it went. On an error nothing is left behind, except on Unsettled."""
@@ -261,12 +273,15 @@ class Hypervisor(Protocol):
 
     async def locate(self, drive: BlockDrive) -> None:
         """Fills in the addresses that only the VMM knows, of a drive that is plugged in. Changes nothing in the machine."""
+        return None
 
     def nudge(self, drive: BlockDrive) -> None:
         """Has an `unplug` that waits for its confirmation ask the guest once more."""
+        return None
 
     async def close(self) -> None:
         """Ends the connection, if there is one. The machine keeps what it has; a later call connects again."""
+        return None
 
     async def _check_names(self, drive: BlockDrive) -> None:
         """Raises VmmRefused when the machine has nothing under the names that an imported drive may have, but its image under another: to

@@ -38,6 +38,8 @@ CODES = {
     "UnknownDevice": "unknown-device",
     "UnknownSandbox": "unknown-sandbox",
     "NotAttached": "not-attached",
+    "NotOffered": "not-offered",
+    "NotReleased": "not-released",
     "IndexTaken": "index-taken",
     "IndexFree": "index-free",
     "SandboxClosed": "sandbox-closed",

@@ -427,7 +427,7 @@ async def test_a_batch_may_hold_one_image_twice(image: Make) -> None:
 @pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize("event", Event)
 def test_an_event_that_cannot_happen_is_a_named_fault_of_ours(phase: Phase, event: Event) -> None:
-    machine = Machine("m", MemoryHypervisor(), DeviceManager(), Allotment(1))
+    machine = Machine("m", MemoryHypervisor(), DeviceManager("virtio-scsi", MemoryHypervisor.offers), Allotment(1))
     device = pyblock.BlockDevice("a", pyblock.DeviceInfo())
     device.phase = phase
     if (phase, event) in LIFE:
