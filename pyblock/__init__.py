@@ -18,6 +18,7 @@ from pyblock.hypervisors.base import Hypervisor
 from pyblock.index import BlockIndex
 from pyblock.model import BlockDrive, DeviceInfo
 from pyblock.naming import drive_index, drive_name, drive_names, make_name_id, scsi_address, scsi_index
+from pyblock.overview import Holder, Host, KnownDevice, KnownSandbox, host
 from pyblock.recovery import Finding, Found, Outcome
 from pyblock.sandbox import Sandbox
 from pyblock.table import Phase
@@ -33,10 +34,12 @@ __version__ = "0.1.0"
 
 # fmt: off
 __all__ = [  # noqa: RUF022 - by what they are about
-    # the door; pyblock.blocking is the other one, whose extra may be missing
-    "Sandbox",
+    # the doors; pyblock.blocking has the same ones, and its extra may be missing
+    "Sandbox", "host",
     # disks
     "AttachedDevice", "BlockDevice", "BlockDrive", "DRIVERS", "DeviceInfo", "Driver", "GenericDevice", "Phase",
+    # what a host has
+    "Holder", "Host", "KnownDevice", "KnownSandbox",
     # what recovery found
     "Finding", "Found", "Outcome",
     # machines and stores

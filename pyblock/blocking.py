@@ -20,6 +20,7 @@ except ModuleNotFoundError as error:
     why = "pyblock.blocking needs anyio: pip install pyblock-hotplug[blocking]"
     raise ImportError(why, name=error.name) from error
 
+from pyblock import overview
 from pyblock import sandbox as door
 from pyblock.device import AttachedDevice, BlockDevice
 from pyblock.errors import PyblockError, SandboxClosed
@@ -27,6 +28,7 @@ from pyblock.hypervisors.base import Hypervisor
 from pyblock.index import BlockIndex
 from pyblock.machine import GRACE
 from pyblock.manager import Device, DeviceManager
+from pyblock.overview import Holder, KnownDevice, KnownSandbox
 from pyblock.recovery import Finding
 from pyblock.tasks import log
 
@@ -242,6 +244,37 @@ class Sandbox:
             text = f"sandbox {self.id} is not open in this process; use it inside 'with'"
             raise SandboxClosed(text, sandbox=self.id)
         return self._portal
+
+
+class Host:
+    """pyblock.Host for callers without an event loop."""
+
+    def __init__(self, store: Store | None = None) -> None:
+        self._host = overview.Host(store)
+
+    def __repr__(self) -> str:
+        return f"<blocking {self._host!r}>"
+
+    def sandboxes(self) -> list[KnownSandbox]:
+        """See pyblock.Host.sandboxes."""
+        return self._call(self._host.sandboxes)
+
+    def devices(self, sandbox: str) -> list[KnownDevice]:
+        """See pyblock.Host.devices."""
+        return self._call(partial(self._host.devices, sandbox))
+
+    def holders(self, path: str | os.PathLike[str]) -> list[Holder]:
+        """See pyblock.Host.holders."""
+        return self._call(partial(self._host.holders, path))
+
+    def _call(self, function: Callable[[], Awaitable[Result]]) -> Result:
+        with _provider as portal:
+            return portal.call(function)
+
+
+def host(store: Store | None = None) -> Host:
+    """See pyblock.host."""
+    return Host(store)
 
 
 class _Call(Generic[Result]):

@@ -121,13 +121,20 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def identity_of(path: str) -> Identity | None:
-    """The identity of a file or block special; None when there is none, or it cannot be looked at. Raises DescriptorsExhausted."""
+def lineage_at(path: str) -> Lineage | None:
+    """What a path leads to, and what lies under that; None when there is no file or block special, or
+    it cannot be looked at. Raises DescriptorsExhausted."""
     try:
         identity = identity_from(os.stat(path))  # noqa: PTH116
     except (OSError, ValueError):
         return None
-    return lineage_of(identity, path).identity if identity is not None else None
+    return lineage_of(identity, path) if identity is not None else None
+
+
+def identity_of(path: str) -> Identity | None:
+    """The identity of what a path leads to; None as `lineage_at`. Raises DescriptorsExhausted."""
+    lineage = lineage_at(path)
+    return lineage.identity if lineage is not None else None
 
 
 def is_file(path: str) -> bool:

@@ -23,6 +23,7 @@ from pyblock.drivers import DRIVERS
 from pyblock.errors import PyblockError
 from pyblock.hypervisors.memory import MemoryHypervisor
 from pyblock.naming import drive_index, drive_name
+from pyblock.overview import host
 from pyblock.sandbox import TIMEOUT, Sandbox
 from pyblock.stores import host_store
 from pyblock.tasks import deadline_after
@@ -222,6 +223,26 @@ async def reconcile(context: click.Context, dry_run: bool, orphans: bool, timeou
     show.answers(answers, as_json=as_json)
     if not all(answer.settled for answer in answers):
         context.exit(1)
+
+
+@cli.command()
+@json_option
+@session.command
+async def sandboxes(as_json: bool) -> None:
+    """List the sandboxes that the store knows: their machines, who has them open, how many devices they have. Asks no machine."""
+    show.sandboxes(await host().sandboxes(), as_json=as_json)
+
+
+@cli.command()
+@click.argument("image", metavar="IMAGE")
+@json_option
+@session.command
+async def holders(image: str, as_json: bool) -> None:
+    """Say who has claimed an image, what lies under it, or what lies on it. Asks no machine.
+
+    IMAGE is the path of a file or block device; one that is gone is looked for by its path.
+    """
+    show.holders(image, await host().holders(image), as_json=as_json)
 
 
 @cli.command()

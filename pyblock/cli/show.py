@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pyblock.cli.survey import Answer
+    from pyblock.overview import Holder, KnownSandbox
 
 COLUMNS = ("device_id", "driver", "index", "predicted_name", "guest_match", "serial", "attach_count", "phase", "host_path")
 # What a narrow terminal goes without, and in this order: a serial is the device ID unless another was asked for, and so on.
@@ -99,6 +100,44 @@ def _cell(column: str, value: Any) -> str:
     if value is None:
         return "?" if column == "predicted_name" else ""
     return str(value)
+
+
+def sandboxes(found: Sequence[KnownSandbox], *, as_json: bool) -> None:
+    """Prints the sandboxes of a host."""
+    rows = [{"sandbox": one.id, "vm": one.vm, "owner": one.owner, "devices": one.devices} for one in found]
+    if as_json:
+        as_document([{name: value if value != "" else None for name, value in row.items()} for row in rows])
+    elif rows:
+        table([*rows[0]], [[str(value) for value in row.values()] for row in rows], ("owner",))
+    else:
+        say("no sandbox has anything plugged in")
+
+
+def holders(path: str, found: Sequence[Holder], *, as_json: bool) -> None:
+    """Prints who has claimed an image."""
+    rows = [
+        {
+            "sandbox": one.device.sandbox,
+            "device_id": one.device.id,
+            "access": "read" if one.read_only else "write",
+            "share": one.share,
+            "relation": one.relation,
+            "phase": one.device.phase.value,
+            "attach_count": one.device.attach_count,
+            "owner": one.owner or None,
+            "host_path": one.device.info.path,
+        }
+        for one in found
+    ]
+    if as_json:
+        as_document(rows)
+    elif rows:
+        cells = [
+            [_cell(name, "shared" if value is True else "" if value is False else value) for name, value in row.items()] for row in rows
+        ]
+        table([*rows[0]], cells, ("relation", "attach_count", "phase", "owner"))
+    else:
+        say(f"nobody has claimed {path!r}")
 
 
 def answers(given: Sequence[Answer], *, as_json: bool) -> None:

@@ -30,6 +30,7 @@ HOUSE: dict[str, str] = {
     "life": "table device recorded batch crowd allotment generic manager registry ledger recovery machine road",
     "kata": "state persist stores.json_file",
     "sandbox": "",
+    "overview": "",
     "blocking": "",
     "cli": "",
     "pyblock": "",
