@@ -16,7 +16,7 @@ from pyblock.generic import GenericDevice
 from pyblock.manager import Device, DeviceManager
 from pyblock.recorded import record_of
 from pyblock.stores.base import Claim, Row, Store
-from pyblock.stores.record import SandboxRecord, encode, encode_sandbox
+from pyblock.stores.record import SandboxRecord, encode_in_place, encode_sandbox
 from pyblock.table import HOLDING, Phase
 from pyblock.tasks import log
 
@@ -58,7 +58,7 @@ class Ledger:
             return
         taken: dict[str, int] = {}
         said: list[tuple[BlockDevice, int]] = []
-        pending = self._own
+        pending, known = self._own, self._manager.by_id
 
         def rows() -> list[Row]:
             taken.clear()
@@ -67,10 +67,14 @@ class Ledger:
             found = []
             for device_id in taken:
                 self._refused.pop(device_id, None)  # of an earlier try
-                if (row := self._row_by_id(device_id)) is not None:
-                    found.append(row)
-                    if isinstance(device := self._manager.get(device_id), BlockDevice):
-                        said.append((device, device.attach_count if device.attached else 0))
+                device = known.get(device_id)
+                try:
+                    found.append(_row(device) if device is not None else Row(device_id, None))
+                except (UnicodeError, ValueError, TypeError) as error:  # it is this device's trouble, not that of others
+                    self._refused[device_id] = InvalidValue(f"device {device_id} cannot be written down: {error}")
+                    continue
+                if isinstance(device, BlockDevice):
+                    said.append((device, device.attach_count if device.phase is Phase.ATTACHED else 0))
             return found
 
         refused = await self._store.write(self._sandbox_id, rows, deadline, own=pending)
@@ -82,7 +86,7 @@ class Ledger:
             if self._touched.get(device_id) == stamp:  # it was not touched again while the store was writing
                 del self._touched[device_id]
         for device_id, error in refused.items():
-            self._refused[device_id] = _named(error, self._manager.get(device_id))
+            self._refused[device_id] = _named(error, known.get(device_id))
 
     async def flush_soon(self) -> None:
         """Writes what was touched now if that can be done without waiting, else in the background as soon as it can. Raises nothing."""
@@ -99,14 +103,9 @@ class Ledger:
                 return await self.flush()
             await asyncio.sleep(RETRY)
 
-    async def record(self, device_id: str, deadline: float | None) -> None:
-        """Touches the device and flushes. Raises also ImageInUse when its claim was refused, InvalidValue when it cannot be written
-        down."""
-        self.touch(device_id)
-        await self.claim(device_id, deadline)
-
-    async def claim(self, device_id: str, deadline: float | None) -> None:
-        """The same for a device that was touched when it was reserved, so that a crowd shares the writing."""
+    async def write(self, device_id: str, deadline: float | None = None) -> None:
+        """Flushes, for a device that was touched; it may have been written along with another since. Raises also ImageInUse when its claim
+        was refused, InvalidValue when it cannot be written down."""
         try:
             await self.flush(deadline)
         finally:
@@ -150,38 +149,20 @@ class Ledger:
                 self._loop.call_soon_threadsafe(self._later.cancel)
         return self._store.abandon(self._sandbox_id, self._opening, self._loop)
 
-    def _row_by_id(self, device_id: str) -> Row | None:
-        device = self._manager.get(device_id)
-        if device is None:
-            return Row(device_id, None)
-        try:
-            return _row(device)
-        except (UnicodeError, ValueError, TypeError) as error:  # it is this device's trouble, not that of others
-            self._refused[device_id] = InvalidValue(f"device {device_id} cannot be written down: {error}")
-            return None
-
 
 def _row(device: Device) -> Row:
-    if not _is_kept(device):
-        return Row(device.id, None)
+    if not (device.attach_count or device.kata or (isinstance(device, BlockDevice) and device.phase in HOLDING)):
+        return Row(device.id, None)  # there is nothing to remember: mere users die with their process
     record = record_of(device)
     if not device.kata:
         record.users = None  # others die with their process
     if isinstance(device, GenericDevice):
-        return Row(device.id, encode(record))
+        return Row(device.id, encode_in_place(record))
     claim = None
     if device.identity is not None and device.phase in HOLDING:
         claim = Claim(device.identity, device.info.read_only, device.info.share, device.under)
-    return Row(device.id, encode(record), claim, device.phase is Phase.ATTACHING)
+    return Row(device.id, encode_in_place(record), claim, device.phase is Phase.ATTACHING)
 
 
 def _named(error: ImageInUse, device: Device | None) -> ImageInUse:
     return ImageInUse(f"image {device.info.path!r} {error}") if device is not None else error
-
-
-def _is_kept(device: Device) -> bool:
-    """Whether there is something to remember: a drive, a count, or what another program has written down. Mere users die with their
-    process."""
-    if device.attach_count or device.kata:
-        return True
-    return isinstance(device, BlockDevice) and device.phase in HOLDING

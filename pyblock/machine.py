@@ -170,6 +170,7 @@ class Machine:
         StoreError; nothing is then counted."""
         change, undo = (device.attach, device.detach) if more > 0 else (device.detach, device.attach)
         change()
+        self.touch(device)
         try:
             await self.write(device, deadline)
         except BaseException:
@@ -191,12 +192,12 @@ class Machine:
         except Exception as error:
             raise fault(f"choosing a place for device {device.id}", error) from error
         if self.ledger is not None:
-            await self.ledger.claim(device.id, deadline)
+            await self.ledger.write(device.id, deadline)
 
     async def write(self, device: Device, deadline: float | None = None) -> None:
-        """Writes down how the device stands, sets its `said_count`, and returns when that is done. Raises StoreError."""
+        """Returns when it is written down how the device stands, which sets its `said_count`. Raises StoreError."""
         if self.ledger is not None:
-            await self.ledger.record(device.id, deadline)
+            await self.ledger.write(device.id, deadline)
 
     async def write_soon(self, *devices: BlockDevice) -> None:
         """The same for what need not be waited for: tries once, and else has it written in the background. Raises nothing."""

@@ -57,37 +57,39 @@ class Door(Protocol):
 class DeviceManager:
     """:param driver: the name of the driver for devices that ask for none. Raises UnknownDriver.
     :param offers: what each driver can do on their machine.
+
+    :ivar by_id: the devices, by their IDs in the order in which they came; to be read only.
     """
 
-    __slots__ = ("_by_id", "_by_identity", "_doubles", "_offers", "driver")
+    __slots__ = ("_by_identity", "_doubles", "_offers", "by_id", "driver")
 
     def __init__(self, driver: str, offers: Mapping[str, Offer]) -> None:
         self.driver = driver_named(driver)
         self._offers = offers
-        self._by_id: dict[str, Device] = {}
+        self.by_id: dict[str, Device] = {}
         self._by_identity: dict[Identity, BlockDevice] = {}
         self._doubles = False
 
     def __iter__(self) -> Iterator[Device]:
-        return iter(list(self._by_id.values()))
+        return iter(list(self.by_id.values()))
 
     def __len__(self) -> int:
-        return len(self._by_id)
+        return len(self.by_id)
 
     def __contains__(self, device_id: object) -> bool:
-        return device_id in self._by_id
+        return device_id in self.by_id
 
     def find(self, device_id: str) -> Device:
         """The device of that ID. Raises UnknownDevice."""
         try:
-            return self._by_id[device_id]
+            return self.by_id[device_id]
         except (KeyError, TypeError):
-            text = f"no device {device_id!r} in this sandbox; it has {len(self._by_id)} devices"
+            text = f"no device {device_id!r} in this sandbox; it has {len(self.by_id)} devices"
             raise UnknownDevice(text, device=device_id if isinstance(device_id, str) else None, value=device_id) from None
 
     def get(self, device_id: str) -> Device | None:
         """The device of that ID, or None."""
-        return self._by_id.get(device_id)
+        return self.by_id.get(device_id)
 
     def obtain(self, info: DeviceInfo) -> Device:
         """The device for what the caller wants, created, or reused where the same host object is there already; counts one user.
@@ -116,8 +118,8 @@ class DeviceManager:
 
     def forget(self, device: Device) -> None:
         """Has the device be none of this sandbox's any more, whoever uses it."""
-        if self._by_id.get(device.id) is device:
-            del self._by_id[device.id]
+        if self.by_id.get(device.id) is device:
+            del self.by_id[device.id]
             if isinstance(device, BlockDevice) and device.identity is not None and self._by_identity.get(device.identity) is device:
                 del self._by_identity[device.identity]
                 if self._doubles:
@@ -125,14 +127,14 @@ class DeviceManager:
 
     def _take_next(self, identity: Identity) -> None:
         """A loaded state may have one image twice: the next of them is then the one that is found."""
-        for device in self._by_id.values():
+        for device in self.by_id.values():
             if isinstance(device, BlockDevice) and device.identity == identity:
                 self._by_identity[identity] = device
                 return
 
     def clear(self) -> None:
         """Forgets all devices."""
-        self._by_id.clear()
+        self.by_id.clear()
         self._by_identity.clear()
 
     async def attach(self, device_id: str, sandbox: Door, deadline: float | None = None) -> None:
@@ -145,7 +147,7 @@ class DeviceManager:
 
     def check_new(self, devices: Iterable[Device]) -> None:
         """Raises DeviceConflict when two of the devices have one ID, or one has that of a device which is there."""
-        seen = set(self._by_id)
+        seen = set(self.by_id)
         for device in devices:
             if device.id in seen:
                 raise DeviceConflict(f"two devices have the ID {device.id!r}", device=device.id)
@@ -154,7 +156,7 @@ class DeviceManager:
     def take_in(self, devices: Iterable[Device]) -> None:
         """Takes in devices, out of a saved state for example, that `check_new` was asked about."""
         for device in devices:
-            self._by_id[device.id] = device
+            self.by_id[device.id] = device
             if isinstance(device, BlockDevice) and device.identity is not None:
                 self._doubles |= self._by_identity.setdefault(device.identity, device) is not device
 
@@ -187,12 +189,12 @@ class DeviceManager:
             info.options or NO_OPTIONS, info.share, info.format,
         )  # fmt: skip
         device = BlockDevice(device_id, have, image.identity, image.under)
-        self._by_id[device_id] = self._by_identity[image.identity] = device
+        self.by_id[device_id] = self._by_identity[image.identity] = device
         return device
 
     def _generic(self, info: DeviceInfo) -> GenericDevice:
         device = GenericDevice(self._new_id(info), info)
-        self._by_id[device.id] = device
+        self.by_id[device.id] = device
         return device
 
     def _driver(self, info: DeviceInfo) -> Driver:
@@ -201,11 +203,11 @@ class DeviceManager:
 
     def _new_id(self, info: DeviceInfo) -> str:
         if info.id is not None:
-            if check_device_id(info.id) in self._by_id:
+            if check_device_id(info.id) in self.by_id:
                 text = f"device ID {info.id!r} belongs to another device of this sandbox; give this one another or leave it out"
                 raise DeviceConflict(text, device=info.id, path=info.path or None)
             return info.id
-        while (device_id := os.urandom(8).hex()) in self._by_id:
+        while (device_id := os.urandom(8).hex()) in self.by_id:
             pass
         return device_id
 

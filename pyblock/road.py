@@ -369,6 +369,7 @@ class Count(Road):
     async def work(self) -> None:
         machine, device = self._machine, self._device
         device.attach_count += self._more
+        machine.touch(device)
         try:
             try:
                 await machine.write(device, self._deadline)
@@ -384,6 +385,7 @@ class Count(Road):
                 machine.drop(device)
             elif self.abandoned:  # whoever would have detached it has gone
                 device.attach_count -= self._more
+                machine.touch(device)
                 await _correct(machine, device)
         finally:
             device.operation = None
@@ -435,6 +437,7 @@ async def _take_back(machine: Machine, device: BlockDevice) -> None:
         return
     if device.attach_count > 1:
         device.attach_count -= 1
+        machine.touch(device)
     else:
         _give_up(machine, device)
         Removal(machine, device, None, Waiters.ABANDONED, undoing=True)

@@ -150,11 +150,15 @@ _UNREADABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 
 def encode(record: Record) -> bytes:
     """Writes a record. Raises UnicodeError for text that is none."""
-    short = copy.copy(record)
+    return encode_in_place(copy.copy(record))
+
+
+def encode_in_place(short: Record) -> bytes:
+    """The same for a record that is not used after it."""
     if short.serial == short.id:
         short.serial = _AS_ID
     if short.index != NO_DRIVE:
-        if short.drive_id == make_name_id("drive", short.id):
+        if short.drive_id == "drive-" + short.id or short.drive_id == make_name_id("drive", short.id):
             short.drive_id = _AS_ID
         if short.ordinal == short.index:
             short.ordinal = _AS_INDEX

@@ -12,6 +12,7 @@ import os
 import sqlite3
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +26,26 @@ from pyblock.stores.sqlite_file import SqliteFile, image_text, image_told
 Result = TypeVar("Result")
 
 READ_ONLY, SHARE = 1, 2  # the bits of `access`
+
+
+def _against(access: int) -> str:
+    """The accesses of claims that one with this access does not fit."""
+    claims = [Claim(("", 0, 0), bool(each & READ_ONLY), bool(each & SHARE)) for each in range(4)]
+    return ", ".join(str(each) for each in range(4) if not claims[access].fits(claims[each]))
+
+
+# By access: who holds a claim on an image that this one does not fit, or on what lies on it. The same image a second time in one sandbox is
+# that sandbox's own business.
+_SAME = "SELECT sandbox, id, access, 1 FROM device WHERE image = :image AND access IN ({})"
+_HOLDERS = tuple(
+    (
+        _SAME + " AND sandbox <> :own UNION ALL SELECT device.sandbox, id, device.access, 0 FROM under "
+        "JOIN device ON device.sandbox = under.sandbox AND id = device AND device.image = top "
+        "WHERE under.image = :image AND under.access IN ({}) AND (device.sandbox, id) <> (:own, :device) LIMIT 1"
+    ).format(against, against)
+    for against in map(_against, range(4))
+)
+_HOLDERS_UNDER = tuple((_SAME + " AND (sandbox, id) <> (:own, :device) LIMIT 1").format(_against(access)) for access in range(4))
 
 
 class SqliteStore(Store):
@@ -110,8 +131,10 @@ class SqliteStore(Store):
         own: bytes | None = None,
         all_or_none: bool = False,
     ) -> dict[str, ImageInUse]:
+        work = partial(self._write, sandbox_id=sandbox_id, rows=rows, own=own, all_or_none=all_or_none)
         try:
-            return await self._change(lambda db: self._write(db, sandbox_id, rows(), own, all_or_none=all_or_none), deadline)
+            # Mostly nothing was given up, and it is a transaction of its own.
+            return await (self._change(work, deadline) if self._given_up else self._file.transact(work, deadline))
         except _Refused as refused:
             return refused.errors
 
@@ -243,14 +266,21 @@ class SqliteStore(Store):
         return given_up
 
     def _write(
-        self, db: sqlite3.Connection, sandbox_id: str, rows: Sequence[Row], own: bytes | None, *, all_or_none: bool
+        self,
+        db: sqlite3.Connection,
+        *,
+        sandbox_id: str,
+        rows: Callable[[], Sequence[Row]],
+        own: bytes | None,
+        all_or_none: bool,
     ) -> dict[str, ImageInUse]:
         self._check_owned(db, sandbox_id)
         refused: dict[str, ImageInUse] = {}
-        for row in rows:  # those that go come first: another may have their image, or their index, by now
+        found = rows()
+        for row in found:  # those that go come first: another may have their image, or their index, by now
             if row.record is None:
                 db.execute("DELETE FROM device WHERE sandbox = ? AND id = ?", (sandbox_id, row.device_id))
-        for row in rows:
+        for row in found:
             if row.record is not None and (holder := self._write_row(db, sandbox_id, row, row.record)) is not None:
                 refused[row.device_id] = holder
         if refused and all_or_none:
@@ -266,13 +296,18 @@ class SqliteStore(Store):
 
     def _write_row(self, db: sqlite3.Connection, sandbox_id: str, row: Row, record: bytes) -> ImageInUse | None:
         claim = row.claim
-        if claim is not None and not row.claiming:
-            key = (record, sandbox_id, row.device_id)
-            if db.execute("UPDATE device SET state = ? WHERE sandbox = ? AND id = ?", key).rowcount:
-                return None
-        if claim is not None and (holder := self._holder(db, sandbox_id, row.device_id, claim)):
-            return holder
-        image, access = (None, None) if claim is None else (image_text(claim.identity), _access(claim))
+        image = access = None
+        if claim is not None:
+            if not row.claiming:
+                key = (record, sandbox_id, row.device_id)
+                if db.execute("UPDATE device SET state = ? WHERE sandbox = ? AND id = ?", key).rowcount:
+                    return None
+            image, access = image_text(claim.identity), READ_ONLY * claim.read_only | SHARE * claim.share
+            asked = {"image": image, "own": sandbox_id, "device": row.device_id}
+            if (found := db.execute(_HOLDERS[access], asked).fetchone()) is not None:
+                return self._held(db, claim, found[:3], "it" if found[3] else "what lies on it")
+            if claim.under and (holder := self._holder_under(db, asked, claim, access)) is not None:
+                return holder
         db.execute(
             "INSERT INTO device VALUES (?, ?, ?, ?, ?) ON CONFLICT (sandbox, id) "
             "DO UPDATE SET state = excluded.state, image = excluded.image, access = excluded.access",
@@ -284,22 +319,11 @@ class SqliteStore(Store):
             db.executemany("INSERT INTO under VALUES (?, ?, ?, ?, ?)", values)
         return None
 
-    def _holder(self, db: sqlite3.Connection, sandbox_id: str, device_id: str, claim: Claim) -> ImageInUse | None:
-        """Who holds a claim that this one does not fit. The same image a second time in one sandbox is that sandbox's own business."""
-        against = ", ".join(str(access) for access in range(4) if not claim.fits(_claim(claim, access)))
-        same = f"SELECT sandbox, id, access, 1 FROM device WHERE image = :image AND access IN ({against})"
-        on_it = (
-            "SELECT device.sandbox, id, device.access, 0 FROM under "
-            "JOIN device ON device.sandbox = under.sandbox AND id = device AND device.image = top "
-            f"WHERE under.image = :image AND under.access IN ({against}) AND (device.sandbox, id) <> (:own, :device)"
-        )
-        query = f"{same} AND sandbox <> :own UNION ALL {on_it} LIMIT 1"
-        asked = {"image": image_text(claim.identity), "own": sandbox_id, "device": device_id}
-        if found := db.execute(query, asked).fetchone():
-            return self._held(db, claim, found[:3], "it" if found[3] else "what lies on it")
+    def _holder_under(self, db: sqlite3.Connection, asked: dict[str, str], claim: Claim, access: int) -> ImageInUse | None:
+        """Who holds a claim on what lies under the image that this one does not fit."""
         for lower in claim.under:
-            asked["image"] = image_text(lower)
-            if found := db.execute(f"{same} AND (sandbox, id) <> (:own, :device) LIMIT 1", asked).fetchone():
+            found = db.execute(_HOLDERS_UNDER[access], {**asked, "image": image_text(lower)}).fetchone()
+            if found is not None:
                 return self._held(db, claim, found[:3], f"what lies under it ({in_words(lower)})")
         return None
 
@@ -365,11 +389,3 @@ def _check_text(vm: str) -> None:
         vm.encode()
     except UnicodeEncodeError:
         raise InvalidValue(f"the VMM's address {vm!r} is no UTF-8 and cannot be written down; give its socket another name") from None
-
-
-def _access(claim: Claim) -> int:
-    return READ_ONLY * claim.read_only | SHARE * claim.share
-
-
-def _claim(claim: Claim, access: int) -> Claim:
-    return Claim(claim.identity, bool(access & READ_ONLY), bool(access & SHARE))

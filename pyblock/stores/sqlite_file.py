@@ -98,6 +98,7 @@ class SqliteFile:
             self.path = Path(path).absolute()
         except OSError as error:
             raise StoreError(f"store {os.fspath(path)!r}: the working folder is gone ({error.strerror}); give an absolute path") from error
+        self._where = str(self.path)
         self._inode = (0, 0)  # of what was opened
         self._mutex = threading.RLock()  # of threads with event loops of their own; a signal handler comes in where its thread is inside
         self._opening: sqlite3.Connection | None = None
@@ -143,7 +144,12 @@ class SqliteFile:
                 db = self._db
                 if db is None:
                     raise StoreBusy(f"{self.name} was closed at this moment")
-                if self._on_disk() != self._inode:
+                try:
+                    status = os.stat(self._where)  # noqa: PTH116 - of every transaction
+                    found = status.st_dev, status.st_ino
+                except FileNotFoundError:
+                    found = (0, 0)
+                if found != self._inode:
                     raise StoreError(
                         f"{self.name} was removed or replaced while it was in use; end what uses it, and look which one is right"
                     )
@@ -213,7 +219,7 @@ class SqliteFile:
 
     def _on_disk(self) -> tuple[int, int]:
         try:
-            status = os.stat(self.path)  # noqa: PTH116 - of every transaction
+            status = os.stat(self._where)  # noqa: PTH116 - of every transaction
         except FileNotFoundError:
             return (0, 0)
         return (status.st_dev, status.st_ino)

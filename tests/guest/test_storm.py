@@ -25,14 +25,16 @@ from storm.notes import DeviceSeen, Note
 from storm.weather import Storm
 from storm.witness import Images, Open, ask_qemu
 
+from pyblock import machine as life
 from pyblock.allotment import Allotment
+from pyblock.device import BlockDevice
 from pyblock.errors import ImageInUse
 from pyblock.hypervisors.qemu import QemuHypervisor
 from pyblock.hypervisors.qemu_descriptors import DescriptorSets, Passed
 from pyblock.image import OpenedImage, open_image
-from pyblock.ledger import Ledger
 from pyblock.recovery import Difference, Found, Recovery
-from pyblock.stores.base import Claim, Row
+from pyblock.stores import sqlite
+from pyblock.stores.base import Row
 from pyblock.stores.owner import OwnerLock
 from pyblock.stores.sqlite import SqliteStore
 
@@ -89,29 +91,31 @@ def forget_the_claim(patch: Patch) -> None:
 
 
 def let_two_write(patch: Patch) -> None:
-    patch.setattr(Claim, "fits", lambda claim, other: True)
+    patch.setattr(sqlite, "_HOLDERS", ("SELECT 1 WHERE 0",) * 4)
 
 
 def write_after_the_plug(patch: Patch) -> None:
     """The intent is not written: who is killed in between leaves something of which the store knows nothing."""
 
-    async def unwritten(ledger: Ledger, device_id: str, deadline: float | None) -> None:
-        pass
+    async def unwritten(machine: life.Machine, device: BlockDevice, deadline: float | None) -> None:
+        device.held.sit(await machine.vmm.place(device.held))
 
-    patch.setattr(Ledger, "claim", unwritten)
+    patch.setattr(life.Machine, "intend", unwritten)
 
 
 def lose_a_count(patch: Patch) -> None:
-    record = Ledger.record
+    write = life.Machine.write
     calls = 0
 
-    async def forgetful(ledger: Ledger, device_id: str, deadline: float | None) -> None:
+    async def forgetful(machine: life.Machine, device: BlockDevice, deadline: float | None = None) -> None:
         nonlocal calls
         calls += 1
         if calls % 10:
-            await record(ledger, device_id, deadline)
+            await write(machine, device, deadline)
+        elif machine.ledger is not None:
+            machine.ledger._touched.pop(device.id, None)
 
-    patch.setattr(Ledger, "record", forgetful)
+    patch.setattr(life.Machine, "write", forgetful)
 
 
 def leak_an_index(patch: Patch) -> None:
