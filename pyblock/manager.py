@@ -184,9 +184,10 @@ class DeviceManager:
             check_serial(serial, driver, offer)
         elif len(device_id) <= offer.serial_max:
             serial = device_id
-        have = DeviceInfo(
-            image.path, driver.name, info.read_only, serial, device_id, info.dev_type, *(image.number or (-1, -1)),
-            info.options or NO_OPTIONS, info.share, info.format,
+        major, minor = image.number or (-1, -1)
+        have = msgspec.structs.replace(
+            info, path=image.path, driver=driver.name, serial=serial, id=device_id, major=major, minor=minor,
+            options=info.options or NO_OPTIONS,
         )  # fmt: skip
         device = BlockDevice(device_id, have, image.identity, image.under)
         self.by_id[device_id] = self._by_identity[image.identity] = device

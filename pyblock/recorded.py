@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
+
 from msgspec import Raw
 
 from pyblock.device import BlockDevice
 from pyblock.generic import GenericDevice
 from pyblock.lineage import Identity, lineage_of
-from pyblock.stores.record import Record, SandboxRecord, SavedPhase
+from pyblock.stores.record import ASKED, Record, SandboxRecord, SavedPhase
 from pyblock.table import Phase
+
+_asked = attrgetter(*ASKED)
 
 # An operation that is under way has an unknown outcome for whoever takes the record up.
 _SAVED: dict[Phase, SavedPhase] = {
@@ -24,12 +28,10 @@ _SAVED: dict[Phase, SavedPhase] = {
 def record_of(device: BlockDevice | GenericDevice) -> Record:
     """What is to be known of a device."""
     info, count, users = device.info, device.attach_count, device.ref_count
-    record = Record(
-        id=device.id, path=info.path, driver=info.driver or "", read_only=info.read_only, share=info.share,
-        serial=info.serial, format=info.format, options=info.options,
-        dev_type=info.dev_type, major=info.major, minor=info.minor,
-        attach_count=count, users=users if users != count else None, kata=Raw(device.kata),
-    )  # fmt: skip
+    record = Record(**dict(zip(ASKED, _asked(info), strict=True)))
+    record.id, record.driver = device.id, info.driver or ""
+    record.attach_count, record.users = count, users if users != count else None
+    record.kata = Raw(device.kata)
     if isinstance(device, GenericDevice):
         record.generic, record.phase = True, "attached" if count else "detached"
         return record

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import Annotated, Literal
 
 import msgspec
@@ -93,10 +94,8 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fi
 
     def info(self) -> DeviceInfo:
         """What was asked for."""
-        return DeviceInfo(
-            self.path, self.driver or None, self.read_only, self.serial, self.id, self.dev_type, self.major, self.minor,
-            self.options, self.share, self.format,
-        )  # fmt: skip
+        info = DeviceInfo(*_asked(self))
+        return info if info.driver else msgspec.structs.replace(info, driver=None)
 
     def drive(self, info: DeviceInfo) -> BlockDrive | None:
         """How it is presented, None where nothing is held."""
@@ -138,6 +137,9 @@ class _Drive(msgspec.Struct):
     drive_id: str = _AS_ID
     index: int = NO_DRIVE
 
+
+ASKED = DeviceInfo.__struct_fields__  # a record has fields of the same names
+_asked = attrgetter(*ASKED)
 
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(Record).decode

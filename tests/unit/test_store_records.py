@@ -18,10 +18,11 @@ from released_rows import DEVICES, EXPORTS, SANDBOXES
 from snapshot import MakeImage, MakeStore, plug_in
 from store_scene import older_store, rows
 
-from pyblock import DRIVERS, InvalidState, NewerState, Sandbox
+from pyblock import DRIVERS, BlockDevice, DeviceInfo, InvalidState, NewerState, Sandbox
 from pyblock.drivers import VIRTIO_SCSI
 from pyblock.hypervisors.memory import MemoryHypervisor
 from pyblock.persist import device_from_state, device_to_state, sandbox_from_state
+from pyblock.recorded import record_of
 from pyblock.state import decode as decode_file
 from pyblock.state import decode_device, encode_device
 from pyblock.stores import old_rows
@@ -167,6 +168,18 @@ def test_a_newer_form_is_refused() -> None:
     with pytest.raises(NewerState, match="somewhere"):
         decode_sandbox(b'{"form":%d,"new":1}' % (FORM + 1), where="somewhere")
     assert drive_id_of("x", text) == "d"  # which is then nobody's orphan
+
+
+def test_an_option_is_in_two_places() -> None:
+    """What is asked for is written by the same names, so nothing between the two names an option."""
+    asked = {field.name: field.default for field in msgspec.structs.fields(DeviceInfo)}
+    written = {field.name: field.default for field in msgspec.structs.fields(Record)}
+    assert asked.keys() <= written.keys()
+    own = {"id", "driver", "serial"}  # of which a device always has one
+    assert {name for name in asked if written[name] != asked[name]} == own
+    info = DeviceInfo("/a", "virtio-blk", True, "s", "d", "b", 8, 1, {"fstype": "ext4"}, True, "raw")
+    record = record_of(BlockDevice("d", info))
+    assert record.info() == info
 
 
 def test_every_field_is_told_once() -> None:
