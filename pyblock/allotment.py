@@ -193,7 +193,10 @@ class Allotment:
         for seen in self._watches:
             seen.add(drive_id)
         drive = BlockDrive(drive_id, index, ordinal, self._offsets.get(prefix, kind.offset), kind, device.info)
-        self._crowd(drive).comes(drive, unsure=planned or prefix in self._moved)  # what comes alone is not planned
+        crowd = self._crowds.get(prefix)
+        if crowd is None:
+            crowd = self._crowds[prefix] = Crowd(prefix)
+        crowd.comes(drive, unsure=planned or prefix in self._moved)  # what comes alone is not planned
         return drive
 
     def comes(self, drive: BlockDrive) -> None:

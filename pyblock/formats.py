@@ -28,14 +28,13 @@ _MAGIC = (
     (0, b"WithouFreSpacExt", "parallels"),
     (0, b"Bochs Virtual HD Image", "bochs"),
 )
-_FIRST = frozenset(magic[:1] for offset, magic, _ in _MAGIC if not offset)
-_BEHIND = next(magic for offset, magic, _ in _MAGIC if offset)
+# What begins with none of these bytes, and has not this one behind its beginning, is none of them.
+FIRST = frozenset(magic[:1] for offset, magic, _ in _MAGIC if not offset)
+BEHIND_AT, BEHIND = next((offset, magic) for offset, magic, _ in _MAGIC if offset)
 
 
 def format_of(head: bytes) -> str | None:
     """The name of the format that an image begins like, None for none of those that are known."""
-    if head[:1] not in _FIRST and not head.startswith(_BEHIND, 0x40):
-        return None  # as nearly all
     return next((name for offset, magic, name in _MAGIC if head.startswith(magic, offset)), None)
 
 

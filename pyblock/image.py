@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from pyblock.errors import DescriptorsExhausted, ImageReplaced, InvalidImage
-from pyblock.formats import HEAD, format_of, not_raw
+from pyblock.formats import BEHIND, BEHIND_AT, FIRST, HEAD, format_of, not_raw
 from pyblock.lineage import SYSFS_BLOCK, USED_UP, Identity, Lineage, identity_from, in_words, lineage_of
 
 _SELF = "/proc/self/fd/"  # with a descriptor: what was opened, whatever its own path leads to by now
@@ -193,7 +193,10 @@ def open_image(path: str, *, read_only: bool) -> OpenedImage:
 
     Raises InvalidImage when it is missing, cannot be opened so, is empty, or is something else; DescriptorsExhausted.
     """
-    path = absolute(path)
+    return _opened(absolute(path), read_only=read_only)
+
+
+def _opened(path: str, *, read_only: bool) -> OpenedImage:
     flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK
     look, found, size = _look(path)
     try:
@@ -224,7 +227,7 @@ def open_claimed(
     Raises as `open_image`; ImageReplaced when the path leads to something else by now, or to what was not there when it could have been
     claimed (None).
     """
-    image = open_image(path, read_only=read_only)
+    image = _opened(path if path.startswith("/") else absolute(path), read_only=read_only)
     try:
         if image.identity != identity or not set(image.under) <= set(under):
             raise _replaced(image, identity, under)
@@ -316,7 +319,8 @@ def _look_inside(path: str, look: int) -> str | None:
 def _begins_like(path: str, fd: int) -> str | None:
     """The name of the format that it begins like, if it is none that is plugged in."""
     try:
-        return format_of(os.pread(fd, HEAD, 0))
+        head = os.pread(fd, HEAD, 0)
+        return format_of(head) if head[:1] in FIRST or head.startswith(BEHIND, BEHIND_AT) else None  # as nearly all
     except OSError as error:
         why = f"the beginning of image {path!r} cannot be read: {error.strerror}"
         raise InvalidImage(f"{why}; say format='raw' if it is to be plugged in all the same", path=path) from error

@@ -51,13 +51,13 @@ class Machine:
 
     :ivar ledger: its part of a store; None while it is in none.
     :ivar late: devices whose callers were told "pending", and which are gone since.
-    :ivar doubts: how often something happened that has the VMM asked anew before it is next changed.
+    :ivar asked_at: as `happened` was when the VMM was last asked what it has.
     :ivar opened: it takes operations on.
     :ivar loop: while it is open, the event loop that it was opened in.
     """
 
     __slots__ = (
-        "_lanes", "_loading", "_met", "allotment", "doubts", "id", "kata", "late", "ledger", "loop",
+        "_doubts", "_lanes", "_loading", "_met", "allotment", "asked_at", "id", "kata", "late", "ledger", "loop",
         "manager", "opened", "vmm",
     )  # fmt: skip
 
@@ -69,7 +69,8 @@ class Machine:
         self.ledger: Ledger | None = None
         self.late: dict[str, None] = {}
         self.kata = b""  # of the saved state that was taken in, what pyblock does not know
-        self.doubts = 0
+        self._doubts = 0
+        self.asked_at = -1
         self.opened = False
         self.loop: asyncio.AbstractEventLoop | None = None
         self._lanes: asyncio.Semaphore | None = None  # of the event loop that it is open in
@@ -184,7 +185,8 @@ class Machine:
         """
         try:
             async with asyncio.timeout_at(deadline):
-                device.held.sit(await self.vmm.place(device.held))
+                drive = device.held
+                drive.sit(await self.vmm.place(drive))
         except TimeoutError:
             raise passed(deadline, f"the VMM of sandbox {self.id} was being asked which places are free") from None
         except PyblockError:
@@ -220,7 +222,17 @@ class Machine:
 
     def doubt(self) -> None:
         """Has the VMM asked what it has before it is next changed, and what is then found pending settled."""
-        self.doubts += 1
+        self._doubts += 1
+
+    @property
+    def happened(self) -> int:
+        """Counts what has the VMM asked anew what it has: doubts, and connections that were lost. It never grows less."""
+        return self._doubts + self.vmm.losses
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether it is to be asked before it is next changed."""
+        return self.asked_at != self._doubts + self.vmm.losses
 
     async def plug(self, device: BlockDevice) -> None:
         """Opens what was claimed for the device, plugs its drive in and fills in the addresses really used. On an error nothing is left in
@@ -228,18 +240,15 @@ class Machine:
 
         Raises InvalidImage, DescriptorsExhausted; ImageReplaced when the path leads to something else by now.
         """
-        if self._lanes is None and self.vmm.lanes is not None:
-            self._lanes = asyncio.Semaphore(self.vmm.lanes)
-        if self._lanes is None:
-            await self._plug(device)
-        else:
-            async with self._lanes:  # an image that waits for its turn is not open yet
-                await self._plug(device)
-
-    async def _plug(self, device: BlockDevice) -> None:
-        drive, info = device.held, device.info
-        image = open_claimed(info.path, device.identity, device.under, read_only=info.read_only, raw=info.format == RAW)
+        drive, info, lanes = device.drive, device.info, self._lanes
+        assert drive is not None
+        if self.vmm.lanes is not None:
+            if lanes is None:
+                lanes = self._lanes = asyncio.Semaphore(self.vmm.lanes)
+            await lanes.acquire()  # an image that waits for its turn is not open yet
+        image = None
         try:
+            image = open_claimed(info.path, device.identity, device.under, read_only=info.read_only, raw=info.format == RAW)
             await self.vmm.plug(drive, image)
         except PyblockError as error:
             if isinstance(error, TransportError):
@@ -252,7 +261,10 @@ class Machine:
             self.doubt()
             raise Unsettled(fault(f"plugging in drive {drive.id}", error)) from error
         finally:
-            image.close()
+            if image is not None and image.fd >= 0:
+                image.close()
+            if lanes is not None:
+                lanes.release()
         self.allotment.came(drive)
 
     async def unplug(self, drive: BlockDrive) -> None:

@@ -98,7 +98,12 @@ class DeviceManager:
         DeviceConflict when the host object or the ID is there with another
         driver, access, serial or ID than asked for.
         """
-        device = self._generic(info) if info.dev_type in ("c", "u") else self._block(info)
+        device: Device
+        if info.dev_type in ("c", "u"):
+            device = GenericDevice(self._new_id(info), info)
+            self.by_id[device.id] = device
+        else:
+            device = self._block(info)
         device.ref_count += 1
         return device
 
@@ -191,11 +196,6 @@ class DeviceManager:
         )  # fmt: skip
         device = BlockDevice(device_id, have, image.identity, image.under)
         self.by_id[device_id] = self._by_identity[image.identity] = device
-        return device
-
-    def _generic(self, info: DeviceInfo) -> GenericDevice:
-        device = GenericDevice(self._new_id(info), info)
-        self.by_id[device.id] = device
         return device
 
     def _driver(self, info: DeviceInfo) -> Driver:

@@ -144,26 +144,16 @@ def _is_another(device: BlockDevice, held: Held) -> bool:
 class Recovery:
     """:param machine: what belongs together with the VMM."""
 
-    __slots__ = ("_asked_at", "_asking", "_ended", "_machine", "_questions", "_renamed", "_settling", "findings")
+    __slots__ = ("_asking", "_ended", "_machine", "_questions", "_renamed", "_settling", "findings")
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
-        self._asked_at = -1  # as _now was when the machine was asked
         self._asking: SharedWork[None] | None = None  # while somebody asks
         self._ended = False
         self._questions: set[asyncio.Task[list[Difference]]] = set()
         self._settling: set[asyncio.Task[Finding]] = set()
         self._renamed: Sequence[BlockDrive] = ()  # imported drives whose names were learnt, and are not written down yet
         self.findings: tuple[Finding, ...] = NONE  # of the last time that somebody waited for them
-
-    @property
-    def _now(self) -> int:
-        """What has happened since the machine was asked when this is another than it was then. What it counts never grows less."""
-        return self._machine.doubts + self._machine.vmm.losses
-
-    @property
-    def _asked(self) -> bool:
-        return self._asked_at == self._now
 
     def begin(self) -> None:
         """Takes questions on, until `end`."""
@@ -175,8 +165,7 @@ class Recovery:
 
         Raises TransportError when it does not answer, DeadlinePassed (nothing is then changed), SandboxClosed.
         """
-        machine = self._machine
-        if self._asked_at == machine.doubts + machine.vmm.losses:
+        if not self._machine.doubtful:
             return
         asking = self._asking = self._asking or SharedWork()
         try:
@@ -212,7 +201,7 @@ class Recovery:
         :param orphans: removes what is named as ours and is known to nobody.
         Raises TransportError when the machine does not answer, DeadlinePassed; nothing is then changed.
         """
-        now = self._now
+        now = self._machine.happened
         try:
             async with asyncio.timeout_at(deadline):
                 found = await self._question()
@@ -235,7 +224,7 @@ class Recovery:
         return findings
 
     async def _ask(self) -> None:
-        now = self._now
+        now = self._machine.happened
         self._settle_all(await self._differences(), now, orphans=False)
         await self._recognize()
 
@@ -311,7 +300,7 @@ class Recovery:
 
     def _settle_all(self, found: list[Difference], asked_at: int, *, orphans: bool) -> list[asyncio.Task[Finding]]:
         """Begins to settle all of it; what can be settled at once is. What somebody else settles meanwhile is taken out of `found`."""
-        self._asked_at = asked_at  # it is asked again if a connection was lost while the answer was on its way
+        self._machine.asked_at = asked_at  # it is asked again if a connection was lost while the answer was on its way
         found[:] = [one for one in found if one.stands]
         tasks = [asyncio.create_task(self._settle(one, self._step(one, orphans=orphans))) for one in found]
         self._settling.update(tasks)

@@ -64,7 +64,7 @@ async def attach(machine: Machine, device: BlockDevice, deadline: float | None) 
         return True
     if device.drive is not None:
         raise device.pending("settle it with detach first").about(sandbox=machine.id)
-    if machine.manager.get(device.id) is not device:
+    if machine.manager.by_id.get(device.id) is not device:
         return False
     machine.take(device)
     operation = Attach(machine, device, deadline, undoing=True)  # should its caller go away
@@ -195,7 +195,14 @@ class Road(Operation):
                 await machine.intend(device, deadline)
             elif aim is Aim.UNPLUG or device.said_count:
                 await machine.write(device, deadline)
-            if begun := self._begin(aim, deadline):
+            abandoned = self.waiters is Waiters.ABANDONED
+            if not (aim is Aim.PLUG and abandoned):
+                if machine.ledger is not None and deadline is not None and deadline <= asyncio.get_running_loop().time():
+                    raise self._too_late(deadline)
+                if abandoned:
+                    _unsure(machine, device)
+                begun = True  # from here on the VMM is touched
+                self.stage = Stage.ACTING if aim is Aim.PLUG else Stage.REMOVING
                 await (machine.plug(device) if aim is Aim.PLUG else machine.unplug(device.held))
         except BaseException as error:
             machine.about(error.error if isinstance(error, Unsettled) else error, device)
@@ -213,18 +220,10 @@ class Road(Operation):
             await self._follow(Event.UNDONE)
         return begun
 
-    def _begin(self, aim: Aim, deadline: float | None) -> bool:
-        """From here on the VMM is touched, unless it is an attach that nobody waits for any more. Raises
-        StoreBusy when writing took all the time there was."""
-        if aim is Aim.PLUG and self.abandoned:
-            return False
-        if self._machine.ledger is not None and deadline is not None and deadline <= asyncio.get_running_loop().time():
-            text = "the deadline passed while the store was being written; nothing was changed"
-            raise StoreBusy(f"device {self._device.id}: {text}", timeout=given(deadline))
-        if self.abandoned:
-            _unsure(self._machine, self._device)
-        self.stage = Stage.ACTING if aim is Aim.PLUG else Stage.REMOVING
-        return True
+    def _too_late(self, deadline: float) -> StoreBusy:
+        """What to raise when writing took all the time there was."""
+        text = "the deadline passed while the store was being written; nothing was changed"
+        return StoreBusy(f"device {self._device.id}: {text}", timeout=given(deadline))
 
     async def _follow(self, event: Event) -> None:
         if event is Event.UNDONE:
@@ -293,7 +292,8 @@ class Attach(Road):
         machine.move(device, Event.PLUGGED)
         device.attach_count = 1
         try:
-            await machine.write(device)
+            if machine.ledger is not None:
+                await machine.ledger.write(device.id)
         except asyncio.CancelledError:  # the sandbox is being closed; whoever opens it next may find the intent only
             _give_up(machine, device)
             await machine.write_soon(device)

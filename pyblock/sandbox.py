@@ -354,7 +354,7 @@ class Sandbox:
         deadline = deadline_after(timeout)
         device_id = device if isinstance(device, str) else device.id
         found = machine.manager.get(device_id)
-        if found is not None:
+        if found is not None and machine.doubtful:
             await self._recovery.ask(deadline)
             found = machine.manager.get(device_id)
         if found is None:
@@ -537,7 +537,7 @@ class Sandbox:
         devices: list[BlockDevice] = []
         try:
             for info in infos:
-                device = self.manager.obtain(info)
+                device = self._machine.manager.obtain(info)
                 assert isinstance(device, BlockDevice)  # _info let no other through
                 devices.append(device)
         except BaseException as error:
@@ -555,7 +555,8 @@ class Sandbox:
     async def _attach(self, device: BlockDevice, info: DeviceInfo, deadline: float | None) -> AttachedDevice:
         while True:
             try:
-                await self._recovery.ask(deadline)
+                if self._machine.doubtful:
+                    await self._recovery.ask(deadline)
                 if await road.attach(self._machine, device, deadline):
                     return device  # type: ignore[return-value]  # it is attached
             except BaseException:

@@ -500,7 +500,7 @@ class World:
         work = box.open.attach_many(paths, driver=wish.driver, read_only=wish.read_only, share=wish.share, timeout=timeout)
         call = Call("attach_many", self.place(box), box, images, work, self.process(box))
         call.expect = expect
-        if expect == (None,) and box.open._recovery._asked and len(fresh) == len(images):
+        if expect == (None,) and not box.open._machine.doubtful and len(fresh) == len(images):
             call.indexes = [lowest(taken, count + 1) for count in range(len(fresh))]
         return self._begun(call, wish)
 
@@ -541,7 +541,7 @@ class World:
         if device is not None:
             if known.wish != wish:
                 return (pyblock.DeviceConflict,)
-            if device.phase in PENDING and box.open._recovery._asked:
+            if device.phase in PENDING and not box.open._machine.doubtful:
                 return (pyblock.AttachPending, pyblock.DetachPending)
             return (None,)
         if self.rivals(box, image, wish, surely=True):
@@ -599,8 +599,10 @@ class World:
             if 0 in known.counts:
                 known.counts |= {1}
             last = call.met[-1][2] if call.met else ""  # else it may have been asked again, and be settled
-            if last.startswith(("lose", "break")) and not self.at_work(call.box):
-                assert not call.box.open._recovery._asked, "nobody knows what the machine has, and it is not asked again"
+            device = self.device(call.box, image)  # another call may have had it asked and settled since
+            pending = device is not None and device.phase in PENDING
+            if last.startswith(("lose", "break")) and pending and not self.at_work(call.box):
+                assert call.box.open._machine.doubtful, "nobody knows what the machine has, and it is not asked again"
 
     def _attached_many(self, call: Call, error: BaseException | None) -> None:
         for image in call.images:

@@ -245,10 +245,12 @@ class Hypervisor(Protocol):
         done: list[Step] = []
         for step in self.steps(drive, image):
             try:
-                await _sorted(step.name, drive, step.do(), sent=bool(done))
-            except PyblockError as error:
-                await _undo(done, error)
-                raise
+                await step.do()
+            except Exception as error:
+                what = _sorted(step.name, drive, error, sent=bool(done))
+                if isinstance(what, PyblockError):
+                    await _undo(done, what)
+                raise what from (error if what is not error else error.__cause__)
             done.append(step)
         try:
             await self.locate(drive)
@@ -259,13 +261,19 @@ class Hypervisor(Protocol):
         """Removes whatever the machine has of a drive; returns when it is confirmed gone. Unsettled when that is not known. VmmRefused:
         the VMM keeps it, if its `keeps` says so."""
         try:
-            if await _sorted("asking for the removal", drive, self.request_removal(drive), sent=False):
-                await _sorted("waiting for the removal", drive, self.removed(drive), sent=True)
+            doing = "asking for the removal"
+            if await self.request_removal(drive):
+                doing = "waiting for the removal"
+                await self.removed(drive)
             elif drive.imported:
-                await _sorted("looking for it under other names", drive, self._check_names(drive), sent=True)
+                doing = "looking for it under other names"
+                await self._check_names(drive)
         except VmmRefused as refusal:
             refusal.keeps = True
             raise
+        except Exception as error:
+            what = _sorted(doing, drive, error, sent=doing != "asking for the removal")
+            raise what from (error if what is not error else error.__cause__)
         try:
             await self.remove_rest(drive)
         except Exception as error:  # it has left the guest, but not all of it has left the VMM: neither attached nor free
@@ -309,21 +317,14 @@ async def _undo(done: list[Step], error: PyblockError) -> None:
         raise Unsettled(error) from error
 
 
-async def _sorted(doing: str, drive: BlockDrive, step: Awaitable[Result], *, sent: bool) -> Result:
-    """Runs a step after whose refusal all is as it was before it. Whatever is no refusal may have been carried out.
+def _sorted(doing: str, drive: BlockDrive, error: Exception, *, sent: bool) -> Exception:
+    """What the error of a step is, after whose refusal all is as it was before it. Whatever is no refusal may have been carried out.
 
     :param sent: something was sent before; else the error tells.
     """
-    try:
-        return await step
-    except TransportError as error:
-        if not (sent or error.sent):
-            raise
-        raise Unsettled(error) from error
-    except PyblockError:
-        raise
-    except Exception as error:
-        raise _unsettled(doing, drive, error) from error
+    if isinstance(error, TransportError) and (sent or error.sent):
+        return Unsettled(error)
+    return error if isinstance(error, PyblockError | Unsettled) else _unsettled(doing, drive, error)
 
 
 def _unsettled(doing: str, drive: BlockDrive, error: Exception) -> Unsettled:

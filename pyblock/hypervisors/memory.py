@@ -267,7 +267,7 @@ class MemoryHypervisor(Hypervisor):
 
     def nudge(self, drive: BlockDrive) -> None:
         if self._keep_journal:
-            self._note("device-del", drive)
+            self.journal.append(("device-del", drive.id))
 
     async def remove_rest(self, drive: BlockDrive) -> None:
         def do() -> None:
@@ -280,11 +280,6 @@ class MemoryHypervisor(Hypervisor):
     async def close(self) -> None:
         return None
 
-    def _note(self, step: str, drive: BlockDrive) -> None:
-        self.journal.append((step, drive.id))
-        if len(self.journal) > 2 * JOURNAL:
-            del self.journal[:JOURNAL]
-
     def _dead(self) -> VmmUnreachable:
         return VmmUnreachable(f"the machine in memory {self.label!r} is dead")
 
@@ -292,7 +287,9 @@ class MemoryHypervisor(Hypervisor):
         if self.dead:
             raise self._dead()
         if self._keep_journal:
-            self._note(step, drive)
+            self.journal.append((step, drive.id))
+            if len(self.journal) > 2 * JOURNAL:
+                del self.journal[:JOURNAL]
         faults = self._faults.get(step) if self._faults else None
         fault = faults.popleft() if faults else None
         if fault is None:
