@@ -155,25 +155,6 @@ class Sandbox:
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
 
-    @classmethod
-    async def stored(cls, store: Store, sandbox_id: str) -> Self:
-        """A sandbox as a store has it, whoever has it open: to be looked at, not to be opened. Raises UnknownSandbox, StateError,
-        StoreError."""
-        stored = await store.read(sandbox_id)
-        sandbox = cls(sandbox_id, "memory:", store=None, capacity=CAPACITY_MAX)
-        machine, own = sandbox._machine, stored.record()
-        devices, machine.allotment = machine.restored(own, stored.records(), where=stored.where)
-        machine.kata = bytes(own.kata)
-        machine.manager.take_in(devices)
-        return sandbox
-
-    @classmethod
-    async def export(cls, store: Store, sandbox_id: str, path: str | os.PathLike[str]) -> None:
-        """Writes a sandbox of a store as `save` does. Raises also what `stored` does."""
-        sandbox = await cls.stored(store, sandbox_id)
-        sandbox._machine.opened = True
-        await sandbox.save(path)
-
     @property
     def id(self) -> str:
         """The sandbox ID."""

@@ -16,9 +16,12 @@ from pyblock import (
     Sandbox,
 )
 from pyblock.hypervisors.memory import MemoryHypervisor
+from pyblock.manager import Device
 from pyblock.persist import device_to_state
+from pyblock.recorded import device_of
 from pyblock.state import encode_device
 from pyblock.stores import record, sqlite_file
+from pyblock.stores.base import Store
 from pyblock.stores.sqlite import SqliteStore
 
 
@@ -77,7 +80,7 @@ async def agreed(store: SqliteStore, sandbox: Sandbox, vm: MemoryHypervisor) -> 
     """The store, the sandbox and the machine hold the same devices, and each of them is claimed."""
     other = SqliteStore(store.path)
     try:
-        kept = await Sandbox.stored(other, sandbox.id)
+        kept = await as_written(other, sandbox.id)
     finally:
         other.close()
     assert facts(kept) == facts(sandbox)
@@ -88,7 +91,17 @@ async def agreed(store: SqliteStore, sandbox: Sandbox, vm: MemoryHypervisor) -> 
     assert len(claimed) == len(drives)
 
 
-def facts(sandbox: Sandbox) -> list[tuple[str, Phase, int, int]]:
+class AsWritten(NamedTuple):
+    """A sandbox's devices as a store has them, in no sandbox."""
+
+    devices: list[Device]
+
+
+async def as_written(store: Store, sandbox_id: str) -> AsWritten:
+    return AsWritten([device_of(one) for one in (await store.read(sandbox_id)).records()])
+
+
+def facts(sandbox: Sandbox | AsWritten) -> list[tuple[str, Phase, int, int]]:
     return [(one.id, one.phase, one.attach_count, one.held.index) for one in sandbox.devices if isinstance(one, BlockDevice)]
 
 

@@ -10,6 +10,7 @@ import click
 from pyblock.cli import session, show
 from pyblock.device import BlockDevice
 from pyblock.hypervisors.memory import MemoryHypervisor
+from pyblock.recorded import record_of
 from pyblock.sandbox import Sandbox
 
 PLAN = (("virtio-scsi", 3), ("virtio-blk", 3), ("nvdimm", 1))
@@ -34,7 +35,7 @@ async def demo() -> None:
                     with image.open("wb") as file:
                         file.truncate(SIZE)
                 devices += await sandbox.attach_many(images, driver=driver)
-            show.devices([show.record(sandbox.id, device) for device in devices], as_json=False)
+            show.devices([show.record(sandbox.id, record_of(device)) for device in devices], as_json=False)
             await sandbox.detach_many(devices)
             left = f"{len(sandbox.devices)} devices, {len(sandbox.index)} indexes taken, {len(vm.backends)} backends left"
             click.echo(f"detached all: {left}")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
+from pyblock import stored
 from pyblock.cli import session, show
 from pyblock.cli.demo import demo
 from pyblock.cli.pending import STATUS as INTERRUPTED
@@ -18,14 +19,14 @@ from pyblock.cli.pending import Interrupted
 from pyblock.cli.pick import pick, plugged
 from pyblock.cli.session import Target
 from pyblock.cli.survey import Survey
-from pyblock.device import BlockDevice
 from pyblock.drivers import DRIVERS
 from pyblock.errors import PyblockError
-from pyblock.hypervisors.memory import MemoryHypervisor
 from pyblock.naming import drive_index, drive_name
 from pyblock.overview import host
-from pyblock.sandbox import TIMEOUT, Sandbox
+from pyblock.recorded import record_of
+from pyblock.sandbox import TIMEOUT
 from pyblock.stores import host_store
+from pyblock.stores.record import Record
 from pyblock.tasks import deadline_after
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -120,7 +121,7 @@ async def attach(
                     images, driver=driver, read_only=read_only, share=share, format=format, timeout=left, progress=step
                 )
         # While the sandbox is open: whoever interrupts the closing has been told what is attached.
-        show.devices([show.record(sandbox.id, device) for device in dict.fromkeys(devices)], as_json=as_json)
+        show.devices([show.record(sandbox.id, record_of(device)) for device in dict.fromkeys(devices)], as_json=as_json)
 
 
 @cli.command(name="list")
@@ -140,11 +141,11 @@ async def list_(context: click.Context, as_json: bool) -> None:
             show.as_document([])
         raise
     rows = [
-        show.record(sandbox.id, device)
-        for sandbox in found.values()
-        if isinstance(sandbox, Sandbox)
-        for device in sandbox.devices
-        if isinstance(device, BlockDevice) and device.drive is not None
+        show.record(sandbox_id, record)
+        for sandbox_id, records in found.items()
+        if not isinstance(records, PyblockError)
+        for record in records
+        if record.holds
     ]
     errors = {sandbox_id: show.words(error) for sandbox_id, error in found.items() if isinstance(error, PyblockError)}
     if rows or as_json or not errors:
@@ -154,10 +155,10 @@ async def list_(context: click.Context, as_json: bool) -> None:
         context.exit(1)
 
 
-async def _known(context: click.Context) -> dict[str, Sandbox | PyblockError]:
+async def _known(context: click.Context) -> dict[str, list[Record] | PyblockError]:
     named = _named(context)
     if named.keys() == {"sandbox"}:  # also one whose machine only its own process can reach
-        return {named["sandbox"]: await Sandbox.stored(host_store(), named["sandbox"])}
+        return {named["sandbox"]: (await host_store().read(named["sandbox"])).records()}
     if not named:
         store = host_store()
         return await session.known(store, await store.sandboxes())
@@ -250,12 +251,7 @@ async def holders(image: str, as_json: bool) -> None:
 @session.command
 async def forget(sandbox_id: str) -> None:
     """Give up what belongs to a machine that no longer exists: its devices, indexes and claims. Refused while the VM answers."""
-    in_memory = await session.machine_of_the_dead(sandbox_id)
-    dead = MemoryHypervisor(sandbox_id)
-    dead.dead = True  # whoever could take its sandbox over has outlived it
-    target = in_memory or await session.by_sandbox(sandbox_id)
-    async with session.opened(target, None, wait=0, vm=dead if in_memory is not None else None) as sandbox:
-        given_up = await sandbox.forget()
+    given_up = await stored.forget(host_store(), sandbox_id)
     show.say(f"forgotten: {len(given_up)} devices of sandbox {sandbox_id}")
 
 
@@ -281,7 +277,7 @@ async def import_(context: click.Context, file: str, share: bool) -> None:
 async def export(context: click.Context, file: str) -> None:
     """Write a sandbox as Kata's state file, with every key that was imported. Does not touch the VM."""
     target = await _target(context)
-    await Sandbox.export(session.needs_store(target), target.sandbox_id, file)
+    await stored.export(session.needs_store(target), target.sandbox_id, file)
 
 
 @cli.command()

@@ -29,11 +29,11 @@ from pyblock.errors import (
     UnknownSandbox,
 )
 from pyblock.hypervisors import open_hypervisor
-from pyblock.hypervisors.base import Hypervisor
 from pyblock.recovery import SETTLE_TIME
 from pyblock.sandbox import Sandbox
 from pyblock.stores import host_store
 from pyblock.stores.base import Store
+from pyblock.stores.record import Record
 
 BUSY_WAIT = 10.0  # seconds that a command waits for another that has the sandbox open, where its deadline is not earlier
 BUSY_PAUSE = 0.02
@@ -97,19 +97,13 @@ def derived_id(vm: str) -> str:
     return f"{words}-{digest}"
 
 
-async def machine_of_the_dead(sandbox_id: str) -> Target | None:
-    """A sandbox with a machine in memory, which ended with its process; None for others. Raises UnknownSandbox, StateError, StoreError."""
-    store = host_store()
-    stored = await store.read(sandbox_id)
-    return None if stored.vm else Target(sandbox_id, "memory:", store)
-
-
-async def known(store: Store, sandbox_ids: Iterable[str]) -> dict[str, Sandbox | PyblockError]:
-    """What the store has of each sandbox, whoever has it open, or why that cannot be told; nothing of one that it does not have."""
-    found: dict[str, Sandbox | PyblockError] = {}
+async def known(store: Store, sandbox_ids: Iterable[str]) -> dict[str, list[Record] | PyblockError]:
+    """The records of each sandbox's devices, whoever has it open, or why they cannot be told; nothing of one that the store does not
+    have."""
+    found: dict[str, list[Record] | PyblockError] = {}
     for sandbox_id in sandbox_ids:
         try:
-            found[sandbox_id] = await Sandbox.stored(store, sandbox_id)
+            found[sandbox_id] = (await store.read(sandbox_id)).records()
         except UnknownSandbox:
             pass
         except PyblockError as error:
@@ -118,15 +112,12 @@ async def known(store: Store, sandbox_ids: Iterable[str]) -> dict[str, Sandbox |
 
 
 @asynccontextmanager
-async def opened(
-    target: Target, deadline: float | None, *, wait: float = BUSY_WAIT, vm: Hypervisor | None = None
-) -> AsyncIterator[Sandbox]:
+async def opened(target: Target, deadline: float | None, *, wait: float = BUSY_WAIT) -> AsyncIterator[Sandbox]:
     """The sandbox, open; its machine has not been asked yet. Errors say what is pending, and how to give up a machine that is gone.
 
     :param wait: seconds, the deadline at most, to wait for another process that has it open.
-    :param vm: stands in for the machine's address.
     """
-    sandbox = Sandbox(target.sandbox_id, vm or target.vm, store=target.store, recover=False)
+    sandbox = Sandbox(target.sandbox_id, target.vm, store=target.store, recover=False)
     await _open(sandbox, deadline, wait)
     _held.append(sandbox)
     try:

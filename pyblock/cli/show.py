@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pyblock.device import BlockDevice
 from pyblock.errors import shown
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
     from pyblock.cli.survey import Answer
     from pyblock.overview import Holder, KnownSandbox
+    from pyblock.stores.record import Record
 
 COLUMNS = ("device_id", "driver", "index", "predicted_name", "guest_match", "serial", "attach_count", "phase", "host_path")
 # What a narrow terminal goes without, and in this order: a serial is the device ID unless another was asked for, and so on.
@@ -54,9 +54,9 @@ def as_document(value: Any) -> None:
 UNNAMED = "?: it came together with others, and the guest may have named them in any order; guest_match and serial find it"
 
 
-def record(sandbox_id: str, device: BlockDevice) -> dict[str, Any]:
+def record(sandbox_id: str, device: Record) -> dict[str, Any]:
     """A device as a JSON object."""
-    drive = device.drive
+    drive = device.drive(device.info())
     keys = (
         "index",
         "driver",
@@ -75,9 +75,9 @@ def record(sandbox_id: str, device: BlockDevice) -> dict[str, Any]:
         "sandbox": sandbox_id,
         "device_id": device.id,
         "drive_id": drive.id if drive else None,
-        "host_path": device.info.path,
+        "host_path": device.path,
         "attach_count": device.attach_count,
-        "phase": device.phase.value,
+        "phase": device.phase,
         **{key: getattr(drive, key) if drive else None for key in keys},
     }
 

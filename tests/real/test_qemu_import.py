@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import samples
 from kit import Machine
+from store_scene import AsWritten, as_written
 
 from pyblock import BlockDevice, ImageInUse, Phase, Sandbox, VmmRefused
 from pyblock.recovery import Found, Outcome
@@ -75,12 +76,12 @@ class Kata:
         self.devices.append(samples.device(len(self.devices), drive, ID=name, Major=-1, Minor=0, DriverOptions=options))
 
 
-def names(sandbox: Sandbox) -> dict[str, str]:
+def names(sandbox: Sandbox | AsWritten) -> dict[str, str]:
     return {one.id: one.held.guess.removeprefix("/dev/") for one in sandbox.devices if isinstance(one, BlockDevice)}
 
 
-def find(sandbox: Sandbox, device_id: str) -> BlockDevice:
-    device = sandbox.manager.find(device_id)
+def find(sandbox: Sandbox | AsWritten, device_id: str) -> BlockDevice:
+    [device] = [device for device in sandbox.devices if device.id == device_id]
     assert isinstance(device, BlockDevice)
     return device
 
@@ -172,7 +173,7 @@ async def test_names_go_on_after_the_originals(start_machine: Start, store: Sqli
         assert names(sandbox) == expected
         found = {one.id: one.held.guest_match for one in sandbox.devices if isinstance(one, BlockDevice)}
         assert (found["a"], found["b"], found["c"]) == (":0:0:0/block/", "/region0/", ":0:0:2/block/")
-    kept = await Sandbox.stored(store, "one")
+    kept = await as_written(store, "one")
     assert names(kept) == expected and find(kept, "c").held.guest_match == ":0:0:2/block/"
     async with Sandbox("one", f"qemu:{machine.qmp_path}", store=store) as sandbox:
         assert names(sandbox) == expected
@@ -196,5 +197,5 @@ async def test_a_disk_behind_a_port_is_told_by_it(told: str | None, start_machin
         assert held.pci_path is not None and held.guest_match == f"/0000:00:{held.pci_path[:2]}.0/"
         assert new.held.guest_match not in (None, held.guest_match) and new.held.predicted_name == "/dev/vdb"
         expected = held.pci_path, held.guest_match
-    kept = find(await Sandbox.stored(store, "one"), "a").held
+    kept = find(await as_written(store, "one"), "a").held
     assert (kept.pci_path, kept.guest_match) == expected

@@ -29,7 +29,7 @@ HOUSE: dict[str, str] = {
     "store": "stores record",
     "life": "table device recorded batch crowd allotment generic manager registry ledger recovery machine road",
     "kata": "state persist stores.json_file",
-    "sandbox": "",
+    "sandbox": "stored",
     "overview": "",
     "blocking": "",
     "cli": "",

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import samples
 from snapshot import MakeImage, MakeStore, plug_in
-from store_scene import rows
+from store_scene import AsWritten, as_written, rows
 
-from pyblock import BlockDevice, DetachPending, ImageInUse, InvalidState, Phase, Sandbox, VmmRefused, blocking
+from pyblock import BlockDevice, DetachPending, ImageInUse, InvalidState, Phase, Sandbox, VmmRefused, blocking, stored
 from pyblock.drivers import NVDIMM, PMEM, SD, VD
 from pyblock.hypervisors.base import FoundDisk
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
@@ -38,7 +38,7 @@ def disk(
     return samples.device(number, samples.drive(number, **keys), **{"DriverOptions": {"block-driver": driver}, **(more or {})})
 
 
-def block(sandbox: Sandbox, number: int = 0) -> BlockDevice:
+def block(sandbox: Sandbox | AsWritten, number: int = 0) -> BlockDevice:
     device = sandbox.devices[number]
     assert isinstance(device, BlockDevice)
     return device
@@ -231,7 +231,7 @@ async def test_the_guest_match_of_an_imported_drive(name: str, make_store: MakeS
         await sandbox.restore(kata(device))
         assert block(sandbox).held.guest_match == match
         plug_in(vm, sandbox)
-    kept = await Sandbox.stored(store, "s1")  # what `pyblock list` shows
+    kept = await as_written(store, "s1")  # what `pyblock list` shows
     assert block(kept).held.guest_match == match
     async with Sandbox("s1", vm, store=store) as sandbox:
         assert block(sandbox).held.guest_match == match
@@ -328,7 +328,7 @@ def test_the_blocking_door_shares_too(make_image: MakeImage, make_store: MakeSto
         two.restore(decode(path.read_bytes(), where="a sample"), share=True)
 
 
-async def test_the_match_stays_while_a_pending_detach_is_kept(make_image: MakeImage, make_store: MakeStore) -> None:
+async def test_the_match_stays_while_a_pending_detach_is_kept(make_image: MakeImage, make_store: MakeStore, tmp_path: Path) -> None:
     """The keys that the original wrote, and what we found out, outlive each other's changes."""
     vm, store, image = MemoryHypervisor(), make_store(), make_image("image")
     told = disk(0, image, driver="virtio-blk", VirtPath="/dev/vda", PCIAddr="02/00", Swap=True)
@@ -340,13 +340,9 @@ async def test_the_match_stays_while_a_pending_detach_is_kept(make_image: MakeIm
             await sandbox.detach(block(sandbox), timeout=0.01)
         await asyncio.sleep(0)
     for _ in range(2):
-        kept = await Sandbox.stored(store, "s1")
+        kept = await as_written(store, "s1")
         assert block(kept).phase is Phase.DETACH_PENDING
         assert block(kept).held.guest_match == "0000:00:02.0/0000:01:00.0"
-        [device] = samples.without_pyblock(_stored(kept))["Devices"]
+        await stored.export(store, "s1", tmp_path / "exported")
+        [device] = samples.without_pyblock(json.loads((tmp_path / "exported").read_bytes()))["Devices"]
         assert device["BlockDrive"] == told["BlockDrive"]
-
-
-def _stored(sandbox: Sandbox) -> Any:
-    sandbox._machine.opened = True
-    return _plain(sandbox)

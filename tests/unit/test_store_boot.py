@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from snapshot import MakeImage, MakeStore
-from store_scene import Scene, facts, first_version, make_scene, rows
+from store_scene import Scene, as_written, facts, first_version, make_scene, rows
 
 from pyblock import InvalidState, NewerState, Sandbox
 from pyblock.hypervisors.memory import MemoryHypervisor
@@ -72,7 +72,7 @@ async def test_a_container_with_a_boot_id_of_its_own(
     said = in_a_container(boot_id, store.path, scene.once.info.path)
     assert said.startswith("refused: ") and "'victim'" in said and said.endswith("['thief', 'victim']\n")
     assert in_a_container(boot_id, store.path, scene.twice.info.path).startswith("refused: ")
-    kept = await Sandbox.stored(make_store(), "victim")
+    kept = await as_written(make_store(), "victim")
     assert facts(kept) == known
     if lives:
         await scene.sandbox.detach(scene.once)  # it is its owner's still
@@ -122,7 +122,7 @@ async def test_what_is_seen_at_the_next_opening(
             async with Sandbox("other", MemoryHypervisor(), store=store) as other:
                 await other.attach_many([scene.once.info.path, scene.twice.info.path])  # the claims went with them
     else:
-        assert facts(await Sandbox.stored(store, "victim")) == facts(scene.sandbox)
+        assert facts(await as_written(store, "victim")) == facts(scene.sandbox)
 
 
 async def test_what_this_boot_wrote_never_goes_in_it(make_store: MakeStore, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 from snapshot import MakeImage
+from store_scene import as_written
 
 from pyblock import BlockDevice, ImageInUse, Sandbox, SandboxBusy
 from pyblock.hypervisors.memory import MemoryHypervisor
@@ -313,7 +314,7 @@ def test_a_crowd_loses_nothing(tmp_path: Path, make_image: MakeImage, capsys: py
         assert await store.sandboxes() == sorted(names)
         found = set()
         for name in names:
-            for device in (await Sandbox.stored(store, name)).devices:
+            for device in (await as_written(store, name)).devices:
                 assert isinstance(device, BlockDevice) and device.attached
                 found.add((name, device.id, str(device.info.path), device.attach_count))
             assert (await store.read(name)).owner == ""  # they have all ended

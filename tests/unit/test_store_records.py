@@ -18,7 +18,7 @@ from released_rows import DEVICES, EXPORTS, SANDBOXES
 from snapshot import MakeImage, MakeStore, plug_in
 from store_scene import older_store, rows
 
-from pyblock import DRIVERS, BlockDevice, DeviceInfo, InvalidState, NewerState, Sandbox
+from pyblock import DRIVERS, BlockDevice, DeviceInfo, InvalidState, NewerState, Sandbox, stored
 from pyblock.drivers import VIRTIO_SCSI
 from pyblock.hypervisors.memory import MemoryHypervisor
 from pyblock.persist import device_from_state, device_to_state, sandbox_from_state
@@ -217,7 +217,7 @@ async def test_an_older_store_is_taken_up_unchanged(version: int, make_store: Ma
     older_store(store.path, version, DEVICES, SANDBOXES)
     for name in DEVICES:
         for _ in range(2):
-            await Sandbox.export(store, name, path)
+            await stored.export(store, name, path)
             assert json.loads(path.read_bytes()) == json.loads(EXPORTS[name])
             async with Sandbox(name, MemoryHypervisor(), store=store, recover=False) as sandbox:
                 await sandbox.save(path)
