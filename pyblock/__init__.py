@@ -6,8 +6,8 @@ stands in `__all__`; what not every program needs is imported when it is first a
 
 from __future__ import annotations
 
+import typing as _typing
 from importlib import import_module as _import_module
-from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from pyblock import errors
 from pyblock.device import AttachedDevice, BlockDevice
@@ -23,7 +23,7 @@ from pyblock.recovery import Finding, Found, Outcome
 from pyblock.sandbox import Sandbox
 from pyblock.table import Phase
 
-if _TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from pyblock import blocking as blocking
     from pyblock.hypervisors.memory import Fault, MemoryHypervisor
     from pyblock.state import DeviceState
@@ -60,7 +60,7 @@ _LATE = {
 }
 
 
-if not _TYPE_CHECKING:  # to a type checker, a name that is not public is a mistake
+if not _typing.TYPE_CHECKING:  # to a type checker, a name that is not public is a mistake
 
     def __getattr__(name: str) -> object:
         if name == "blocking":  # loads anyio, which the asyncio front door does without

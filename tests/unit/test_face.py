@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import os
 import re
 import subprocess
 import sys
@@ -59,6 +60,18 @@ def test_what_the_pages_name_is_public(page: str) -> None:
     named |= set(re.findall(r"`([A-Z][a-z]+(?:[A-Z][A-Za-z]+)+)[`.(]", text))  # a class that is called by its name alone
     assert named, "it names nothing any more: this test looks for the wrong thing"
     assert {name for name in named if not hasattr(pyblock, name) and not hasattr(builtins, name)} == set()
+
+
+def test_to_a_type_checker_that_is_all(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    names = ", ".join([*pyblock.__all__, "blocking"])
+    (tmp_path / "fine.py").write_text(f"from pyblock import {names}\n\nprint({names})\n")
+    (tmp_path / "wrong.py").write_text("import pyblock\n\npyblock.blocking.host()\npyblock.DeviceManager\npyblock.nonsense\n")
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir", str(tmp_path / "cache"), "fine.py", "wrong.py"]
+    package = str(Path(pyblock.__file__).parents[1])
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "MYPYPATH": package}, capture_output=True, text=True, check=False)
+    said = re.findall(r"^(\w+\.py:\d+): error: .*\"(\w+)\"", done.stdout, re.MULTILINE)
+    assert said == [("wrong.py:4", "DeviceManager"), ("wrong.py:5", "nonsense")], done.stdout
 
 
 def test_what_importing_loads() -> None:
