@@ -192,7 +192,8 @@ class Allotment:
         self._drive_ids.add(drive_id)
         for seen in self._watches:
             seen.add(drive_id)
-        drive = BlockDrive(drive_id, index, ordinal, self._offsets.get(prefix, kind.offset), kind, device.info)
+        fresh, device.fresh = device.fresh, False
+        drive = BlockDrive(drive_id, index, ordinal, self._offsets.get(prefix, kind.offset), kind, device.info, fresh=fresh)
         crowd = self._crowds.get(prefix)
         if crowd is None:
             crowd = self._crowds[prefix] = Crowd(prefix)

@@ -35,11 +35,12 @@ class BlockDevice:
     :ivar said_count: the count that is written down, where what is written says that it is attached:
         before a removal is asked for, it must not. It may have been written along with another
         device's row.
+    :ivar fresh: its ID was made up here, and no VMM has been told it yet.
     :ivar operation: the attach, detach or count of it that is under way, if there is one.
     """
 
     __slots__ = (
-        "attach_count", "drive", "id", "identity", "info", "kata", "operation", "phase",
+        "attach_count", "drive", "fresh", "id", "identity", "info", "kata", "operation", "phase",
         "ref_count", "said_count", "under",
     )  # fmt: skip
 
@@ -49,6 +50,8 @@ class BlockDevice:
         info: DeviceInfo,
         identity: Identity | None = None,
         under: tuple[Identity, ...] = (),
+        *,
+        fresh: bool = False,
     ) -> None:
         self.id = device_id
         self.info = info
@@ -60,6 +63,7 @@ class BlockDevice:
         self.ref_count = 0
         self.kata = b""
         self.said_count = 0
+        self.fresh = fresh
         self.operation: Operation | None = None
 
     def __repr__(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from base64 import b32encode
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol
 
@@ -24,6 +25,7 @@ Device = BlockDevice | GenericDevice
 NOTHING = Offer()  # by a driver that the VMM does not have, which is said when the device is to be attached
 NO_OPTIONS: dict[str, str] = {}  # shared by all devices that have none; nobody writes to the options of an info
 OPTIONS = ("block-driver", "fstype")
+_RANDOM = 5  # bytes of a device ID that is made up; eight letters, since QEMU reads each of them four times, for 4 µs
 
 
 def check_serial(serial: str, driver: Driver, offer: Offer) -> str:
@@ -194,7 +196,7 @@ class DeviceManager:
             info, path=image.path, driver=driver.name, serial=serial, id=device_id, major=major, minor=minor,
             options=info.options or NO_OPTIONS,
         )  # fmt: skip
-        device = BlockDevice(device_id, have, image.identity, image.under)
+        device = BlockDevice(device_id, have, image.identity, image.under, fresh=info.id is None)
         self.by_id[device_id] = self._by_identity[image.identity] = device
         return device
 
@@ -208,7 +210,7 @@ class DeviceManager:
                 text = f"device ID {info.id!r} belongs to another device of this sandbox; give this one another or leave it out"
                 raise DeviceConflict(text, device=info.id, path=info.path or None)
             return info.id
-        while (device_id := os.urandom(8).hex()) in self.by_id:
+        while (device_id := b32encode(os.urandom(_RANDOM)).decode().lower()) in self.by_id:
             pass
         return device_id
 

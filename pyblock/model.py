@@ -99,6 +99,7 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     :ivar known_name: a guest path that came from elsewhere (an imported state, its place) and stands in for the computed one.
     :ivar imported: another program plugged it in, under names that may not be ours.
     :ivar crowded: it was on its way while another of its family was, so that the guest may have seen either first.
+    :ivar fresh: its ID was made up for this attach, so nobody else can have anything of that name; False once the VMM has it.
     """
 
     id: str
@@ -115,6 +116,7 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     imported: bool = False
     verified: bool = True
     crowded: bool = False
+    fresh: bool = False
 
     def sit(self, place: Place) -> None:
         """Has it sit there."""

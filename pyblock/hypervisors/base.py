@@ -252,6 +252,7 @@ class Hypervisor(Protocol):
                     await _undo(done, what)
                 raise what from (error if what is not error else error.__cause__)
             done.append(step)
+        drive.fresh = False
         try:
             await self.locate(drive)
         except Exception as error:  # it is plugged in: whatever went wrong, the VMM has it

@@ -16,7 +16,7 @@ import msgspec
 from pyblock.errors import PyblockError, VmmRefused
 from pyblock.hypervisors.base import Hypervisor, Inventory, Offer, Step
 from pyblock.hypervisors.qemu_descriptors import DescriptorSets
-from pyblock.hypervisors.qemu_drivers import DRIVERS, TYPES, Other, QemuDriver
+from pyblock.hypervisors.qemu_drivers import DRIVERS, TYPES, Answer, Other, QemuDriver
 from pyblock.hypervisors.qemu_inventory import take_listing
 from pyblock.hypervisors.qemu_places import Places
 from pyblock.hypervisors.qmp import QmpSession, qemu_process
@@ -99,17 +99,24 @@ class QemuHypervisor(Hypervisor):
         self._driver(drive).give_back(drive)
 
     def steps(self, drive: BlockDrive, image: OpenedImage) -> Sequence[Step]:
-        driver = self._driver(drive)
+        driver, sent = self._driver(drive), list[Answer]()  # to device_add, where that went along with the backend
         return (
-            Step("backend-add", partial(driver.add_backend, drive, image), partial(self.remove_rest, drive)),
-            Step("device-add", partial(self._add_device, driver, drive, image)),
+            Step("backend-add", partial(self._add_backend, driver, drive, image, sent), partial(self.remove_rest, drive)),
+            Step("device-add", partial(self._add_device, driver, drive, image, sent)),
         )
 
-    async def _add_device(self, driver: QemuDriver, drive: BlockDrive, image: OpenedImage) -> None:
+    async def _add_backend(self, driver: QemuDriver, drive: BlockDrive, image: OpenedImage, sent: list[Answer]) -> None:
+        if (answer := await driver.add_backend(drive, image)) is not None:
+            sent.append(answer)
+
+    async def _add_device(self, driver: QemuDriver, drive: BlockDrive, image: OpenedImage, sent: list[Answer]) -> None:
         if not drive.verified:
             driver.check_opened(drive, image)
         try:
-            await self._qmp.execute("device_add", driver.device(drive), step="device-add")
+            if sent:
+                await sent[0]
+            else:
+                await self._qmp.execute("device_add", driver.device(drive), step="device-add")
         except VmmRefused:
             self._places.doubt()  # whatever made QEMU refuse, our picture of the machine may be old
             raise

@@ -62,6 +62,7 @@ class DescriptorSets:
         self._known = False  # of all drives, what their nodes have open
         self._watches: list[set[str]] = []
         self._one = asyncio.Lock()
+        self._waiting = 0  # for their turn to pass one
         qmp.on_resume, qmp.on_loss = self._resumed, self._lost
 
     @property
@@ -107,14 +108,26 @@ class DescriptorSets:
         Raises VmmProtocolError when QEMU can be seen to have got something else; nothing is then left of it.
         """
         mark = f"{_MARK}{image.identity[0][0]}{image.identity[1]:x}:{image.identity[2]:x}"
-        async with self._one:
+        self._waiting += 1
+        try:
+            await self._one.acquire()
+        finally:
+            self._waiting -= 1
+        try:
             await self._sweep()
             losses = self._qmp.losses
+            raw = await self._qmp.execute("add-fd", {"opaque": mark}, step="backend-add", descriptor=image.fd, late=self._remove_late)
+        except VmmRefused as refusal:
+            if "SCM_RIGHTS" in refusal.reply["desc"]:
+                return None
+            raise
+        finally:
+            self._one.release()
+        if self._waiting:  # the next one goes first: it is then answered while QEMU works at what follows here
             try:
-                raw = await self._qmp.execute("add-fd", {"opaque": mark}, step="backend-add", descriptor=image.fd, late=self._remove_late)
-            except VmmRefused as refusal:
-                if "SCM_RIGHTS" in refusal.reply["desc"]:
-                    return None
+                await asyncio.sleep(0)
+            except asyncio.CancelledError:
+                self._remove_late(raw)
                 raise
         if self._qmp.losses != losses:  # the next command would open a new one, where the number may be another image's
             text = f"QMP socket {self._qmp.path!r}: the connection ended when the image of drive {drive_id} had just been handed over"

@@ -7,17 +7,21 @@ A new driver is a class here and a row in DRIVERS; what the machine's own disks 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import msgspec
+
 from pyblock.drivers import NVDIMM, PMEM, SD, VD, VIRTIO_BLK, VIRTIO_SCSI, Driver
-from pyblock.errors import ImageReplaced, SlotsExhausted, UnknownDriver, VmmRefused
-from pyblock.hypervisors.base import Offer
+from pyblock.errors import ImageReplaced, PyblockError, SlotsExhausted, TransportError, UnknownDriver, VmmRefused
+from pyblock.hypervisors.base import Offer, Unsettled
 from pyblock.hypervisors.qemu_descriptors import DescriptorSets, Passed, set_behind
 from pyblock.hypervisors.qemu_inventory import KATA_MEMORY, KATA_NVDIMM, LUNS, memory_modules, nodes, user_of
 from pyblock.hypervisors.qemu_places import Places
 from pyblock.hypervisors.qemu_tree import DiskType, properties
 from pyblock.hypervisors.qmp import QmpSession
+from pyblock.hypervisors.qmp_connection import Command as Sent
 from pyblock.hypervisors.unix import has_open
 from pyblock.image import OpenedImage
 from pyblock.model import BlockDrive, Place
@@ -29,6 +33,7 @@ _BUSY_PAUSE = 0.02  # seconds before the first new try; doubled each time
 NOWHERE = Place()
 
 Command = tuple[str, dict[str, Any]]
+Answer = asyncio.Future[msgspec.Raw]
 
 
 class QemuDriver(ABC):
@@ -85,8 +90,8 @@ class QemuDriver(ABC):
         """What adds the backend, with the image under that path of QEMU's."""
 
     @abstractmethod
-    async def add_passed(self, drive: BlockDrive, image: OpenedImage, passed: Passed) -> None:
-        """Adds the backend, with the image as it was handed over."""
+    async def add_passed(self, drive: BlockDrive, image: OpenedImage, passed: Passed) -> Answer | None:
+        """Adds the backend, with the image as it was handed over. See `add_backend`."""
 
     @abstractmethod
     def deletion(self, name: str) -> Command:
@@ -96,13 +101,14 @@ class QemuDriver(ABC):
     async def backend_name(self, drive: BlockDrive) -> str | None:
         """What QEMU calls the drive's backend, which another program may have named; None where it has none."""
 
-    async def add_backend(self, drive: BlockDrive, image: OpenedImage) -> None:
-        """Hands the image over and adds the backend that reads and writes it."""
+    async def add_backend(self, drive: BlockDrive, image: OpenedImage) -> Answer | None:
+        """Hands the image over and adds the backend that reads and writes it. Where device_add was
+        sent along with it, returns the answer to that; else None."""
         passed = await self._sets.pass_image(drive.id, image)
-        if passed is None:
-            await self._add_by_path(drive, image)
-        else:
-            await self.add_passed(drive, image, passed)
+        if passed is not None:
+            return await self.add_passed(drive, image, passed)
+        await self._add_by_path(drive, image)
+        return None
 
     async def _add_by_path(self, drive: BlockDrive, image: OpenedImage) -> None:
         """For a QEMU that no descriptor reaches: what it opened is looked at before the guest gets it (`check_opened`)."""
@@ -149,16 +155,49 @@ class OnNode(QemuDriver):
     """A drive whose backend is a block node."""
 
     def backend(self, drive: BlockDrive, image: OpenedImage, file: str) -> Command:
+        """No `raw` node above it: that would only pass on what it is asked."""
         access = {"read-only": True} if drive.read_only else {}
-        below = {"driver": "host_device" if image.is_block else "file", "filename": file, **access}
-        return "blockdev-add", {"driver": "raw", "node-name": drive.id, **access, "file": below}
+        driver = "host_device" if image.is_block else "file"
+        return "blockdev-add", {"driver": driver, "node-name": drive.id, "filename": file, **access}
 
-    async def add_passed(self, drive: BlockDrive, image: OpenedImage, passed: Passed) -> None:
+    async def add_passed(self, drive: BlockDrive, image: OpenedImage, passed: Passed) -> Answer | None:
+        """Sends both commands in one write where nobody else can have a node of that name: QEMU adds
+        the device whatever became of the node, and the guest would get the other's image."""
+        node = self.backend(drive, image, f"/dev/fdset/{passed.set}")
+        answer: Answer | None = None
         try:
-            await self._execute(self.backend(drive, image, f"/dev/fdset/{passed.set}"), "backend-add")
-        except VmmRefused:
+            if drive.fresh:
+                added, answer = await self._qmp.send_both(Sent(*node, "backend-add"), Sent("device_add", self.device(drive), "device-add"))
+                with contextlib.suppress(PyblockError):  # is answered last; what it says is the next step's
+                    await answer
+                await added
+            else:
+                await self._execute(node, "backend-add")
+        except VmmRefused as refusal:
+            if answer is not None:
+                await self._see_it_come_to_nothing(drive, answer, refusal)
             self._sets.remove(drive.id)
             raise
+        return answer
+
+    async def _see_it_come_to_nothing(self, drive: BlockDrive, answer: Answer, refusal: VmmRefused) -> None:
+        """Returns when the guest has no device of a node that was refused. Unsettled when it may."""
+        try:
+            await answer
+        except VmmRefused:
+            return  # as it has to be
+        except TransportError as error:
+            if not error.sent:
+                return
+            raise
+        refusal.add_note(f"the node was somebody else's, and the guest had it until {drive.id} was unplugged again")
+        try:
+            leaving = await self._qmp.leaving(drive.id)
+            await self._qmp.execute("device_del", {"id": drive.id}, step="device-del")
+            await leaving
+        except PyblockError as error:
+            refusal.add_note(f"unplugging it failed: {error}")
+            raise Unsettled(refusal) from error
 
     def deletion(self, name: str) -> Command:
         return "blockdev-del", {"node-name": name}
@@ -193,7 +232,7 @@ class OnMemory(QemuDriver):
         memory = {"qom-type": "memory-backend-file", "id": drive.id, "mem-path": file}
         return "object-add", {**memory, "size": image.size, "share": True, **access}
 
-    async def add_passed(self, drive: BlockDrive, image: OpenedImage, passed: Passed) -> None:
+    async def add_passed(self, drive: BlockDrive, image: OpenedImage, passed: Passed) -> None:  # device_add never goes along
         """Memory opens no set, but a path of QEMU's own to the descriptor in it. It has the file mapped from then on."""
         try:
             await self._execute(self.backend(drive, image, f"/proc/self/fd/{passed.descriptor}"), "backend-add")
@@ -269,7 +308,9 @@ class VirtioBlk(OnNode):
 
     def device(self, drive: BlockDrive) -> dict[str, Any]:
         bus, _, number = (drive.place or "").rpartition("/")
-        return {"driver": "virtio-blk-pci", "bus": bus, "addr": f"0x{number}", **self._options(drive)}
+        slot = self._places.slot(drive.place)
+        where = {} if slot is not None and slot.port else {"addr": f"0x{number}"}  # behind a port there is one place
+        return {"driver": "virtio-blk-pci", "bus": bus, **where, **self._options(drive)}
 
     def recognize(self, drive: BlockDrive) -> None:
         pass  # only the machine can tell

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from weakref import WeakKeyDictionary
 
-MESSAGES_MAX = 8  # in one turn; what follows an answer takes 0.1 to 0.3 ms
+MESSAGES_MAX = 4  # in one turn; what follows an answer takes 0.1 to 0.3 ms
 
 
 class Turn:

@@ -19,6 +19,7 @@ from typing import Any
 from written import written
 
 from pyblock.hypervisors.qmp import QmpSession
+from pyblock.hypervisors.qmp_connection import Command
 from pyblock.stores.owner import OwnerLock
 from pyblock.stores.sqlite_file import SqliteFile
 
@@ -54,7 +55,17 @@ class Points:
             finally:
                 self.reach(f"after {command}")
 
+        send_both = QmpSession.send_both
+
+        async def both_watched(session: QmpSession, first: Command, second: Command) -> Any:
+            self.reach(f"before {first.name} and {second.name}")
+            answers = await send_both(session, first, second)
+            for command, answer in zip((first, second), answers, strict=True):
+                answer.add_done_callback(lambda _, name=command.name: self.reach(f"after {name}"))  # type: ignore[misc]
+            return answers
+
         QmpSession.execute = watched  # type: ignore[method-assign, assignment]
+        QmpSession.send_both = both_watched  # type: ignore[method-assign, assignment]
 
     def _watch_sql(self) -> None:
         connected = SqliteFile._connected
@@ -101,7 +112,23 @@ class TurningPoints(Points):
             finally:
                 await self.turn(f"after {command}")
 
+        send_both = QmpSession.send_both
+
+        async def turned(answer: asyncio.Future[Any], name: str) -> Any:
+            try:
+                return await answer
+            finally:
+                await self.turn(f"after {name}")
+
+        async def both_watched(session: QmpSession, first: Command, second: Command) -> Any:
+            await self.turn(f"before {first.name} and {second.name}")
+            for command in (first, second):
+                self._compare(command.name, command.arguments)
+            answers = await send_both(session, first, second)
+            return [asyncio.ensure_future(turned(answer, command.name)) for answer, command in zip(answers, (first, second), strict=True)]
+
         QmpSession.execute = watched  # type: ignore[method-assign, assignment]
+        QmpSession.send_both = both_watched  # type: ignore[method-assign, assignment]
 
     def _watch_sql(self) -> None:
         transact = SqliteFile.transact

@@ -88,6 +88,7 @@ class Proxy:
             task = asyncio.create_task(self._serve(client))
             self._clients.add(task)
             task.add_done_callback(self._clients.discard)
+            task.add_done_callback(lambda _, client=client: client.close())  # type: ignore[misc]  # one that never began
 
     async def _serve(self, client: socket.socket) -> None:
         loop = asyncio.get_running_loop()

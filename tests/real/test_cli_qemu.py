@@ -21,12 +21,16 @@ pyblock.sandbox.OPEN_TIME = pyblock.recovery.CONNECT_TIMEOUT = pyblock.hyperviso
 STOPS_AT = """
 import os, signal
 from pyblock.hypervisors.qmp import QmpSession
-execute = QmpSession.execute
+execute, send_both = QmpSession.execute, QmpSession.send_both
 async def stops(self, command, arguments=None, **more):
     if command == "{command}":
         os.kill({pid}, signal.SIGSTOP)
     return await execute(self, command, arguments, **more)
-QmpSession.execute = stops
+async def stops_at_both(self, first, second):
+    if first.name == "{command}":
+        os.kill({pid}, signal.SIGSTOP)
+    return await send_both(self, first, second)
+QmpSession.execute, QmpSession.send_both = stops, stops_at_both
 """
 
 

@@ -58,5 +58,7 @@ async def test_what_qemu_makes(bare_machine: Machine, tmp_path: Path, driver: st
         with pytest.raises(InvalidImage, match=f"begins like {name},"):
             await sandbox.attach(path)
         device = await sandbox.attach(path, format="raw")
-        nodes = {node["node-name"]: node["drv"] for node in bare_machine.side.command("query-named-block-nodes", flat=True)}
-        assert nodes[device.held.id] == "raw"
+        nodes = {node["node-name"]: node for node in bare_machine.side.command("query-named-block-nodes", flat=True)}
+        node = nodes[device.held.id]
+        sectors = -(-path.stat().st_size // 512)
+        assert (node["drv"], node["image"]["virtual-size"]) == ("file", sectors * 512)  # its bytes, whatever they are

@@ -18,7 +18,7 @@ from kit import Machine
 from kit.proxy import Fault, Proxy
 from snapshot import drive_ids, ordinals
 
-from pyblock import AttachPending, BlockDevice, DetachPending, Phase, PyblockError, Sandbox, VmmRefused
+from pyblock import AttachPending, BlockDevice, DetachPending, Phase, PyblockError, Sandbox, VmmRefused, manager
 from pyblock.hypervisors.qemu import QemuHypervisor
 from pyblock.stores.sqlite import SqliteStore
 
@@ -148,13 +148,21 @@ async def until_struck(case: Callable[[float], Awaitable[str]]) -> str:
     return outcome
 
 
-async def attach_spoiled(bench: Bench, driver: str, fault: Fault, which: tuple[str, int], passes: float) -> str:
+@pytest.fixture(params=[False, True], ids=["", "both"])
+def given(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """The device ID that an attach is given: ours, or none. It is then made up, as the same, and the
+    node and the device are added by one write."""
+    monkeypatch.setattr(manager, "b32encode", lambda _: ID.encode())
+    return None if request.param else ID
+
+
+async def attach_spoiled(bench: Bench, driver: str, fault: Fault, which: tuple[str, int], given: str | None, passes: float) -> str:
     """One case; returns how it ended."""
     async with bench.sandbox(driver) as sandbox:
         bench.proxy.expect(fault, which)
         outcome = "attached"
         try:
-            await sandbox.attach(bench.image, device_id=ID, timeout=passes if fault in UNANSWERED else ENOUGH)
+            await sandbox.attach(bench.image, device_id=given, timeout=passes if fault in UNANSWERED else ENOUGH)
         except PyblockError as error:
             outcome = type(error).__name__
             if bench.has():
@@ -179,10 +187,10 @@ async def attach_spoiled(bench: Bench, driver: str, fault: Fault, which: tuple[s
         return outcome if struck else TOO_EARLY
 
 
-async def commands_of_attach(bench: Bench, driver: str) -> list[str]:
+async def commands_of_attach(bench: Bench, driver: str, given: str | None) -> list[str]:
     async with bench.sandbox(driver) as sandbox:
         bench.proxy.expect()
-        await sandbox.attach(bench.image, device_id=ID, timeout=ENOUGH)
+        await sandbox.attach(bench.image, device_id=given, timeout=ENOUGH)
         commands = list(bench.proxy.commands)
         await settle(bench, sandbox, driver)
         return commands
@@ -190,13 +198,13 @@ async def commands_of_attach(bench: Bench, driver: str) -> list[str]:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.lower())
 @pytest.mark.parametrize("driver", DRIVERS)
-async def test_every_command_of_an_attach(bench: Bench, driver: str, fault: Fault) -> None:
-    commands = await commands_of_attach(bench, driver)
+async def test_every_command_of_an_attach(bench: Bench, driver: str, fault: Fault, given: str | None) -> None:
+    commands = await commands_of_attach(bench, driver, given)
     assert {"qmp_capabilities", "device_add"} < set(commands)
     outcomes: dict[str, set[str]] = {}
     for number, command in enumerate(commands):
         try:
-            outcome = await until_struck(partial(attach_spoiled, bench, driver, fault, (command, commands[:number].count(command))))
+            outcome = await until_struck(partial(attach_spoiled, bench, driver, fault, (command, commands[:number].count(command)), given))
         except BaseException as error:
             error.add_note(f"{fault.name} at command {number} ({command}) of {commands}")
             raise
@@ -223,15 +231,15 @@ EVERY = 1 if os.environ.get("PYBLOCK_LONG") else 7  # else each command gets som
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
-async def test_odd_replies_to_an_attach(bench: Bench, driver: str) -> None:
+async def test_odd_replies_to_an_attach(bench: Bench, driver: str, given: str | None) -> None:
     """Nothing but our errors comes out, and what is known agrees with what is there."""
-    commands = await commands_of_attach(bench, driver)
+    commands = await commands_of_attach(bench, driver, given)
     every = EVERY if driver == "virtio-scsi" else 4 * EVERY  # the rest is the same code
     for number, command in enumerate(commands):
         for odd in ODD[number % every :: every]:
             bench.proxy.odd = odd
             try:
-                await attach_spoiled(bench, driver, Fault.ODD, (command, commands[:number].count(command)), ENOUGH)
+                await attach_spoiled(bench, driver, Fault.ODD, (command, commands[:number].count(command)), given, ENOUGH)
             except BaseException as error:
                 error.add_note(f"{odd!r} to {command}")
                 raise
@@ -320,11 +328,11 @@ async def test_every_command_of_a_detach(bench: Bench, fault: Fault) -> None:
 
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("command", ["backend", "device_add"])
-async def test_qemu_dies_half_way(bench: Bench, driver: str, command: str) -> None:
+async def test_qemu_dies_half_way(bench: Bench, driver: str, command: str, given: str | None) -> None:
     backend = "object-add" if driver == "nvdimm" else "blockdev-add"
     async with bench.sandbox(driver) as sandbox:
         bench.proxy.expect(Fault.HOLD, backend if command == "backend" else command)
-        attach = asyncio.ensure_future(sandbox.attach(bench.image, device_id=ID, timeout=ENOUGH))
+        attach = asyncio.ensure_future(sandbox.attach(bench.image, device_id=given, timeout=ENOUGH))
         await bench.proxy.held.wait()
         bench.machine.kill()
         bench.proxy.let_go.set()
@@ -361,3 +369,66 @@ async def test_what_is_pending_is_settled_without_its_image(bench: Bench, driver
         bench.image.unlink()
         await sandbox.detach(ID, timeout=ENOUGH)
         nothing_left(bench, sandbox)
+
+
+# A block node of the drive's name that another program made, which no device uses.
+
+
+async def foreign_node(bench: Bench, sandbox: Sandbox) -> None:
+    """It comes after the machine was asked what it has: such a name would not be used."""
+    await sandbox.reconcile()
+    path = bench.machine.folder / "foreign"
+    path.write_bytes(bytes(1 << 20))
+    bench.machine.side.command("blockdev-add", {"driver": "file", "node-name": DRIVE, "filename": str(path)})
+
+
+async def test_a_foreign_node_never_reaches_the_guest(bench: Bench) -> None:
+    """Under an ID that a caller gave there may be one. The device is not asked for until our own node is there."""
+    async with bench.sandbox("virtio-scsi") as sandbox:
+        await foreign_node(bench, sandbox)
+        bench.proxy.expect()
+        with pytest.raises(VmmRefused, match="Duplicate nodes"):
+            await sandbox.attach(bench.image, device_id=ID, timeout=ENOUGH)
+        assert "device_add" not in bench.proxy.commands
+        assert bench.has() == {"node"} and not sandbox.devices
+
+
+@pytest.mark.parametrize("given", [True], indirect=True, ids=["both"])
+async def test_a_foreign_node_under_a_made_up_name(bench: Bench, given: str | None) -> None:
+    """As good as impossible. The guest is made to let go of it, and the node stays."""
+    async with bench.sandbox("virtio-scsi") as sandbox:
+        await foreign_node(bench, sandbox)
+        with pytest.raises(VmmRefused, match="Duplicate nodes") as caught:
+            await sandbox.attach(bench.image, device_id=given, timeout=ENOUGH)
+        assert any("somebody else's" in note for note in caught.value.__notes__)
+        assert bench.has() == {"node"} and not sandbox.devices and takes(sandbox) == ([], {}, False)
+
+
+@pytest.mark.parametrize("given", [True], indirect=True, ids=["both"])
+async def test_a_foreign_node_that_the_guest_does_not_let_go(bench: Bench, given: str | None) -> None:
+    async with bench.sandbox("virtio-blk") as sandbox:
+        await foreign_node(bench, sandbox)
+        bench.proxy.expect()
+        attach = asyncio.ensure_future(sandbox.attach(bench.image, device_id=given, timeout=ENOUGH))
+        while "device_del" not in bench.proxy.commands:
+            await asyncio.sleep(0)
+        attach.cancel()
+        await asyncio.wait([attach])
+        assert all_taken(sandbox, "virtio-blk").phase in PENDING
+        bench.machine.side.command("system_reset")
+        await quiet(sandbox)
+        assert bench.has() == {"node"} and not sandbox.devices
+
+
+@pytest.mark.parametrize("given", [True], indirect=True, ids=["both"])
+@pytest.mark.parametrize("fault", [Fault.CLOSE_BEFORE, Fault.CLOSE_AFTER, Fault.REFUSE], ids=lambda fault: fault.name.lower())
+async def test_what_takes_a_foreign_node_out_again_fails(bench: Bench, given: str | None, fault: Fault) -> None:
+    """Then nobody knows what the guest has, and all stays taken."""
+    async with bench.sandbox("virtio-scsi") as sandbox:
+        await foreign_node(bench, sandbox)
+        bench.proxy.expect(fault, "device_del")
+        with pytest.raises(PyblockError):
+            await sandbox.attach(bench.image, device_id=given, timeout=ENOUGH)
+        assert bench.proxy.struck and all_taken(sandbox, "virtio-scsi").phase in PENDING
+        await sandbox.detach(ID, timeout=ENOUGH)
+        assert not sandbox.devices and "device" not in bench.has()

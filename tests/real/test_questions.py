@@ -11,6 +11,7 @@ from kit import Machine
 
 from pyblock import Sandbox
 from pyblock.hypervisors.qmp import QmpSession
+from pyblock.hypervisors.qmp_connection import Command
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
@@ -30,7 +31,14 @@ def questions(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         counted[command] += 1
         return await execute(session, command, arguments, **more)
 
+    send_both = QmpSession.send_both
+
+    async def counting_both(session: QmpSession, first: Command, second: Command) -> Any:
+        counted.update((first.name, second.name))
+        return await send_both(session, first, second)
+
     monkeypatch.setattr(QmpSession, "execute", counting)
+    monkeypatch.setattr(QmpSession, "send_both", counting_both)
     return counted
 
 
