@@ -267,6 +267,14 @@ class Host:
         """See pyblock.Host.holders."""
         return self._call(partial(self._host.holders, path))
 
+    def export(self, sandbox: str, path: str | os.PathLike[str]) -> None:
+        """See pyblock.Host.export."""
+        self._call(partial(self._host.export, sandbox, path))
+
+    def forget(self, sandbox: str) -> list[str]:
+        """See pyblock.Host.forget."""
+        return self._call(partial(self._host.forget, sandbox))
+
     def _call(self, function: Callable[[], Awaitable[Result]]) -> Result:
         with _provider as portal:
             return portal.call(function)

@@ -1,7 +1,7 @@
 """This host, as its store knows it: every sandbox, its devices, and who holds an image.
 
-It is read from records alone. No machine is asked, no sandbox is opened, and nothing is changed; so
-it may be asked at any time, whoever has the sandboxes open.
+It is read from records alone. No machine is asked and no sandbox opened, so it may be asked at any
+time, whoever has the sandboxes open.
 """
 
 from __future__ import annotations
@@ -116,6 +116,23 @@ class Host:
             device = known(one.sandbox_id, decode(one.device_id, one.data, where=where))
             found.append(Holder(device, one.owner, one.relation, one.read_only, one.share))
         return found
+
+    async def export(self, sandbox: str, path: str | os.PathLike[str]) -> None:
+        """Writes a sandbox to a JSON file as `Sandbox.save` does. Raises UnknownSandbox."""
+        with loading("a state file"):
+            from pyblock import stored  # noqa: PLC0415
+        await stored.export(self._store, sandbox, path)
+
+    async def forget(self, sandbox: str) -> list[str]:
+        """Gives up everything that belongs to a machine which no longer exists: devices, indexes, claims,
+        also where a record cannot be read. Returns the devices' IDs.
+
+        Raises UnknownSandbox; SandboxBusy while a process that lives has it open; MachineAnswers unless
+        the machine's socket is absent or nobody listens there.
+        """
+        with loading("the store"):
+            from pyblock import stored  # noqa: PLC0415
+        return await stored.forget(self._store, sandbox)
 
     async def _holders_of_path(self, path: str) -> list[Holder]:
         found = []

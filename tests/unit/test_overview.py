@@ -20,6 +20,7 @@ from pyblock import (
     MemoryHypervisor,
     Phase,
     Sandbox,
+    SandboxBusy,
     SqliteStore,
     UnknownSandbox,
     blocking,
@@ -117,7 +118,7 @@ async def test_what_lies_under_an_image_and_on_it(loops: Loops, make_store: Make
         assert [(holder.device.id, holder.relation) for holder in await host.holders(loop)] == [(under.id, "under it")]
 
 
-def test_without_an_event_loop(make_store: MakeStore, make_image: MakeImage) -> None:
+def test_without_an_event_loop(make_store: MakeStore, make_image: MakeImage, tmp_path: Path) -> None:
     store, image = make_store(), make_image("a")
     host = blocking.host(store)
     assert host.sandboxes() == []
@@ -128,6 +129,22 @@ def test_without_an_event_loop(make_store: MakeStore, make_image: MakeImage) -> 
         assert [one.device.id for one in host.holders(image)] == [device.id]
     with pytest.raises(UnknownSandbox):
         host.devices("s2")
+    host.export("s1", tmp_path / "saved.json")
+    assert host.forget("s1") == [device.id] and host.sandboxes() == []
+
+
+async def test_a_sandbox_can_be_exported_and_given_up(make_store: MakeStore, make_image: MakeImage, tmp_path: Path) -> None:
+    store, vm = make_store(), MemoryHypervisor()
+    host = pyblock.host(store)
+    async with Sandbox("s1", vm, store=store) as sandbox:
+        device = await sandbox.attach(make_image("a"))
+        await sandbox.save(tmp_path / "saved.json")
+        await host.export("s1", tmp_path / "exported.json")
+        with pytest.raises(SandboxBusy):
+            await host.forget("s1")
+    assert (tmp_path / "saved.json").read_bytes() == (tmp_path / "exported.json").read_bytes()
+    assert await host.forget("s1") == [device.id]
+    assert await host.sandboxes() == []
 
 
 def test_both_doors_have_the_same() -> None:
