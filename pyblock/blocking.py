@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from contextlib import ExitStack, suppress
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Generic, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Literal, Self, TypeVar, Unpack
 
 try:
     from anyio.from_thread import BlockingPortal, BlockingPortalProvider
@@ -28,6 +28,7 @@ from pyblock.hypervisors.base import Hypervisor
 from pyblock.index import BlockIndex
 from pyblock.machine import GRACE
 from pyblock.manager import Device, DeviceManager
+from pyblock.model import DiskOptions, Options, SharedOptions
 from pyblock.overview import Holder, KnownDevice, KnownSandbox
 from pyblock.recovery import Finding
 from pyblock.tasks import log
@@ -120,33 +121,23 @@ class Sandbox:
         self,
         image: door.Image,
         *,
-        driver: str | None = None,
-        read_only: bool = False,
-        serial: str | None = None,
-        device_id: str | None = None,
-        share: bool = False,
-        format: str | None = None,
         timeout: float | None = door.TIMEOUT,
+        **options: Unpack[Options],
     ) -> AttachedDevice:
         """See pyblock.Sandbox.attach."""
-        attach = partial(self._sandbox.attach, image, driver=driver, read_only=read_only, serial=serial, device_id=device_id)
         take_back: Callable[[AttachedDevice], Awaitable[None]] = partial(self._sandbox.detach, timeout=GRACE)
-        return self._call(partial(attach, share=share, format=format, timeout=timeout), take_back)
+        return self._call(partial(self._sandbox.attach, image, timeout=timeout, **options), take_back)
 
     def ensure(
         self,
         path: str | os.PathLike[str],
         *,
         device_id: str,
-        driver: str | None = None,
-        read_only: bool = False,
-        serial: str | None = None,
-        share: bool = False,
-        format: str | None = None,
         timeout: float | None = door.TIMEOUT,
+        **options: Unpack[DiskOptions],
     ) -> AttachedDevice:
         """See pyblock.Sandbox.ensure."""
-        ensure = partial(self._sandbox._ensure, path, device_id, driver, read_only, serial, share, format, timeout)
+        ensure = partial(self._sandbox._ensure, path, {**options, "device_id": device_id}, timeout)
 
         async def take_back(done: tuple[AttachedDevice, bool]) -> None:
             if done[1]:
@@ -158,17 +149,14 @@ class Sandbox:
         self,
         images: Iterable[door.Image],
         *,
-        driver: str | None = None,
-        read_only: bool = False,
-        share: bool = False,
-        format: str | None = None,
         timeout: float | None = door.TIMEOUT,
         progress: Callable[[BlockDevice], None] | None = None,
+        **options: Unpack[SharedOptions],
     ) -> list[AttachedDevice]:
         """See pyblock.Sandbox.attach_many. `progress` is called in the event-loop thread."""
-        attach = partial(self._sandbox.attach_many, list(images), driver=driver, read_only=read_only, share=share)
+        attach = partial(self._sandbox.attach_many, list(images), timeout=timeout, progress=progress, **options)
         take_back: Callable[[list[AttachedDevice]], Awaitable[None]] = partial(self._sandbox.detach_many, timeout=GRACE)
-        return self._call(partial(attach, format=format, timeout=timeout, progress=progress), take_back)
+        return self._call(attach, take_back)
 
     def detach(self, device: Device | str, *, timeout: float | None = door.TIMEOUT, released: bool = False) -> None:
         """See pyblock.Sandbox.detach."""

@@ -5,7 +5,7 @@ A BlockDrive keeps integers and what the VMM reported; text that follows from th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import msgspec
 
@@ -64,6 +64,27 @@ class DeviceInfo(msgspec.Struct, frozen=True, gc=False):
     options: dict[str, str] = {}
     share: bool = False
     format: str | None = None
+
+
+class SharedOptions(TypedDict, total=False):
+    """What may be said of many images at once, in the words of DeviceInfo, which explains them."""
+
+    driver: str | None
+    read_only: bool
+    share: bool
+    format: str | None
+
+
+class DiskOptions(SharedOptions, total=False):
+    """The same of one image."""
+
+    serial: str | None
+
+
+class Options(DiskOptions, total=False):
+    """The same, and its device ID."""
+
+    device_id: str | None
 
 
 class Place(msgspec.Struct, frozen=True, gc=False):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
 from pyblock import road
 from pyblock.allotment import Allotment
@@ -34,7 +34,7 @@ from pyblock.index import BlockIndex
 from pyblock.loading import loading
 from pyblock.machine import GRACE, Machine
 from pyblock.manager import Device, DeviceManager
-from pyblock.model import DeviceInfo
+from pyblock.model import DeviceInfo, DiskOptions, Options, SharedOptions
 from pyblock.recovery import SETTLE_TIME, Finding, Recovery
 from pyblock.table import Phase
 from pyblock.tasks import deadline_after, log, over
@@ -184,26 +184,20 @@ class Sandbox:
         self,
         image: Image,
         *,
-        driver: str | None = None,
-        read_only: bool = False,
-        serial: str | None = None,
-        device_id: str | None = None,
-        share: bool = False,
-        format: str | None = None,
         timeout: float | None = TIMEOUT,
+        **options: Unpack[Options],
     ) -> AttachedDevice:
         """Attaches an image and returns its device when the VMM has it. The same image again is the same device, counted once more.
 
         :param image: a path (file or block device), or a DeviceInfo, which then says all the rest.
-        :param driver: a name out of pyblock.DRIVERS; None takes the sandbox's.
-        :param share: others of this host may write the image too, if they say so as well.
-        :param format: "raw": the image is plugged in whatever it begins with; None: one that begins like qcow2, vmdk, LUKS or another
-            container is refused, for it is not plugged in as what it is.
         :param timeout: seconds, None for no deadline.
+        :param options: any of `driver` (a name out of pyblock.DRIVERS; None: the sandbox's), `read_only`, `serial`, `share` (others of
+            this host may write the image too, if they say so as well), `format` ("raw": it is plugged in whatever it begins with) and
+            `device_id`, as DeviceInfo explains them.
         Raises CallerError (ImageInUse among them), CapacityError, StoreError, DeadlinePassed (nothing was changed), VmmRefused,
         TransportError (everything was undone), AttachPending (the outcome is not known yet; see BlockDevice.attach).
         """
-        info = self._info(image, driver=driver, read_only=read_only, serial=serial, device_id=device_id, share=share, format=format)
+        info = _info(image, options)
         deadline = deadline_after(timeout)
         [device] = self._obtain([info])
         return await self._attach(device, info, deadline)
@@ -213,12 +207,8 @@ class Sandbox:
         path: str | os.PathLike[str],
         *,
         device_id: str,
-        driver: str | None = None,
-        read_only: bool = False,
-        serial: str | None = None,
-        share: bool = False,
-        format: str | None = None,
         timeout: float | None = TIMEOUT,
+        **options: Unpack[DiskOptions],
     ) -> AttachedDevice:
         """Attaches an image under that ID unless it is attached so already, and returns its device.
 
@@ -228,21 +218,16 @@ class Sandbox:
         Raises DeviceConflict where the image is there under another ID, the ID with another image, or
         both with another driver, access or serial than asked for; and what `attach` raises.
         """
-        return (await self._ensure(path, device_id, driver, read_only, serial, share, format, timeout))[0]
+        return (await self._ensure(path, {**options, "device_id": device_id}, timeout))[0]
 
     async def _ensure(
         self,
         path: str | os.PathLike[str],
-        device_id: str,
-        driver: str | None,
-        read_only: bool,
-        serial: str | None,
-        share: bool,
-        format: str | None,
+        options: Options,
         timeout: float | None,
     ) -> tuple[AttachedDevice, bool]:
         """The device, and whether it was attached for this."""
-        info = self._info(path, driver=driver, read_only=read_only, serial=serial, device_id=device_id, share=share, format=format)
+        info = _info(path, options)
         deadline = deadline_after(timeout)
         while True:
             [device] = self._obtain([info])
@@ -263,12 +248,9 @@ class Sandbox:
         self,
         images: Iterable[Image],
         *,
-        driver: str | None = None,
-        read_only: bool = False,
-        share: bool = False,
-        format: str | None = None,
         timeout: float | None = TIMEOUT,
         progress: Callable[[BlockDevice], None] | None = None,
+        **options: Unpack[SharedOptions],
     ) -> list[AttachedDevice]:
         """Attaches many images at once, with indexes in the order given, and returns their devices in that order. All or none.
 
@@ -277,10 +259,11 @@ class Sandbox:
 
         :param timeout: seconds for all of them together, None for no deadline.
         :param progress: called with each device when it is attached.
+        :param options: as for `attach`, without `serial` and `device_id`.
         """
         if isinstance(images, str | bytes | os.PathLike):
             raise InvalidValue(f"images {images!r} is one path; give a list of them, or use attach", value=images)
-        infos = [self._info(image, driver=driver, read_only=read_only, share=share, format=format) for image in images]
+        infos = [_info(image, options, SharedOptions) for image in images]
         deadline = deadline_after(timeout)
         devices = self._obtain(infos, many=True)
         if not devices:
@@ -490,28 +473,6 @@ class Sandbox:
                 finally:
                     await machine.close_ledger(over_)
 
-    def _info(
-        self,
-        image: Image,
-        *,
-        driver: str | None,
-        read_only: bool,
-        share: bool,
-        serial: str | None = None,
-        device_id: str | None = None,
-        format: str | None = None,
-    ) -> DeviceInfo:
-        if not isinstance(image, DeviceInfo):
-            path = os.fsdecode(image)
-            return DeviceInfo(path, driver, read_only, serial, device_id, share=share, format=format)
-        if driver is not None or read_only or serial is not None or device_id is not None or share or format is not None:
-            raise InvalidValue("a DeviceInfo says driver, read_only, serial, ID, share and format itself; give them there")
-        if image.dev_type in ("c", "u"):
-            raise InvalidImage(
-                f"a character device ({image.major}:{image.minor}) is no disk; count it through sandbox.manager", path=image.path or None
-            )
-        return image
-
     def _obtain(self, infos: Sequence[DeviceInfo], *, many: bool = False) -> list[BlockDevice]:
         """The devices for what the caller wants, one user counted on each; all or none."""
         self._machine.check()
@@ -562,6 +523,22 @@ class Sandbox:
 
 def _outcome(device: Device | str, error: BaseException | None) -> DeviceOutcome:
     return DeviceOutcome(device, None, error) if isinstance(device, str) else DeviceOutcome(device.id, device.info.path or None, error)
+
+
+def _info(image: Image, options: Mapping[str, object], known: type = Options) -> DeviceInfo:
+    """What is wanted. Raises TypeError for an option that is none of those."""
+    if not isinstance(image, DeviceInfo):
+        told: dict[str, Any] = dict(options)
+        if strange := told.keys() - known.__annotations__.keys():
+            raise TypeError(f"unexpected options {', '.join(sorted(strange))}; there are {', '.join(known.__annotations__)}")
+        return DeviceInfo(os.fsdecode(image), id=told.pop("device_id", None), **told)
+    if any(value is not None and value is not False for value in options.values()):
+        raise InvalidValue(f"a DeviceInfo says {', '.join(options)} itself; give that there")
+    if image.dev_type in ("c", "u"):
+        raise InvalidImage(
+            f"a character device ({image.major}:{image.minor}) is no disk; count it through sandbox.manager", path=image.path or None
+        )
+    return image
 
 
 def _is_sandbox_id(text: object) -> bool:

@@ -50,3 +50,17 @@ async def test_a_loaded_state_keeps_whatever_it_has() -> None:
         await sandbox.restore(decode(samples.text(state), where="a sample"))
         [saved] = sandbox.state().devices or []
         assert saved.driver_options == options
+
+
+@pytest.mark.parametrize("option", ["limits", "id", "path", "dev_type", "serial", "device_id"])
+async def test_an_option_that_nobody_knows(make_image: MakeImage, option: str) -> None:
+    image = make_image("one")
+    async with Sandbox("s1", MemoryHypervisor()) as sandbox:
+        with pytest.raises(TypeError, match=f"{option}; there are driver"):
+            await sandbox.attach_many([image], **{option: None})  # type: ignore[arg-type]
+        if option in ("serial", "device_id"):
+            await sandbox.attach(image, **{option: "x"})  # type: ignore[arg-type]
+        else:
+            with pytest.raises(TypeError, match=f"{option}; there are driver"):
+                await sandbox.attach(image, **{option: None})  # type: ignore[arg-type]
+            assert not sandbox.devices
