@@ -256,7 +256,8 @@ _PHASES: dict[str, SavedPhase] = {phase: phase for phase in get_args(SavedPhase)
 
 def _driver(name: str | None, saved: DriveState | None, default: Driver) -> Driver:
     if saved is not None and (saved.pmem or saved.nvdimm_id):
-        return NVDIMM  # the original writes the sandbox's driver beside it, whatever the device
+        named = DRIVERS.get(name or "")  # the original writes the sandbox's driver beside it, whatever the device
+        return named if named is not None and named.family is NVDIMM.family else NVDIMM
     if name:
         if (driver := DRIVERS.get(name)) is None:
             raise InvalidState(f"block driver {name!r} is unknown; known are {', '.join(DRIVERS)}")

@@ -514,9 +514,9 @@ class Sandbox:
         elif not await road.attach(self._machine, device, deadline):
             raise UnknownDevice(f"device {device.id!r} has ended meanwhile; attach its image anew", **device.facts)
 
-    async def _detach_known(self, device: Device, deadline: float | None, *, released: bool = False) -> None:
+    async def _detach_known(self, device: Device, deadline: float | None) -> None:
         if isinstance(device, BlockDevice):
-            await road.detach(self._machine, device, deadline, released=released)
+            await road.detach(self._machine, device, deadline)
         else:
             await self._machine.count(device, -1, deadline)
 

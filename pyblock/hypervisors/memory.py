@@ -56,7 +56,7 @@ class _Driver:
         self.locate(drive)
 
     def locate(self, drive: BlockDrive) -> None:
-        return None
+        drive.guest_match = f"/{drive.kind.name}{drive.index}/"
 
 
 class _Scsi(_Driver):
@@ -127,7 +127,8 @@ _DRIVERS: dict[str, _Driver] = {
     VIRTIO_MMIO.name: _Mmio(),
     NVDIMM.name: _Nvdimm(),
 }
-OFFERS = {name: driver.offer for name, driver in _DRIVERS.items()}
+_OTHER = _Driver()  # what every other driver is
+OFFERS = {name: _DRIVERS.get(name, _OTHER).offer for name in DRIVERS}
 
 
 class MemoryHypervisor(Hypervisor):
@@ -199,16 +200,16 @@ class MemoryHypervisor(Hypervisor):
         return self.dead
 
     def take(self, drive: BlockDrive) -> None:
-        _DRIVERS[drive.kind.name].take(self, drive)
+        _DRIVERS.get(drive.kind.name, _OTHER).take(self, drive)
 
     def recognize(self, drive: BlockDrive) -> None:
-        _DRIVERS[drive.kind.name].recognize(drive)
+        _DRIVERS.get(drive.kind.name, _OTHER).recognize(drive)
 
     async def place(self, drive: BlockDrive) -> Place:
-        return _DRIVERS[drive.kind.name].place(self, drive)
+        return _DRIVERS.get(drive.kind.name, _OTHER).place(self, drive)
 
     def give_back(self, drive: BlockDrive) -> None:
-        _DRIVERS[drive.kind.name].give_back(self, drive)
+        _DRIVERS.get(drive.kind.name, _OTHER).give_back(self, drive)
         drive.place = None
 
     def take_slot(self, drive: BlockDrive) -> int:
@@ -253,7 +254,7 @@ class MemoryHypervisor(Hypervisor):
         await self._step("device-add", drive, do)
 
     async def locate(self, drive: BlockDrive) -> None:
-        _DRIVERS[drive.kind.name].locate(drive)
+        _DRIVERS.get(drive.kind.name, _OTHER).locate(drive)
 
     async def request_removal(self, drive: BlockDrive) -> bool:
         await self._step("device-del", drive, lambda: None)

@@ -255,6 +255,45 @@ class OnMemory(QemuDriver):
         return next((name for _, name in await memory_modules(self._qmp) if name == KATA_NVDIMM + drive.id), None)
 
 
+class OnPci(QemuDriver):
+    """A drive whose device sits in the first free PCI slot that takes hot-plug."""
+
+    async def place(self, drive: BlockDrive) -> Place:
+        slot = await self._places.take_slot(drive.id)
+        if slot is None:
+            raise SlotsExhausted(
+                f"no free hot-pluggable PCI slot for drive {drive.id}; start QEMU with more "
+                "pcie-root-port (q35) or pci-bridge (pc) devices",
+                **drive.facts,
+            )
+        return Place(slot.name, pci_path=slot.pci_path)
+
+    def take(self, drive: BlockDrive) -> None:
+        if drive.place is not None:
+            self._places.take(drive.place, drive.id)
+
+    def give_back(self, drive: BlockDrive) -> None:
+        self._places.give_back(drive.place, drive.id)
+
+    async def locate(self, drive: BlockDrive) -> None:
+        slot = self._places.slot(drive.place)
+        if slot is None and drive.imported:
+            user = await self.user(drive)
+            disks = (await self._places.seen()).disks
+            slot = next((disk.slot for disk in disks if user and disk.id == user), None)
+            if slot is not None:
+                drive.pci_path = slot.pci_path
+        if slot is not None:
+            drive.guest_match = await self._places.guest_match(slot)
+
+    def _seat(self, drive: BlockDrive) -> dict[str, Any]:
+        """Where the device goes, as device_add takes it."""
+        bus, _, number = (drive.place or "").rpartition("/")
+        slot = self._places.slot(drive.place)
+        where = {} if slot is not None and slot.port else {"addr": f"0x{number}"}  # behind a port there is one place
+        return {"bus": bus, **where}
+
+
 class ScsiDisk(OnNode):
     """A LUN of the first virtio-scsi controller, whose seat follows from the index."""
 
@@ -282,49 +321,15 @@ class ScsiDisk(OnNode):
         drive.guest_match = f":0:{target}:{lun}/block/"
 
 
-class VirtioBlk(OnNode):
-    """A PCI device of its own, in the first free slot that takes hot-plug."""
+class VirtioBlk(OnPci, OnNode):
+    """A PCI device of its own."""
 
     driver = VIRTIO_BLK
     offer = Offer(serial_max=20, descriptors=True, removal_time=0.2)  # with ACPI hot-plug; 6.3 s with native PCIe hot-plug
     types = (DiskType("pci", r"virtio-blk-.*", VD), DiskType("mmio", r"virtio-blk-device", VD))
 
-    async def place(self, drive: BlockDrive) -> Place:
-        slot = await self._places.take_slot(drive.id)
-        if slot is None:
-            raise SlotsExhausted(
-                f"no free hot-pluggable PCI slot for drive {drive.id}; start QEMU with more "
-                "pcie-root-port (q35) or pci-bridge (pc) devices",
-                **drive.facts,
-            )
-        return Place(slot.name, pci_path=slot.pci_path)
-
-    def take(self, drive: BlockDrive) -> None:
-        if drive.place is not None:
-            self._places.take(drive.place, drive.id)
-
-    def give_back(self, drive: BlockDrive) -> None:
-        self._places.give_back(drive.place, drive.id)
-
     def device(self, drive: BlockDrive) -> dict[str, Any]:
-        bus, _, number = (drive.place or "").rpartition("/")
-        slot = self._places.slot(drive.place)
-        where = {} if slot is not None and slot.port else {"addr": f"0x{number}"}  # behind a port there is one place
-        return {"driver": "virtio-blk-pci", "bus": bus, **where, **self._options(drive)}
-
-    def recognize(self, drive: BlockDrive) -> None:
-        pass  # only the machine can tell
-
-    async def locate(self, drive: BlockDrive) -> None:
-        slot = self._places.slot(drive.place)
-        if slot is None and drive.imported:
-            user = await self.user(drive)
-            disks = (await self._places.seen()).disks
-            slot = next((disk.slot for disk in disks if user and disk.id == user), None)
-            if slot is not None:
-                drive.pci_path = slot.pci_path
-        if slot is not None:
-            drive.guest_match = await self._places.guest_match(slot)
+        return {"driver": "virtio-blk-pci", **self._seat(drive), **self._options(drive)}
 
 
 class Nvdimm(OnMemory):
