@@ -6,6 +6,7 @@ stands in `__all__`; what not every program needs is imported when it is first a
 
 from __future__ import annotations
 
+import logging as _logging
 import typing as _typing
 from importlib import import_module as _import_module
 
@@ -22,6 +23,7 @@ from pyblock.overview import Holder, Host, KnownDevice, KnownSandbox, host
 from pyblock.recovery import Finding, Found, Outcome
 from pyblock.sandbox import Sandbox
 from pyblock.table import Phase
+from pyblock.voice import EventKind, Events, SandboxEvent
 
 if _typing.TYPE_CHECKING:
     from pyblock import blocking as blocking
@@ -31,6 +33,9 @@ if _typing.TYPE_CHECKING:
     from pyblock.stores.sqlite import SqliteStore
 
 __version__ = "0.1.0"
+
+# A library is silent until its user sets a handler.
+_logging.getLogger(__name__).addHandler(_logging.NullHandler())
 
 # fmt: off
 __all__ = [  # noqa: RUF022 - by what they are about
@@ -42,6 +47,8 @@ __all__ = [  # noqa: RUF022 - by what they are about
     "Holder", "Host", "KnownDevice", "KnownSandbox",
     # what recovery found
     "Finding", "Found", "Outcome",
+    # what a sandbox says by itself
+    "Events", "EventKind", "SandboxEvent",
     # machines and stores
     "Hypervisor", "MemoryHypervisor", "Fault", "DeviceState", "SqliteStore", "Store",
     # numbers and names

@@ -6,6 +6,7 @@ It repeats none of the logic. The thread starts with the first open sandbox and 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable, Iterable
@@ -20,7 +21,7 @@ except ModuleNotFoundError as error:
     why = "pyblock.blocking needs anyio: pip install pyblock-hotplug[blocking]"
     raise ImportError(why, name=error.name) from error
 
-from pyblock import overview
+from pyblock import overview, voice
 from pyblock import sandbox as door
 from pyblock.device import AttachedDevice, BlockDevice
 from pyblock.errors import PyblockError, SandboxClosed
@@ -31,11 +32,13 @@ from pyblock.manager import Device, DeviceManager
 from pyblock.model import DiskOptions, Options, SharedOptions
 from pyblock.overview import Holder, KnownDevice, KnownSandbox
 from pyblock.recovery import Finding
-from pyblock.tasks import log
+from pyblock.voice import SandboxEvent
 
 if TYPE_CHECKING:
     from pyblock.state import SandboxState
     from pyblock.stores.base import Store
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -65,10 +68,11 @@ class Sandbox:
         store: Store | Literal["host"] | None = "host",
         recover: bool = True,
         open_timeout: float | None = None,
+        on_event: Callable[[SandboxEvent], None] | None = None,
     ) -> None:
         self._sandbox = door.Sandbox(
             sandbox_id, vm, driver=driver, capacity=capacity, block_offset=block_offset, store=store, recover=recover,
-            open_timeout=open_timeout,
+            open_timeout=open_timeout, on_event=on_event,
         )  # fmt: skip
         self._portal: BlockingPortal | None = None
         self._pid = -1  # of the process that opened it
@@ -116,6 +120,11 @@ class Sandbox:
     def index(self) -> BlockIndex:
         """The block index."""
         return self._sandbox.index
+
+    def events(self) -> Events:
+        """See pyblock.Sandbox.events: an iterator, which blocks the thread that waits for the next one. `on_event` is called in the
+        event-loop thread."""
+        return Events(self, self._sandbox.events())
 
     def attach(
         self,
@@ -271,6 +280,36 @@ class Host:
 def host(store: Store | None = None) -> Host:
     """See pyblock.host."""
     return Host(store)
+
+
+class Events:
+    """The events of a blocking sandbox for one listener; see pyblock.Events. Its thread may be another than those that use the sandbox."""
+
+    def __init__(self, sandbox: Sandbox, events: voice.Events) -> None:
+        self._sandbox = sandbox
+        self._events = events
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> SandboxEvent:
+        if (event := self.next()) is None:
+            raise StopIteration
+        return event
+
+    def next(self) -> SandboxEvent | None:
+        """The next event; None when the sandbox was closed, or this was. Raises SandboxClosed before it was opened."""
+        if self._events.ended:
+            return self._events.take()
+        return self._sandbox._call(self._events.next, self._put_back)
+
+    def close(self) -> None:
+        """Ends it: what waits may still be taken, and nothing comes any more."""
+        self._events.close()
+
+    async def _put_back(self, event: SandboxEvent | None) -> None:
+        if event is not None:
+            self._events.put_back(event)
 
 
 class _Call(Generic[Result]):

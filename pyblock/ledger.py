@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Sequence
 
 from pyblock.device import BlockDevice
-from pyblock.errors import ImageInUse, InvalidValue, PyblockError
+from pyblock.errors import ImageInUse, InvalidValue, PyblockError, StoreError
 from pyblock.generic import GenericDevice
 from pyblock.manager import Device, DeviceManager
 from pyblock.recorded import record_of
 from pyblock.stores.base import Claim, Row, Store
 from pyblock.stores.record import SandboxRecord, encode_in_place, encode_sandbox
 from pyblock.table import HOLDING, Phase
-from pyblock.tasks import log
+from pyblock.voice import Voice
+
+log = logging.getLogger(__name__)
 
 RETRY = 1.0  # seconds between two tries to write what could not be written at once
 
@@ -26,20 +29,25 @@ RETRY = 1.0  # seconds between two tries to write what could not be written at o
 class Ledger:
     """:param manager: the devices that there are; a touched device that it does not know has gone.
     :param opening: which opening of the sandbox it belongs to, as the store counts them.
+    :param voice: is told what has been written.
     """
 
-    __slots__ = ("_later", "_loop", "_manager", "_opening", "_own", "_refused", "_sandbox_id", "_stamp", "_store", "_touched")
+    __slots__ = (
+        "_later", "_loop", "_manager", "_opening", "_own", "_refused", "_sandbox_id", "_stamp",
+        "_store", "_touched", "_voice",
+    )  # fmt: skip
 
-    def __init__(self, store: Store, sandbox_id: str, manager: DeviceManager, opening: int) -> None:
+    def __init__(self, store: Store, sandbox_id: str, manager: DeviceManager, opening: int, voice: Voice) -> None:
         self._store = store
         self._opening = opening
+        self._voice = voice
         self._loop = asyncio.get_running_loop()
         self._sandbox_id = sandbox_id
         self._manager = manager
         self._touched: dict[str, int] = {}  # device ID to when it was touched last
         self._own: bytes | None = None  # the sandbox's own record, while it is to be written
         self._stamp = 0
-        self._refused: dict[str, ImageInUse | InvalidValue] = {}
+        self._refused: dict[str, ImageInUse | InvalidValue | StoreError] = {}
         self._later: asyncio.Task[None] | None = None
 
     def touch(self, device_id: str) -> None:
@@ -71,13 +79,21 @@ class Ledger:
                 try:
                     found.append(_row(device) if device is not None else Row(device_id, None))
                 except (UnicodeError, ValueError, TypeError) as error:  # it is this device's trouble, not that of others
-                    self._refused[device_id] = InvalidValue(f"device {device_id} cannot be written down: {error}")
+                    # Once the VMM has been sent something, it is no fault of the caller's any more.
+                    sent = isinstance(device, BlockDevice) and device.phase is not Phase.ATTACHING
+                    kind = StoreError if sent else InvalidValue
+                    self._refused[device_id] = kind(f"device {device_id} cannot be written down: {error}", device=device_id)
                     continue
                 if isinstance(device, BlockDevice):
                     said.append((device, device.attach_count if device.phase is Phase.ATTACHED else 0))
             return found
 
-        refused = await self._store.write(self._sandbox_id, rows, deadline, own=pending)
+        try:
+            refused = await self._store.write(self._sandbox_id, rows, deadline, own=pending)
+        except StoreError as taken_away:
+            if taken_away.owner is not None:
+                self._voice.owned(taken_away.owner, taken_away)
+            raise
         if self._own is pending:
             self._own = None
         for device, count in said:
@@ -85,6 +101,8 @@ class Ledger:
         for device_id, stamp in taken.items():
             if self._touched.get(device_id) == stamp:  # it was not touched again while the store was writing
                 del self._touched[device_id]
+        if self._voice.unsaid:
+            self._voice.written([device_id for device_id in taken if device_id not in self._touched])
         for device_id, error in refused.items():
             self._refused[device_id] = _named(error, known.get(device_id))
 
@@ -165,4 +183,7 @@ def _row(device: Device) -> Row:
 
 
 def _named(error: ImageInUse, device: Device | None) -> ImageInUse:
-    return ImageInUse(f"image {device.info.path!r} {error}") if device is not None else error
+    if device is None:
+        return error
+    path = device.info.path
+    return ImageInUse(f"image {path!r} {error}", device=device.id, path=path, holder=error.holder, owner=error.owner)

@@ -7,6 +7,7 @@ What it takes up from a store, it gives up again when it is closed.
 from __future__ import annotations
 
 import asyncio
+import logging
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -30,12 +31,16 @@ from pyblock.loading import loading
 from pyblock.manager import Device, DeviceManager
 from pyblock.model import BlockDrive
 from pyblock.table import LIFE, End, Event, IllegalEvent, Phase
-from pyblock.tasks import Operation, log, passed
+from pyblock.tasks import Operation, passed
+from pyblock.voice import Voice
 
 if TYPE_CHECKING:
     from pyblock.ledger import Ledger
     from pyblock.stores.base import Store
     from pyblock.stores.record import Record, SandboxRecord
+
+log = logging.getLogger(__name__)
+spoken = logging.getLogger("pyblock.voice")
 
 # What only a saved state and a store need is imported there: its typed schema is a tenth of the time to import pyblock.
 
@@ -48,6 +53,7 @@ class Machine:
     :param vmm: the adapter of its VMM.
     :param manager: the devices.
     :param allotment: what it gives out.
+    :param voice: what is told of all that happens.
 
     :ivar ledger: its part of a store; None while it is in none.
     :ivar late: devices whose callers were told "pending", and which are gone since.
@@ -58,14 +64,15 @@ class Machine:
 
     __slots__ = (
         "_doubts", "_lanes", "_loading", "_met", "allotment", "asked_at", "id", "kata", "late", "ledger", "loop",
-        "manager", "opened", "vmm",
+        "manager", "opened", "vmm", "voice",
     )  # fmt: skip
 
-    def __init__(self, sandbox_id: str, vmm: Hypervisor, manager: DeviceManager, allotment: Allotment) -> None:
+    def __init__(self, sandbox_id: str, vmm: Hypervisor, manager: DeviceManager, allotment: Allotment, voice: Voice | None = None) -> None:
         self.id = sandbox_id
         self.vmm = vmm
         self.manager = manager
         self.allotment = allotment
+        self.voice = voice or Voice(sandbox_id)
         self.ledger: Ledger | None = None
         self.late: dict[str, None] = {}
         self.kata = b""  # of the saved state that was taken in, what pyblock does not know
@@ -78,6 +85,8 @@ class Machine:
         self._met = ""  # the machine, as its adapter tells it from others
 
     def __del__(self) -> None:
+        if (voice := getattr(self, "voice", None)) is not None:
+            voice.close()
         if (ledger := getattr(self, "ledger", None)) is not None and ledger.abandon():
             # Not its repr: what it consists of may have been deleted before it.
             warnings.warn(f"unclosed sandbox {self.id}: use 'async with', or close it", ResourceWarning, stacklevel=2, source=self)
@@ -110,14 +119,21 @@ class Machine:
 
     # The gate: whatever changes a device's phase.
 
-    def move(self, device: BlockDevice, event: Event) -> None:
-        """Moves the device on, and has its row written with the next flush. Raises IllegalEvent."""
+    def move(self, device: BlockDevice, event: Event, error: BaseException | None = None) -> None:
+        """Moves the device on, has its row written with the next flush, and whoever listens told when that is done. Raises IllegalEvent.
+
+        :param error: why, where something failed.
+        """
+        was = device.phase
         try:
-            device.phase = LIFE[device.phase, event]
+            device.phase = LIFE[was, event]
         except KeyError:
-            raise IllegalEvent(device.phase, event) from None
+            raise IllegalEvent(was, event) from None
         if self.ledger is not None:
             self.ledger.touch(device.id)
+        voice = self.voice
+        if voice.listeners or voice.on_event is not None or spoken.isEnabledFor(logging.INFO):
+            voice.moved(device, was, event, error, stored=self.ledger is not None)
 
     def take(self, device: BlockDevice) -> None:
         """Takes index, ordinal and drive ID for a device that is to be attached. No I/O. Raises a CapacityError or CallerError, having
@@ -135,12 +151,12 @@ class Machine:
         self.late.pop(device.id, None)
         self.move(device, Event.ATTACH)
 
-    def give_back(self, device: BlockDevice, event: Event, end: End) -> None:
+    def give_back(self, device: BlockDevice, event: Event, end: End, error: BaseException | None = None) -> None:
         """Gives back all that a device holds, which the VMM has nothing of; without users it is then forgotten. Whoever was told
         "pending" may call again with the same object: so a LATE end is the object's own, and who waits to attach its image gets a new
         one."""
         drive = device.held
-        self.move(device, event)
+        self.move(device, event, error)
         device.drive, device.attach_count = None, 0
         self._vacate(drive)
         self.allotment.release(drive)
@@ -220,9 +236,16 @@ class Machine:
 
     # What the VMM is asked.
 
-    def doubt(self) -> None:
-        """Has the VMM asked what it has before it is next changed, and what is then found pending settled."""
+    def doubt(self, error: BaseException | None = None) -> None:
+        """Has the VMM asked what it has before it is next changed, and what is then found pending settled.
+
+        :param error: what the VMM was asked in vain ended in.
+        """
         self._doubts += 1
+        if isinstance(error, Unsettled):
+            error = error.error
+        if isinstance(error, TransportError):
+            self.voice.vmm_lost(error)
 
     @property
     def happened(self) -> int:
@@ -252,10 +275,10 @@ class Machine:
             await self.vmm.plug(drive, image)
         except PyblockError as error:
             if isinstance(error, TransportError):
-                self.doubt()
+                self.doubt(error)
             raise
-        except Unsettled:
-            self.doubt()
+        except Unsettled as error:
+            self.doubt(error)
             raise
         except Exception as error:
             self.doubt()
@@ -274,7 +297,7 @@ class Machine:
         try:
             await self.vmm.unplug(drive)
         except (TransportError, Unsettled) as error:
-            self.doubt()
+            self.doubt(error)
             if first and isinstance(error, TransportError):  # nothing was sent
                 self.allotment.stays(drive)
             raise
@@ -323,7 +346,8 @@ class Machine:
         except BaseException:
             await store.close_sandbox(self.id)
             raise
-        self.ledger, self._met = Ledger(store, self.id, self.manager, stored.opening), ""
+        self.ledger, self._met = Ledger(store, self.id, self.manager, stored.opening, self.voice), ""
+        self.voice.owned(stored.owner)
 
     async def load(self, own: SandboxRecord, records: list[Record], *, where: str) -> None:
         """Takes in the records of a saved state, and has the store keep them; all of it or nothing. See Sandbox.restore."""
@@ -431,6 +455,7 @@ class Machine:
             await operation.settled(None)
 
     async def disconnect(self, deadline: float | None) -> None:
+        self.vmm.watch(None)
         try:
             async with asyncio.timeout_at(deadline):
                 with typed(f"sandbox {self.id}: ending the connection to its VMM"):
@@ -446,5 +471,6 @@ class Machine:
             return
         try:
             await ledger.close(deadline)
+            self.voice.owned("")
         except PyblockError as error:
             log.warning("sandbox %s: what was not written yet, recovery will find: %s", self.id, error)

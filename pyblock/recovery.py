@@ -6,6 +6,7 @@ The VMM is asked before a sandbox first changes it, when a sandbox with a past i
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from enum import StrEnum
 from functools import partial
@@ -21,7 +22,9 @@ from pyblock.machine import Machine
 from pyblock.manager import DeviceManager
 from pyblock.model import BlockDrive, DeviceInfo
 from pyblock.table import Phase
-from pyblock.tasks import Ended, Operation, SharedWork, log, passed
+from pyblock.tasks import Ended, Operation, SharedWork, passed
+
+log = logging.getLogger(__name__)
 
 SETTLE_TIME = 2.0  # seconds that opening waits for removals; those that take longer go on by themselves
 
@@ -290,11 +293,15 @@ class Recovery:
                     others = await machine.drives_of_others(inventory.machine) if inventory.held.keys() - ours else set()
         except PyblockError as error:
             machine.about(error)
+            if isinstance(error, TransportError):
+                machine.voice.vmm_lost(error)
             raise
         except TimeoutError:
             silent = VmmUnreachable(f"the VMM of sandbox {machine.id} did not answer within {CONNECT_TIMEOUT:g} s")
             machine.about(silent)
+            machine.voice.vmm_lost(silent)
             raise silent from None
+        machine.voice.vmm_back()
         self._renamed = machine.allotment.learn(inventory, ours) or self._renamed
         return differences(before, ours | others, inventory)
 

@@ -36,7 +36,7 @@ from pyblock.table import (
     Phase,
     Stage,
 )
-from pyblock.tasks import Operation, Waiters, given, over
+from pyblock.tasks import SANDBOX, Operation, Waiters, given, over
 
 # Seconds that a cancelled call waits for what it leaves behind to be written down, before its caller
 # goes on.
@@ -189,6 +189,7 @@ class Road(Operation):
         """Writes down what is intended, and has the VMM do it. False: nobody waits for it any more, so
         the VMM was not touched, and all is as before."""
         machine, device = self._machine, self._device
+        SANDBOX.set(machine.id)
         begun = False
         try:
             if aim is Aim.PLUG:
@@ -205,19 +206,20 @@ class Road(Operation):
                 self.stage = Stage.ACTING if aim is Aim.PLUG else Stage.REMOVING
                 await (machine.plug(device) if aim is Aim.PLUG else machine.unplug(device.held))
         except BaseException as error:
-            machine.about(error.error if isinstance(error, Unsettled) else error, device)
+            why = error.error if isinstance(error, Unsettled) else error
+            machine.about(why, device)
             failure = _failure(error) if begun else Failure.UNSENT
             event = FOLLOWS[aim, failure]
             if event is not Event.UNKNOWN:
-                await self._follow(event)
+                await self._follow(event, why)
             else:
-                _unsure(machine, device)
+                _unsure(machine, device, why)
                 if failure is Failure.UNSENT:
                     machine.doubt()  # else nothing would settle it
                     await machine.write_soon(device)  # what is written for others may have taken this along
             self._raise(error, failure, event)
         if not begun:
-            await self._follow(Event.UNDONE)
+            await self._follow(Event.UNDONE, None)
         return begun
 
     def _too_late(self, deadline: float) -> StoreBusy:
@@ -225,11 +227,11 @@ class Road(Operation):
         text = "the deadline passed while the store was being written; nothing was changed"
         return StoreBusy(f"device {self._device.id}: {text}", timeout=given(deadline))
 
-    async def _follow(self, event: Event) -> None:
+    async def _follow(self, event: Event, error: BaseException | None) -> None:
         if event is Event.UNDONE:
-            self._machine.give_back(self._device, event, End.UNDONE)
+            self._machine.give_back(self._device, event, End.UNDONE, error)
         else:
-            self._machine.move(self._device, event)
+            self._machine.move(self._device, event, error)
         await self._machine.write_soon(self._device)  # what is written for others may have taken this along
 
     def _raise(self, error: BaseException, failure: Failure, event: Event) -> None:
@@ -301,7 +303,7 @@ class Attach(Road):
         except Exception as error:
             if device.phase is Phase.ATTACHED and device.said_count:
                 return None  # it is written down all the same
-            _give_up(machine, device)
+            _give_up(machine, device, error)
             return error
         return None
 
@@ -444,19 +446,19 @@ async def _take_back(machine: Machine, device: BlockDevice) -> None:
     await _correct(machine, device)
 
 
-def _give_up(machine: Machine, device: BlockDevice) -> None:
+def _give_up(machine: Machine, device: BlockDevice, error: BaseException | None = None) -> None:
     """Takes note that its caller was told that the outcome is open, or has gone: an attach is then to be
     undone, not to be finished."""
-    _unsure(machine, device)
+    _unsure(machine, device, error)
     if device.phase is Phase.ATTACH_PENDING:
         device.attach_count = 0
         machine.touch(device)
 
 
-def _unsure(machine: Machine, device: BlockDevice) -> None:
+def _unsure(machine: Machine, device: BlockDevice, error: BaseException | None = None) -> None:
     """The outcome is not known, or nobody hears of it."""
     if device.phase not in PENDING:
-        machine.move(device, Event.UNKNOWN)
+        machine.move(device, Event.UNKNOWN, error)
 
 
 async def _correct(machine: Machine, device: BlockDevice) -> None:

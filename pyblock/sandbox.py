@@ -7,6 +7,7 @@ caller may do with it.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -37,11 +38,14 @@ from pyblock.manager import Device, DeviceManager
 from pyblock.model import DeviceInfo, DiskOptions, Options, SharedOptions
 from pyblock.recovery import SETTLE_TIME, Finding, Recovery
 from pyblock.table import Phase
-from pyblock.tasks import deadline_after, log, over
+from pyblock.tasks import deadline_after, over
+from pyblock.voice import Events, SandboxEvent, Voice
 
 if TYPE_CHECKING:
     from pyblock.state import SandboxState
     from pyblock.stores.base import Store
+
+log = logging.getLogger(__name__)
 
 # What only a saved state and a store need is imported there: its typed schema is a tenth of the time to import pyblock.
 
@@ -68,6 +72,7 @@ class Sandbox:
         (`memory:`); None: nowhere, and no image is claimed.
     :param recover: open also asks the VMM what it has and settles what differs; else that waits for the first attach, detach or reconcile.
     :param open_timeout: seconds for all of opening; None: 60 s for the store, whose lock another process may have, and 10 s for the VMM.
+    :param on_event: is called with each event (see `events`), in the event loop, so it must not wait; what it raises is logged.
 
     Opening (`async with`, or `open`) makes this process the owner, and takes up what the store knows. Raises SandboxBusy, SandboxConflict,
     StateError, StoreError. A VMM that does not answer is no error then: what is known stays as it is, and it is asked again later.
@@ -91,6 +96,7 @@ class Sandbox:
         store: Store | Literal["host"] | None = "host",
         recover: bool = True,
         open_timeout: float | None = None,
+        on_event: Callable[[SandboxEvent], None] | None = None,
     ) -> None:
         if not _is_sandbox_id(sandbox_id):
             text = f"sandbox ID {sandbox_id!r} is not 1 to 128 of A-Z a-z 0-9 _ . - beginning with a letter or digit"
@@ -99,7 +105,8 @@ class Sandbox:
             raise InvalidValue(f"block offset {block_offset!r} is not in 0 … {capacity - 1}", value=block_offset)
         vmm = open_hypervisor(vm) if isinstance(vm, str) else vm
         offsets = None if block_offset is None else {"vd": block_offset}
-        self._machine = Machine(sandbox_id, vmm, DeviceManager(driver, vmm.offers), Allotment(capacity, offsets))
+        voice = Voice(sandbox_id, on_event)
+        self._machine = Machine(sandbox_id, vmm, DeviceManager(driver, vmm.offers), Allotment(capacity, offsets), voice)
         self._recovery = Recovery(self._machine)
         self._batches: set[asyncio.Task[list[AttachedDevice]]] = set()  # that are under way
         self._saving: asyncio.Future[None] | None = None  # the last save, which may still be under way
@@ -129,6 +136,7 @@ class Sandbox:
             with knowing(sandbox=self.id, vm=self._machine.vmm.address or None):
                 await self._machine.take_up(store, deadline)
         self._machine.opened, self._machine.loop = True, asyncio.get_running_loop()
+        self._machine.vmm.watch(self._machine.voice.vmm_lost)
         self._recovery.begin()
         if self._recover and len(self.manager):
             try:
@@ -179,6 +187,15 @@ class Sandbox:
     def recovered(self) -> tuple[Finding, ...]:
         """What differed when the VMM was last asked what it has, and what became of it."""
         return self._recovery.findings
+
+    def events(self) -> Events:
+        """What happens to this sandbox from now on: an async iterator of SandboxEvent, which ends when the sandbox is closed. Any number
+        may listen. It may be asked for before the sandbox is opened, to hear what opening finds.
+
+        An event comes when its outcome is written down, and for each device in the order in which things happened.
+        What a listener does not take in time is dropped (see Events), and holds nothing up.
+        """
+        return self._machine.voice.events()
 
     async def attach(
         self,
@@ -428,10 +445,13 @@ class Sandbox:
             address = self._machine.vmm.address
             text = f"sandbox {self.id}: its machine {address} still answers; detach its devices, or end it first"
             raise MachineAnswers(text, sandbox=self.id, vm=address or None)
-        await self._machine.cut_off()
-        given_up = self._machine.clear()
-        if self._machine.ledger is not None:
-            await self._machine.ledger.flush(own=b"")
+        machine = self._machine
+        await machine.cut_off()
+        disks = [device for device in self.manager if isinstance(device, BlockDevice) and device.drive is not None]
+        given_up = machine.clear()
+        if machine.ledger is not None:
+            await machine.ledger.flush(own=b"")
+        machine.voice.given_up(disks)
         return given_up
 
     async def settle(self, timeout: float = GRACE) -> None:
@@ -472,6 +492,7 @@ class Sandbox:
                     await machine.disconnect(over_)
                 finally:
                     await machine.close_ledger(over_)
+                    machine.voice.close()
 
     def _obtain(self, infos: Sequence[DeviceInfo], *, many: bool = False) -> list[BlockDevice]:
         """The devices for what the caller wants, one user counted on each; all or none."""

@@ -11,6 +11,7 @@ import asyncio
 import copy
 import logging
 from collections.abc import Callable, Coroutine
+from contextvars import ContextVar
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
@@ -18,9 +19,11 @@ from pyblock.errors import DeadlinePassed, InvalidTimeout
 
 Result = TypeVar("Result")
 
-log = logging.getLogger("pyblock")
-log.addHandler(logging.NullHandler())  # a library is silent until its user sets a handler
+log = logging.getLogger(__name__)
 
+
+# Whose operation this task is, for the log of those who know drives only.
+SANDBOX: ContextVar[str | None] = ContextVar("sandbox", default=None)
 
 TIMEOUT_MAX = 1e9  # seconds, 30 years: beyond it a clock's fractions are lost
 

@@ -6,6 +6,8 @@ the machine has. What a step's failure means (nothing sent, refused, nobody know
 
 from __future__ import annotations
 
+import logging
+import time
 from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,9 @@ from pyblock.errors import PyblockError, TransportError, VmmProtocolError, VmmRe
 from pyblock.image import OpenedImage
 from pyblock.lineage import Identity
 from pyblock.model import BlockDrive, Place
+from pyblock.tasks import SANDBOX
+
+log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -184,6 +189,11 @@ class Hypervisor(Protocol):
         """How many connections were lost so far. At each the machine may have been started anew, whether anybody waited for it or not."""
         return 0
 
+    def watch(self, lost: Callable[[TransportError], None] | None) -> None:
+        """Has `lost` be called whenever a connection breaks, as soon as that is seen; None: nobody any more. An adapter that only sees it
+        when it next asks need not."""
+        return None
+
     @abstractmethod
     async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
         """Connects where that is needed, and lists what the machine has now. Changes nothing.
@@ -243,9 +253,12 @@ class Hypervisor(Protocol):
     async def plug(self, drive: BlockDrive, image: OpenedImage) -> None:
         """Plugs in a drive that has its place, and fills in where it went. On an error nothing is left behind, except on Unsettled."""
         done: list[Step] = []
+        began = time.monotonic()
         for step in self.steps(drive, image):
             try:
                 await step.do()
+                if log.isEnabledFor(logging.DEBUG):
+                    began = _tell(step.name, drive, began)
             except Exception as error:
                 what = _sorted(step.name, drive, error, sent=bool(done))
                 if isinstance(what, PyblockError):
@@ -261,11 +274,17 @@ class Hypervisor(Protocol):
     async def unplug(self, drive: BlockDrive) -> None:
         """Removes whatever the machine has of a drive; returns when it is confirmed gone. Unsettled when that is not known. VmmRefused:
         the VMM keeps it, if its `keeps` says so."""
+        began = time.monotonic()
         try:
             doing = "asking for the removal"
-            if await self.request_removal(drive):
+            asked = await self.request_removal(drive)
+            if log.isEnabledFor(logging.DEBUG):
+                began = _tell(doing, drive, began)
+            if asked:
                 doing = "waiting for the removal"
                 await self.removed(drive)
+                if log.isEnabledFor(logging.DEBUG):
+                    began = _tell(doing, drive, began)
             elif drive.imported:
                 doing = "looking for it under other names"
                 await self._check_names(drive)
@@ -277,6 +296,8 @@ class Hypervisor(Protocol):
             raise what from (error if what is not error else error.__cause__)
         try:
             await self.remove_rest(drive)
+            if log.isEnabledFor(logging.DEBUG):
+                _tell("removing what is left", drive, began)
         except Exception as error:  # it has left the guest, but not all of it has left the VMM: neither attached nor free
             raise _unsettled("removing what is left", drive, error) from error
 
@@ -326,6 +347,14 @@ def _sorted(doing: str, drive: BlockDrive, error: Exception, *, sent: bool) -> E
     if isinstance(error, TransportError) and (sent or error.sent):
         return Unsettled(error)
     return error if isinstance(error, PyblockError | Unsettled) else _unsettled(doing, drive, error)
+
+
+def _tell(step: str, drive: BlockDrive, began: float) -> float:
+    """Logs a step; returns when it was over, which is when the next one begins."""
+    now = time.monotonic()
+    facts = {"sandbox": SANDBOX.get(), "device": drive.info.id, "drive": drive.id, "step": step, "seconds": now - began}
+    log.debug("sandbox %(sandbox)s: drive %(drive)s: %(step)s took %(seconds).6f s", facts, extra=facts)
+    return now
 
 
 def _unsettled(doing: str, drive: BlockDrive, error: Exception) -> Unsettled:

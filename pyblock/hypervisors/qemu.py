@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Annotated
 
 import msgspec
 
-from pyblock.errors import PyblockError, VmmRefused
+from pyblock.errors import PyblockError, TransportError, VmmRefused
 from pyblock.hypervisors.base import Hypervisor, Inventory, Offer, Step
 from pyblock.hypervisors.qemu_descriptors import DescriptorSets
 from pyblock.hypervisors.qemu_drivers import DRIVERS, TYPES, Answer, Other, QemuDriver
@@ -66,6 +66,9 @@ class QemuHypervisor(Hypervisor):
     @property
     def lanes(self) -> int | None:
         return _LANES
+
+    def watch(self, lost: Callable[[TransportError], None] | None) -> None:
+        self._qmp.lost = lost
 
     async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
         with self._descriptors.watched() as moved:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -25,7 +26,8 @@ from pyblock.hypervisors.qmp_connection import Command as Sent
 from pyblock.hypervisors.unix import has_open
 from pyblock.image import OpenedImage
 from pyblock.model import BlockDrive, Place
-from pyblock.tasks import log
+
+log = logging.getLogger(__name__)
 
 _BUSY_TRIES = 6  # the node may stay in use for a moment after DEVICE_DELETED, while requests drain
 _BUSY_PAUSE = 0.02  # seconds before the first new try; doubled each time

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from pyblock.errors import ConnectionLost, PyblockError, VmmProtocolError, VmmRefused, VmmUnreachable, shown
+from pyblock.errors import ConnectionLost, PyblockError, TransportError, VmmProtocolError, VmmRefused, VmmUnreachable, shown
 from pyblock.hypervisors import unix
 from pyblock.hypervisors.base import CONNECT_TIMEOUT
 from pyblock.hypervisors.qmp_connection import Command, Connection
@@ -44,6 +44,7 @@ class QmpSession:
     :ivar losses: how many connections have ended.
     :ivar resumes: how often it has said that the machine goes on after a stop.
     :ivar on_loss: is called when one has.
+    :ivar lost: the same for whoever has opened the machine, with the reason; None for nobody.
     :ivar on_resume: is called when the machine goes on after a stop.
     :ivar waits_for: what it waits for while it is being opened, in words; "" otherwise.
     """
@@ -54,6 +55,7 @@ class QmpSession:
         self.resumes = 0
         self.on_loss: Callable[[], None] = lambda: None
         self.on_resume: Callable[[], None] = lambda: None
+        self.lost: Callable[[TransportError], None] | None = None
         self.waits_for = ""
         self._connection: Connection | None = None
         self._opening: SharedWork[Connection] = SharedWork()
@@ -239,6 +241,8 @@ class QmpSession:
         self._connection = None
         self.losses += 1
         self.on_loss()
+        if self.lost is not None and isinstance(error, TransportError):
+            self.lost(error)
         leaving, self._leaving = self._leaving, {}
         for future in leaving.values():
             if not future.done():

@@ -40,13 +40,14 @@ def state_folder() -> Path:
         why = getattr(error, "strerror", None) or error
         if folder.is_symlink() and not folder.exists():
             why = "it is a symbolic link that leads nowhere"
-        raise StoreError(f"state folder {str(folder)!r} cannot be made: {why}; name another in PYBLOCK_STATE_DIR") from error
+        text = f"state folder {str(folder)!r} cannot be made: {why}; name another in PYBLOCK_STATE_DIR"
+        raise StoreError(text, path=str(folder)) from error
     return folder
 
 
 def _absolute(variable: str, text: str) -> Path:
     if not text.startswith("/"):
-        raise InvalidState(f"{variable} is {text!r}, which is another folder after each chdir; set it to an absolute path")
+        raise InvalidState(f"{variable} is {text!r}, which is another folder after each chdir; set it to an absolute path", value=text)
     return Path(text)
 
 

@@ -37,17 +37,18 @@ def check(path: Path) -> None:
             file = os.lstat(f"{path}{suffix}")
         except FileNotFoundError:
             continue
-        what = f"store file {f'{path}{suffix}'!r}"
+        name = f"{path}{suffix}"
+        what = f"store file {name!r}"
         if stat.S_ISLNK(file.st_mode):
             target = os.readlink(f"{path}{suffix}")  # noqa: PTH115
-            raise StoreError(f"{what} is a symbolic link to {target!r}, which is not followed; name the folder of the store itself")
+            text = f"{what} is a symbolic link to {target!r}, which is not followed; name the folder of the store itself"
+            raise StoreError(text, path=name)
         if not stat.S_ISREG(file.st_mode):
-            raise StoreError(f"{what} is no plain file; remove it, or name another folder in PYBLOCK_STATE_DIR")
+            raise StoreError(f"{what} is no plain file; remove it, or name another folder in PYBLOCK_STATE_DIR", path=name)
         if file.st_nlink > 1:
-            raise StoreError(
-                f"{what} has {file.st_nlink} names (hard links), and each would be another store; leave it the one that is used"
-            )
-        _check_user(what, file)
+            text = f"{what} has {file.st_nlink} names (hard links), and each would be another store; leave it the one that is used"
+            raise StoreError(text, path=name)
+        _check_user(what, name, file)
 
 
 def check_folder(folder: Path) -> None:
@@ -55,20 +56,21 @@ def check_folder(folder: Path) -> None:
     status = os.stat(folder)  # noqa: PTH116 - with `path`, which is one line below
     what = f"state folder {str(folder)!r}"
     if not stat.S_ISDIR(status.st_mode):
-        raise StoreError(f"{what} is no folder; name another in PYBLOCK_STATE_DIR")
-    _check_user(what, status)
+        raise StoreError(f"{what} is no folder; name another in PYBLOCK_STATE_DIR", path=str(folder))
+    _check_user(what, str(folder), status)
 
 
-def _check_user(what: str, status: os.stat_result) -> None:
+def _check_user(what: str, path: str, status: os.stat_result) -> None:
     user = os.geteuid()
     if status.st_uid != user:
-        raise StoreError(f"{what} belongs to user {status.st_uid}, not to {user}, which this process is; name a folder of your own")
+        text = f"{what} belongs to user {status.st_uid}, not to {user}, which this process is; name a folder of your own"
+        raise StoreError(text, path=path)
     others = status.st_mode & _OTHERS_MAY_WRITE
     if status.st_gid == user:
         others &= ~stat.S_IWGRP  # the group that many systems give each user, which has the user's number and no other member
     if others:
         mode = stat.S_IMODE(status.st_mode)
-        raise StoreError(f"{what} may be written by others (mode {mode:o}); take that from them: chmod go-w")
+        raise StoreError(f"{what} may be written by others (mode {mode:o}); take that from them: chmod go-w", path=path)
 
 
 def refuse(path: str | os.PathLike[str]) -> None:

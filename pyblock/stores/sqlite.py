@@ -195,11 +195,15 @@ class SqliteStore(Store):
         else:
             had, owner, text = row
             if (owner == number and sandbox_id in self._mine) or (owner is not None and owner != number and lock.lives(owner)):
-                raise SandboxBusy(f"sandbox {sandbox_id!r} belongs to {text}; it is free when that closes it or ends")
+                why = f"sandbox {sandbox_id!r} belongs to {text}; it is free when that closes it or ends"
+                raise SandboxBusy(why, sandbox=sandbox_id, owner=text)
             if had is not None and had != vm:
                 raise SandboxConflict(
                     f"sandbox {sandbox_id!r} is in the store with the machine {had}, not {vm or 'one in memory'}; "
-                    f"if that machine is gone, give it up with: pyblock forget {sandbox_id}"
+                    f"if that machine is gone, give it up with: pyblock forget {sandbox_id}",
+                    sandbox=sandbox_id,
+                    vm=had,
+                    holder=sandbox_id,
                 )
         program = Path(sys.argv[0]).name.encode(errors="backslashreplace").decode() or "python"
         text = f"process {os.getpid()} ({program})"
@@ -214,7 +218,8 @@ class SqliteStore(Store):
         other, owner, state = row
         empty = not state and db.execute("SELECT 1 FROM device WHERE sandbox = ? LIMIT 1", (other,)).fetchone() is None
         if not empty or (owner is not None and self._lives(owner)):
-            raise SandboxConflict(f"the machine {vm} belongs to sandbox {other!r} in the {self._file.name}, not to {sandbox_id!r}")
+            text = f"the machine {vm} belongs to sandbox {other!r} in the {self._file.name}, not to {sandbox_id!r}"
+            raise SandboxConflict(text, sandbox=sandbox_id, vm=vm, holder=other)
         db.execute("DELETE FROM sandbox WHERE id = ?", (other,))
 
     def _meet(self, db: sqlite3.Connection, sandbox_id: str, machine: str) -> None:
@@ -227,7 +232,10 @@ class SqliteStore(Store):
             ).fetchone():
                 raise SandboxConflict(
                     f"the machine of sandbox {sandbox_id!r} is that of sandbox {other!r}, which has another address for it ({vm}); "
-                    "one machine belongs to one sandbox"
+                    "one machine belongs to one sandbox",
+                    sandbox=sandbox_id,
+                    vm=vm,
+                    holder=other,
                 )
             db.execute("UPDATE sandbox SET machine = '' WHERE id = ?", (other,))
         db.execute("UPDATE sandbox SET machine = ? WHERE id = ?", (machine, sandbox_id))
@@ -292,7 +300,9 @@ class SqliteStore(Store):
     def _check_owned(self, db: sqlite3.Connection, sandbox_id: str) -> None:
         number = self._owner[1] if self._owner is not None and self._owner[0] is self._file.lock else None
         if db.execute("SELECT 1 FROM sandbox WHERE id = ? AND owner = ?", (sandbox_id, number)).fetchone() is None:
-            raise StoreError(f"{self._file.name}: sandbox {sandbox_id!r} is not this process's any more; nothing was changed")
+            owner, text = db.execute("SELECT owner, owner_text FROM sandbox WHERE id = ?", (sandbox_id,)).fetchone() or (None, "")
+            why = f"{self._file.name}: sandbox {sandbox_id!r} is not this process's any more; nothing was changed"
+            raise StoreError(why, sandbox=sandbox_id, owner=self._living(owner, text))
 
     def _write_row(self, db: sqlite3.Connection, sandbox_id: str, row: Row, record: bytes) -> ImageInUse | None:
         claim = row.claim
@@ -335,13 +345,15 @@ class SqliteStore(Store):
         who = f"of {text}" if lives else f"that no process has open (if its machine is gone: pyblock forget {holder})"
         return ImageInUse(
             f"cannot be claimed to {wants} it: device {device_id} of sandbox {holder!r}, {who}, has claimed {what} to {has} it; "
-            "detach it there, or have both share it on purpose"
+            "detach it there, or have both share it on purpose",
+            holder=holder,
+            owner=text if lives else "",
         )
 
     def _read(self, db: sqlite3.Connection, sandbox_id: str) -> Stored:
         row = db.execute("SELECT vm, owner, owner_text, state FROM sandbox WHERE id = ?", (sandbox_id,)).fetchone()
         if row is None:
-            raise UnknownSandbox(f"no sandbox {sandbox_id!r} in the {self._file.name}")
+            raise UnknownSandbox(f"no sandbox {sandbox_id!r} in the {self._file.name}", sandbox=sandbox_id)
         vm, owner, text, own = row
         devices = db.execute("SELECT id, state FROM device WHERE sandbox = ? ORDER BY rowid", (sandbox_id,)).fetchall()
         return Stored(sandbox_id, vm or "", self._living(owner, text), own, devices, f"{self._file.name}, sandbox {sandbox_id!r}")
@@ -388,4 +400,5 @@ def _check_text(vm: str) -> None:
     try:
         vm.encode()
     except UnicodeEncodeError:
-        raise InvalidValue(f"the VMM's address {vm!r} is no UTF-8 and cannot be written down; give its socket another name") from None
+        text = f"the VMM's address {vm!r} is no UTF-8 and cannot be written down; give its socket another name"
+        raise InvalidValue(text, vm=vm, value=vm) from None

@@ -36,7 +36,7 @@ from pyblock.stores.base import PATIENCE
 from pyblock.stores.owner import OwnerLock
 from pyblock.stores.record import encode, encode_sandbox
 
-log = logging.getLogger("pyblock")
+log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x7062_6C6B  # "pblk" in the file's header: whose database it is
 # Each brings the database from the version before to its own, which is its place in this list, counted from 1.
@@ -97,7 +97,8 @@ class SqliteFile:
         try:
             self.path = Path(path).absolute()
         except OSError as error:
-            raise StoreError(f"store {os.fspath(path)!r}: the working folder is gone ({error.strerror}); give an absolute path") from error
+            text = f"store {os.fspath(path)!r}: the working folder is gone ({error.strerror}); give an absolute path"
+            raise StoreError(text, path=os.fsdecode(path)) from error
         self._where = str(self.path)
         self._inode = (0, 0)  # of what was opened
         self._mutex = threading.RLock()  # of threads with event loops of their own; a signal handler comes in where its thread is inside
@@ -128,10 +129,14 @@ class SqliteFile:
                 if self._db is None:
                     await self._in_thread(self._open)
                 return self.transact_now(work, writes=writes)
-            except StoreBusy:
+            except StoreBusy as busy:
+                busy.about(path=str(self.path))
                 left = deadline - loop.time()
                 if left <= 0:
                     raise
+            except PyblockError as error:
+                error.about(path=str(self.path))
+                raise
             # Not in step with others that wait.
             await asyncio.sleep(min(left, pause * random.uniform(0.5, 1.5)))
             pause = min(2 * pause, LAST_PAUSE)

@@ -27,7 +27,7 @@ HOUSE: dict[str, str] = {
     "disk": "drivers model lineage formats image",
     "vmm": "hypervisors",
     "store": "stores record",
-    "life": "table device recorded batch crowd allotment generic manager registry ledger recovery machine road",
+    "life": "table device recorded batch crowd allotment generic manager registry ledger recovery machine road voice",
     "kata": "state persist stores.json_file",
     "sandbox": "stored",
     "overview": "",
