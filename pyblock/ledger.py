@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import Sequence
 
@@ -30,11 +31,13 @@ class Ledger:
     """:param manager: the devices that there are; a touched device that it does not know has gone.
     :param opening: which opening of the sandbox it belongs to, as the store counts them.
     :param voice: is told what has been written.
+
+    :ivar touched: device ID to when it was touched last, as `stamps` counts.
     """
 
     __slots__ = (
-        "_later", "_loop", "_manager", "_opening", "_own", "_refused", "_sandbox_id", "_stamp",
-        "_store", "_touched", "_voice",
+        "_later", "_loop", "_manager", "_opening", "_own", "_refused", "_sandbox_id", "_store",
+        "_voice", "stamps", "touched",
     )  # fmt: skip
 
     def __init__(self, store: Store, sandbox_id: str, manager: DeviceManager, opening: int, voice: Voice) -> None:
@@ -44,16 +47,15 @@ class Ledger:
         self._loop = asyncio.get_running_loop()
         self._sandbox_id = sandbox_id
         self._manager = manager
-        self._touched: dict[str, int] = {}  # device ID to when it was touched last
+        self.touched: dict[str, int] = {}
         self._own: bytes | None = None  # the sandbox's own record, while it is to be written
-        self._stamp = 0
+        self.stamps = itertools.count()
         self._refused: dict[str, ImageInUse | InvalidValue | StoreError] = {}
         self._later: asyncio.Task[None] | None = None
 
     def touch(self, device_id: str) -> None:
         """Has the device's row written with the next flush."""
-        self._stamp += 1
-        self._touched[device_id] = self._stamp
+        self.touched[device_id] = next(self.stamps)
 
     async def flush(self, deadline: float | None = None, *, own: bytes | None = None) -> None:
         """Writes what was touched. Raises StoreError, StoreBusy; it is then written with the next flush.
@@ -62,7 +64,7 @@ class Ledger:
         """
         if own is not None:
             self._own = own
-        if not self._touched and self._own is None:
+        if not self.touched and self._own is None:
             return
         taken: dict[str, int] = {}
         said: list[tuple[BlockDevice, int]] = []
@@ -70,7 +72,7 @@ class Ledger:
 
         def rows() -> list[Row]:
             taken.clear()
-            taken.update(self._touched)
+            taken.update(self.touched)
             said.clear()
             found = []
             for device_id in taken:
@@ -99,10 +101,10 @@ class Ledger:
         for device, count in said:
             device.said_count = count
         for device_id, stamp in taken.items():
-            if self._touched.get(device_id) == stamp:  # it was not touched again while the store was writing
-                del self._touched[device_id]
+            if self.touched.get(device_id) == stamp:  # it was not touched again while the store was writing
+                del self.touched[device_id]
         if self._voice.unsaid:
-            self._voice.written([device_id for device_id in taken if device_id not in self._touched])
+            self._voice.written([device_id for device_id in taken if device_id not in self.touched])
         for device_id, error in refused.items():
             self._refused[device_id] = _named(error, known.get(device_id))
 

@@ -130,7 +130,7 @@ class Machine:
         except KeyError:
             raise IllegalEvent(was, event) from None
         if self.ledger is not None:
-            self.ledger.touch(device.id)
+            self.ledger.touched[device.id] = next(self.ledger.stamps)
         voice = self.voice
         if voice.listeners or voice.on_event is not None or spoken.isEnabledFor(logging.INFO):
             voice.moved(device, was, event, error, stored=self.ledger is not None)
@@ -141,7 +141,8 @@ class Machine:
         try:
             if device.info.driver not in self.vmm.offers:
                 raise UnknownDriver(f"this VMM has no driver {device.info.driver!r}; it has {', '.join(sorted(self.vmm.offers))}")
-            self.check()
+            if not self.opened or self.loop is not asyncio._get_running_loop():
+                self.check()  # it may have waited for its turn
             if self._loading:
                 raise CallerError(f"a saved state is being loaded into sandbox {self.id}; attach when that is done")
             device.drive = self.allotment.reserve(device)
@@ -201,8 +202,8 @@ class Machine:
         """
         try:
             async with asyncio.timeout_at(deadline):
-                drive = device.held
-                drive.sit(await self.vmm.place(drive))
+                assert device.drive is not None
+                device.drive.sit(await self.vmm.place(device.drive))
         except TimeoutError:
             raise passed(deadline, f"the VMM of sandbox {self.id} was being asked which places are free") from None
         except PyblockError:

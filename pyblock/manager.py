@@ -100,12 +100,10 @@ class DeviceManager:
         DeviceConflict when the host object or the ID is there with another
         driver, access, serial or ID than asked for.
         """
-        device: Device
-        if info.dev_type in ("c", "u"):
-            device = GenericDevice(self._new_id(info), info)
-            self.by_id[device.id] = device
-        else:
-            device = self._block(info)
+        if info.dev_type not in ("c", "u"):
+            return self.disk(info)
+        device = GenericDevice(self._new_id(info), info)
+        self.by_id[device.id] = device
         device.ref_count += 1
         return device
 
@@ -167,7 +165,8 @@ class DeviceManager:
             if isinstance(device, BlockDevice) and device.identity is not None:
                 self._doubles |= self._by_identity.setdefault(device.identity, device) is not device
 
-    def _block(self, info: DeviceInfo) -> BlockDevice:
+    def disk(self, info: DeviceInfo) -> BlockDevice:
+        """`obtain` for what is no device that is only counted."""
         if info.format is not None:
             check_format(info.format)
         if info.options:
@@ -179,7 +178,9 @@ class DeviceManager:
         if info.dev_type == "b" and not image.is_block:
             raise InvalidImage(f"image {path!r} is not the block device that dev_type 'b' says it is", path=path)
         if (device := self._by_identity.get(image.identity)) is not None:
-            return self._same(device, info, image.path)
+            self._fit(device, info, image.path)
+            device.ref_count += 1
+            return device
         if image.looks_like is not None:
             raise not_raw(image.path, image.looks_like)
         if (info.read_only and not offer.read_only) or (info.share and not offer.share):
@@ -197,6 +198,7 @@ class DeviceManager:
             options=info.options or NO_OPTIONS,
         )  # fmt: skip
         device = BlockDevice(device_id, have, image.identity, image.under, fresh=info.id is None)
+        device.ref_count = 1
         self.by_id[device_id] = self._by_identity[image.identity] = device
         return device
 
@@ -214,8 +216,8 @@ class DeviceManager:
             pass
         return device_id
 
-    def _same(self, device: BlockDevice, info: DeviceInfo, path: str) -> BlockDevice:
-        """The device that is there already, unless the request does not fit it."""
+    def _fit(self, device: BlockDevice, info: DeviceInfo, path: str) -> None:
+        """Has the device that is there already be what is asked for. Raises DeviceConflict when that does not fit it."""
         have = device.info
         wanted: list[tuple[str, object, object]] = [("access read_only", have.read_only, info.read_only), ("share", have.share, info.share)]
         if info.driver or "block-driver" in info.options:
@@ -232,4 +234,3 @@ class DeviceManager:
             device.info = msgspec.structs.replace(have, format=info.format)
             if device.drive is not None:
                 device.drive.info = device.info
-        return device

@@ -212,7 +212,7 @@ class Sandbox:
             this host may write the image too, if they say so as well), `format` ("raw": it is plugged in whatever it begins with) and
             `device_id`, as DeviceInfo explains them.
         Raises CallerError (ImageInUse among them), CapacityError, StoreError, DeadlinePassed (nothing was changed), VmmRefused,
-        TransportError (everything was undone), AttachPending (the outcome is not known yet; see BlockDevice.attach).
+        TransportError (everything was undone), AttachPending (the outcome is not known; it is undone as soon as the VMM answers).
         """
         info = _info(image, options)
         deadline = deadline_after(timeout)
@@ -500,9 +500,7 @@ class Sandbox:
         devices: list[BlockDevice] = []
         try:
             for info in infos:
-                device = self._machine.manager.obtain(info)
-                assert isinstance(device, BlockDevice)  # _info let no other through
-                devices.append(device)
+                devices.append(self._machine.manager.disk(info))  # _info let nothing else through
         except BaseException as error:
             for device in devices:
                 self.manager.drop(device)

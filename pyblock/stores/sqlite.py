@@ -28,6 +28,12 @@ Result = TypeVar("Result")
 READ_ONLY, SHARE = 1, 2  # the bits of `access`
 
 
+# A device of a sandbox that is its owner's, whose number comes last.
+_ITS = "sandbox = ? AND id = ? AND EXISTS (SELECT 1 FROM sandbox WHERE sandbox.id = device.sandbox AND owner = ?)"
+_DELETE = f"DELETE FROM device WHERE {_ITS}"
+_UPDATE = f"UPDATE device SET state = ? WHERE {_ITS}"
+
+
 def _against(access: int) -> str:
     """The accesses of claims that one with this access does not fit."""
     claims = [Claim(("", 0, 0), bool(each & READ_ONLY), bool(each & SHARE)) for each in range(4)]
@@ -282,15 +288,23 @@ class SqliteStore(Store):
         own: bytes | None,
         all_or_none: bool,
     ) -> dict[str, ImageInUse]:
-        self._check_owned(db, sandbox_id)
+        number = self._owner[1] if self._owner is not None and self._owner[0] is self._file.lock else None
+        owned = False  # whoever has changed a row as its owner is that
         refused: dict[str, ImageInUse] = {}
         found = rows()
         for row in found:  # those that go come first: another may have their image, or their index, by now
-            if row.record is None:
-                db.execute("DELETE FROM device WHERE sandbox = ? AND id = ?", (sandbox_id, row.device_id))
+            if row.record is None and db.execute(_DELETE, (sandbox_id, row.device_id, number)).rowcount:
+                owned = True
         for row in found:
-            if row.record is not None and (holder := self._write_row(db, sandbox_id, row, row.record)) is not None:
+            if row.record is None:
+                continue
+            key = (row.record, sandbox_id, row.device_id, number)
+            if row.claim is not None and not row.claiming and db.execute(_UPDATE, key).rowcount:
+                owned = True
+            elif (holder := self._insert(db, sandbox_id, row, row.record)) is not None:
                 refused[row.device_id] = holder
+        if not owned:
+            self._check_owned(db, sandbox_id)
         if refused and all_or_none:
             raise _Refused(refused)
         if own is not None:
@@ -304,14 +318,11 @@ class SqliteStore(Store):
             why = f"{self._file.name}: sandbox {sandbox_id!r} is not this process's any more; nothing was changed"
             raise StoreError(why, sandbox=sandbox_id, owner=self._living(owner, text))
 
-    def _write_row(self, db: sqlite3.Connection, sandbox_id: str, row: Row, record: bytes) -> ImageInUse | None:
+    def _insert(self, db: sqlite3.Connection, sandbox_id: str, row: Row, record: bytes) -> ImageInUse | None:
+        """Writes a row that is new, or whose claim is; who holds a claim that it does not fit, if somebody does."""
         claim = row.claim
         image = access = None
         if claim is not None:
-            if not row.claiming:
-                key = (record, sandbox_id, row.device_id)
-                if db.execute("UPDATE device SET state = ? WHERE sandbox = ? AND id = ?", key).rowcount:
-                    return None
             image, access = image_text(claim.identity), READ_ONLY * claim.read_only | SHARE * claim.share
             asked = {"image": image, "own": sandbox_id, "device": row.device_id}
             if (found := db.execute(_HOLDERS[access], asked).fetchone()) is not None:

@@ -453,7 +453,8 @@ def image_told(text: str) -> Identity:
 
 def image_text(identity: Identity) -> str:
     """An image as the database has it."""
-    return ":".join(map(str, identity))
+    kind, major, minor = identity
+    return f"{kind}:{major}:{minor}"
 
 
 class _Damage(Exception):

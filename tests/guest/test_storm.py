@@ -113,7 +113,7 @@ def lose_a_count(patch: Patch) -> None:
         if calls % 10:
             await write(machine, device, deadline)
         elif machine.ledger is not None:
-            machine.ledger._touched.pop(device.id, None)
+            machine.ledger.touched.pop(device.id, None)
 
     patch.setattr(life.Machine, "write", forgetful)
 
