@@ -146,7 +146,7 @@ class PyblockError(Exception):
     :ivar sandbox: the sandbox ID.
     :ivar device: the device ID.
     :ivar drive: the drive ID.
-    :ivar path: a path on the host: of the image, else of the socket, the store or the file that it is about.
+    :ivar path: what it is about on the host: an image, a store, a saved state, a machine's socket.
     :ivar index: the block index.
     :ivar driver: the name of the driver.
     :ivar vm: the address of the machine.

@@ -146,7 +146,8 @@ def device_from_state(state: DeviceState, default: Driver, *, where: str, share:
             raise InvalidState("a count, or Major:Minor, is a number of more than 64 bits, which the original cannot read")
         record = _generic(state) if state.type == GENERIC else _block(_readable(state), default, share=share)
     except (InvalidState, InvalidID, InvalidIndex) as error:
-        raise InvalidState(f"{where}: device {state.id!r}: {error}; the file is left as it is") from error
+        text = f"{where}: device {state.id!r}: {error}; the file is left as it is"
+        raise InvalidState(text, device=state.id) from error
     record.id, record.attach_count = state.id, state.attach_count
     record.users = state.ref_count if state.ref_count != state.attach_count else None
     return record

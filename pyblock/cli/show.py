@@ -157,7 +157,15 @@ def answers(given: Sequence[Answer], *, as_json: bool) -> None:
     ]
     failed = {answer.sandbox_id: words(answer.error) for answer in given if answer.error is not None}
     if as_json:
-        asked = [{"sandbox": one.sandbox_id, "error": failed.get(one.sandbox_id), "in_use": one.in_use} for one in given]
+        asked = [
+            {
+                "sandbox": one.sandbox_id,
+                "error": failed.get(one.sandbox_id),
+                "failure": one.error.to_dict() if one.error is not None else None,
+                "in_use": one.in_use,
+            }
+            for one in given
+        ]
         as_document({"sandboxes": asked, "findings": rows})
         return
     if rows:

@@ -188,7 +188,8 @@ def decode(device_id: str, data: bytes, *, where: str) -> Record:
             return record
         raise msgspec.ValidationError
     except (InvalidState, InvalidID) as error:
-        raise InvalidState(f"{where}: device {device_id!r}: {error}; it is left as it is") from error
+        text = f"{where}: device {device_id!r}: {error}; it is left as it is"
+        raise InvalidState(text, device=device_id) from error
     except _UNREADABLE as error:
         raise _unreadable(data, f"{where}: device {device_id!r}", error) from error
 
