@@ -10,7 +10,7 @@ import asyncio
 import logging
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from pyblock.allotment import Allotment
 from pyblock.device import BlockDevice
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from pyblock.ledger import Ledger
     from pyblock.stores.base import Store
     from pyblock.stores.record import Record, SandboxRecord
+
+Error = TypeVar("Error", bound=BaseException)
 
 log = logging.getLogger(__name__)
 spoken = logging.getLogger("pyblock.voice")
@@ -110,12 +112,13 @@ class Machine:
             text = f"sandbox {self.id} was opened in another event loop; use it there, or share a pyblock.blocking.Sandbox between threads"
             raise WrongEventLoop(text, sandbox=self.id)
 
-    def about(self, error: BaseException, device: BlockDevice | None = None) -> None:
-        """Has an error of pyblock know whose machine it is about, and which device."""
+    def about(self, error: Error, device: BlockDevice | None = None) -> Error:
+        """Has an error of pyblock know whose machine it is about, and which device; returns it."""
         if isinstance(error, PyblockError):
             error.about(sandbox=self.id, vm=self.vmm.address or None)
             if device is not None:
                 error.about(**device.facts)
+        return error
 
     # The gate: whatever changes a device's phase.
 

@@ -63,7 +63,7 @@ async def attach(machine: Machine, device: BlockDevice, deadline: float | None) 
         await _count(machine, device, 1, deadline)
         return True
     if device.drive is not None:
-        raise device.pending("settle it with detach first").about(sandbox=machine.id)
+        raise machine.about(device.pending("settle it with detach first"))
     if machine.manager.by_id.get(device.id) is not device:
         return False
     machine.take(device)
@@ -100,13 +100,13 @@ async def detach(machine: Machine, device: BlockDevice, deadline: float | None, 
         machine.check()
         if device.phase is Phase.DETACHED:
             text = f"device {device.id} is not attached; every detach needs an attach of its own"
-            raise NotAttached(text, **device.facts).about(sandbox=machine.id)
+            raise machine.about(NotAttached(text), device)
         if device.phase is Phase.ATTACHED and device.attach_count > 1:
             await _count(machine, device, -1, deadline)
             return True
         offer = machine.vmm.offers.get(device.info.driver or "")
         if offer is not None and offer.removal == "forced" and not released:
-            raise _not_released(device).about(sandbox=machine.id)
+            raise machine.about(_not_released(device))
         if device.phase in PENDING:
             machine.move(device, Event.DETACH)
         operation = Removal(machine, device, deadline)
@@ -176,7 +176,7 @@ class Road(Operation):
                     return None  # it is written down, with another device: what it waits for changes nothing
                 if self.stage >= Stage.ACTING:
                     _give_up(self._machine, self._device)
-                    raise self._device.pending(why).about(sandbox=self._machine.id, timeout=given(deadline)) from None
+                    raise self._pending(why).about(timeout=given(deadline)) from None
                 deadline = None  # until then, the work keeps to the deadline itself
             except asyncio.CancelledError:
                 if self.abandoned and self.stage >= Stage.ACTING:
@@ -255,11 +255,11 @@ class Road(Operation):
         return error
 
     def _pending(self, why: str) -> PyblockError:
-        return self._device.pending(why).about(sandbox=self._machine.id)
+        return self._machine.about(self._device.pending(why))
 
     def _unwritten(self) -> PyblockError:
         text = f"device {self._device.id}: the sandbox was closed before the VMM was touched; nothing was changed"
-        return SandboxClosed(text, **self._device.facts).about(sandbox=self._machine.id)
+        return self._machine.about(SandboxClosed(text), self._device)
 
     async def _take_out(self, aim: Aim, deadline: float | None) -> None:
         """Has the VMM remove what it has of it."""
@@ -401,15 +401,15 @@ async def turn(machine: Machine, device: BlockDevice, deadline: float | None) ->
         except TimeoutError:
             if device.phase is Phase.ATTACHED:
                 text = "the deadline passed while its count was being written for another; nothing was changed"
-                raise StoreBusy(f"device {device.id}: {text}", **device.facts).about(sandbox=machine.id, timeout=given(deadline)) from None
+                raise machine.about(StoreBusy(f"device {device.id}: {text}", timeout=given(deadline)), device) from None
             why = "the deadline passed while an earlier operation on it was under way"
-            raise device.pending(why).about(sandbox=machine.id, timeout=given(deadline)) from None
+            raise machine.about(device.pending(why)).about(timeout=given(deadline)) from None
 
 
 async def _count(machine: Machine, device: BlockDevice, more: int, deadline: float | None) -> None:
     if more > 0 and device.attach_count >= ATTACH_COUNT_MAX:
         text = f"device {device.id} is attached {device.attach_count} times, which is all the count can hold"
-        raise AttachCountExhausted(text, **device.facts).about(sandbox=machine.id)
+        raise machine.about(AttachCountExhausted(text), device)
     machine.check()
     if machine.ledger is None:
         device.attach_count += more
