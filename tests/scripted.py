@@ -6,6 +6,7 @@ What they do is no more than the contract in pyblock/hypervisors/base.py asks fo
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 
@@ -143,30 +144,38 @@ class Chooser(Scripted):
     def __init__(self, slots: int, address: str = "") -> None:
         super().__init__(address)
         self.free = [f"slot{number}" for number in reversed(range(slots))]
+        self.ours: dict[str, str] = {}  # its name of a disk to ours, as far as there was a reply
+        self.answer = asyncio.Event()
+        self.answer.set()
 
     def take(self, drive: BlockDrive) -> None:
         assert drive.place in self.disks
+        self.ours[drive.place] = drive.id
 
     async def _add(self, drive: BlockDrive, image: OpenedImage) -> None:
         self.request("add")
         if not self.free:
             raise SlotsExhausted("the VMM has no slot left", **drive.facts)
         name = self.free.pop()
-        self.disks[name] = image.path
+        self.disks[name], self.ours[name] = image.path, drive.id
         drive.sit(Place(name, pci_path=f"{name.removeprefix('slot'):0>2}"))
 
     async def locate(self, drive: BlockDrive) -> None:
         drive.guest_match = f"/{drive.place}/"
 
     async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
-        known = {drive.place: drive.id for drive in ours}
-        held = {known[name]: Held(True, VIRTIO_BLK) for name in self.disks if name in known}
-        return Inventory([FoundDisk("", VD) for name in self.disks if name not in known], held)
+        self.request("inventory")
+        await self.answer.wait()
+        known = {drive.id for drive in ours}
+        held = {self.ours[name]: Held(True, VIRTIO_BLK) for name in self.disks if name in self.ours}
+        names = [self.ours.get(name, "") for name in self.disks]
+        return Inventory([FoundDisk(name, VD) for name in names if name not in known], held)
 
     async def request_removal(self, drive: BlockDrive) -> bool:
         self.request("remove")
         if drive.place is None or self.disks.pop(drive.place, None) is None:
             return False
+        del self.ours[drive.place]
         self.free.append(drive.place)
         return True
 

@@ -169,11 +169,12 @@ async def _known(context: click.Context) -> dict[str, list[Record] | PyblockErro
 @cli.command()
 @click.argument("devices", nargs=-1, metavar="DEVICE…")
 @click.option("--all", "everything", is_flag=True, help="Every device of the sandbox, as if each was named once.")
+@click.option("--released", is_flag=True, help="The guest has let go of them; a VM that cannot tell wants to hear it.")
 @click.option("--timeout", type=float, default=10.0, show_default=True, help="Seconds for the whole command.")
 @names_target
 @click.pass_context
 @session.command
-async def detach(context: click.Context, devices: tuple[str, ...], everything: bool, timeout: float) -> None:
+async def detach(context: click.Context, devices: tuple[str, ...], everything: bool, released: bool, timeout: float) -> None:
     """Detach devices; returns when the VM says that they are gone.
 
     DEVICE is a device ID, a beginning that only one has, or the path of an image. A device that was attached several times is unplugged by
@@ -189,7 +190,7 @@ async def detach(context: click.Context, devices: tuple[str, ...], everything: b
         if chosen:
             await session.recover(sandbox, deadline)
         try:
-            await sandbox.detach_many([device.id for device in chosen], timeout=session.left(deadline))
+            await sandbox.detach_many([device.id for device in chosen], timeout=session.left(deadline), released=released)
         finally:
             for device, count in counts.items():
                 if 0 < device.attach_count < count:

@@ -140,8 +140,8 @@ class Held(msgspec.Struct, frozen=True):
 class Inventory(msgspec.Struct, frozen=True):
     """What a machine has now.
 
-    :ivar disks: the strangers: its own disks, and whatever others plugged in. A drive that was plugged in while the machine was being
-        asked may be among them.
+    :ivar disks: the strangers: its own disks, and whatever others plugged in. A drive of ours that was plugged in while the machine was
+        being asked may be among them, by our drive ID.
     :ivar held: by our drive ID: what is there of the drives that were asked about, of those that were plugged in meanwhile, and of what
         is only named as ours. A VMM that calls them otherwise translates.
     :ivar files: the host's paths that its disks use.

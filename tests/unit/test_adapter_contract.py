@@ -157,6 +157,24 @@ async def test_a_vmm_that_chooses_the_place(make_image: MakeImage, store: Sqlite
         assert vm.disks.keys() == {"slot1"}
 
 
+async def test_what_comes_while_the_machine_is_asked_is_no_stranger(make_image: MakeImage) -> None:
+    """The VMM has it under a name of its own, which the adapter knows to be ours; a stranger it does not know counts."""
+    vm = Chooser(4)
+    vm.disks["root"] = "/images/root"
+    async with Sandbox("one", vm, driver="virtio-blk") as sandbox:
+        await sandbox.attach(make_image("a"))
+        assert sandbox._machine.allotment.offsets == {"vd": 1}
+        vm.answer.clear()
+        asked = vm.sent.count("inventory")
+        question = asyncio.create_task(sandbox.reconcile(orphans=True))
+        await until(lambda: vm.sent.count("inventory") > asked)
+        late = await sandbox.attach(make_image("b"))
+        vm.answer.set()
+        assert await question == []
+        assert late.phase is Phase.ATTACHED and late.held.predicted_name == "/dev/vdc"
+        assert (await sandbox.attach(make_image("c"))).held.predicted_name == "/dev/vdd"
+
+
 # One that is asked whether a disk has left.
 
 
