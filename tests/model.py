@@ -630,7 +630,8 @@ class World:
             if isinstance(error, pyblock.DetachPending) and not others:  # one of two detaches of one attach has nothing to come back to
                 call.box.told.add(call.device_id)
         elif HELD_TEXT in str(getattr(error, "__notes__", "")):
-            known.open_up(-1)
+            known.unsure = True
+            known.counts |= less  # below 0 while the attach that it takes back has not been judged
 
     def _trouble(self, call: Call, also: tuple[str, ...] = ()) -> bool:
         """Whether the undoing may have failed. A refusal to add needs no more undoing than any failure."""
