@@ -153,8 +153,8 @@ class Recovery:
         self._machine = machine
         self._asking: SharedWork[None] | None = None  # while somebody asks
         self._ended = False
-        self._questions: set[asyncio.Task[list[Difference]]] = set()
-        self._settling: set[asyncio.Task[Finding]] = set()
+        self._questions: list[asyncio.Task[list[Difference]]] = []
+        self._settling: list[asyncio.Task[Finding]] = []
         self._renamed: Sequence[BlockDrive] = ()  # imported drives whose names were learnt, and are not written down yet
         self.findings: tuple[Finding, ...] = NONE  # of the last time that somebody waited for them
 
@@ -259,11 +259,11 @@ class Recovery:
         if self._ended:
             raise self._closed()
         task = asyncio.create_task(self._differences())
-        self._questions.add(task)
+        self._questions.append(task)
         try:
             await asyncio.wait([task])
         finally:
-            self._questions.discard(task)
+            self._questions.remove(task)
             task.cancel()
         if self._ended or task.cancelled():
             raise self._closed()
@@ -310,9 +310,9 @@ class Recovery:
         self._machine.asked_at = asked_at  # it is asked again if a connection was lost while the answer was on its way
         found[:] = [one for one in found if one.stands]
         tasks = [asyncio.create_task(self._settle(one, self._step(one, orphans=orphans))) for one in found]
-        self._settling.update(tasks)
+        self._settling += tasks
         for task in tasks:
-            task.add_done_callback(self._settling.discard)
+            task.add_done_callback(self._settling.remove)
         return tasks
 
     def _step(self, one: Difference, *, orphans: bool) -> Callable[[], Awaitable[Outcome]] | None:

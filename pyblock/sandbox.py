@@ -108,7 +108,7 @@ class Sandbox:
         voice = Voice(sandbox_id, on_event)
         self._machine = Machine(sandbox_id, vmm, DeviceManager(driver, vmm.offers), Allotment(capacity, offsets), voice)
         self._recovery = Recovery(self._machine)
-        self._batches: set[asyncio.Task[list[AttachedDevice]]] = set()  # that are under way
+        self._batches: list[asyncio.Task[list[AttachedDevice]]] = []  # that are under way; an empty set would be four times an empty list
         self._saving: asyncio.Future[None] | None = None  # the last save, which may still be under way
         self._store = store
         self._recover = recover
@@ -301,7 +301,7 @@ class Sandbox:
             progress=progress,
         )
         task = asyncio.ensure_future(batch.run())
-        self._batches.add(task)
+        self._batches.append(task)
         try:
             await asyncio.wait([task])
         except asyncio.CancelledError:
@@ -311,7 +311,7 @@ class Sandbox:
                 await batch.take_back()
             raise
         finally:
-            self._batches.discard(task)
+            self._batches.remove(task)
         if task.cancelled():
             text = f"sandbox {self.id} was closed while {len(devices)} devices were being attached; those that were are detached"
             closed = ClosedMeanwhile(text, sandbox=self.id)
@@ -475,7 +475,7 @@ class Sandbox:
         loop = asyncio.get_running_loop()
         undone, over_ = loop.time() + GRACE, loop.time() + CLOSE_TIME
         try:
-            if batches := self._batches:
+            if batches := list(self._batches):
                 await asyncio.sleep(0)  # a batch that was made just now has to have begun, to give back what was planned for it
                 for task in batches:
                     task.cancel()

@@ -138,6 +138,20 @@ async def test_a_detach_that_is_called_again_is_cancelled(turns: int, make_image
         assert his.attached and his.attach_count == 1
 
 
+async def test_closed_in_the_moment_in_which_a_batch_ends(make_image: MakeImage) -> None:
+    """At each turn of the event loop: close waits for batches that it found, even if they are over when it comes to it."""
+    image = make_image("a")
+    for turns in range(20):
+        sandbox = Sandbox("one", MemoryHypervisor(), store=None)
+        async with sandbox:
+            attaching = asyncio.create_task(sandbox.attach_many([image]))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await sandbox.close()
+            await asyncio.gather(attaching, return_exceptions=True)
+        assert not sandbox._batches
+
+
 async def test_closed_in_the_moment_in_which_a_batch_is_made(make_image: MakeImage) -> None:
     """What was planned for it is given back, though not one of its attaches had its turn."""
     sandbox = Sandbox("one", MemoryHypervisor(), store=None)
