@@ -16,7 +16,7 @@ from pyblock.errors import DeviceConflict, IndexesExhausted, IndexTaken, Invalid
 from pyblock.hypervisors.base import Inventory
 from pyblock.index import BlockIndex
 from pyblock.model import BlockDrive
-from pyblock.naming import ID_MAX, SCSI_INDEX_MAX, drive_index, make_name_id
+from pyblock.naming import DRIVE, ID_MAX, SCSI_INDEX_MAX, drive_index, make_name_id
 from pyblock.plan import plan, plan_many
 
 Place = tuple[int, int]
@@ -305,14 +305,14 @@ class Allotment:
         self._ordinals[family.prefix].release(place[1])
 
     def _new_id(self, device_id: str) -> str:
-        drive_id = make_name_id("drive", device_id)
+        drive_id = make_name_id(DRIVE, device_id)
         salt = 0
         while drive_id in self._drive_ids or drive_id in self._foreign_ids:
             salt += 1  # it changes an ID that was shortened, and none that fits
             if salt > len(self._drive_ids) + len(self._foreign_ids) + 1:
                 text = f"drive ID {drive_id!r} is taken in this machine; give device {device_id} another ID"
                 raise DeviceConflict(text, device=device_id, drive=drive_id)
-            drive_id = make_name_id("drive", device_id, salt=salt)
+            drive_id = make_name_id(DRIVE, device_id, salt=salt)
         return drive_id
 
 

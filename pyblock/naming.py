@@ -14,10 +14,28 @@ from typing import Final
 
 from pyblock import _native
 
-__all__ = ["ID_MAX", "NAME_MAX", "SCSI_INDEX_MAX", "drive_index", "drive_name", "drive_names", "make_name_id", "scsi_address", "scsi_index"]
+__all__ = [
+    "DRIVE",
+    "ID_MAX",
+    "LUNS",
+    "NAME_MAX",
+    "SCSI_INDEX_MAX",
+    "drive_index",
+    "drive_name",
+    "drive_names",
+    "make_name_id",
+    "scsi_address",
+    "scsi_index",
+]
 
 NAME_MAX: Final = _native.NAME_MAX
 """Bytes of a drive name: 31, Linux's DISK_NAME_LEN of 32 less the terminating NUL."""
+
+LUNS: Final = 256
+"""LUNs of a SCSI ID, as Kata numbers them: a byte."""
+
+DRIVE: Final = "drive"
+"""What every drive ID begins with, and a hyphen; Kata's as well."""
 
 SCSI_INDEX_MAX: Final = _native.SCSI_INDEX_MAX
 """The last index with a SCSI address: 65,535, as Kata numbers an ID and a LUN of a byte each."""

@@ -19,6 +19,7 @@ from pyblock.errors import ConnectionLost, InvalidValue, SlotsExhausted, VmmRefu
 from pyblock.hypervisors.base import FoundDisk, Held, Hypervisor, Inventory, Offer, Step
 from pyblock.image import OpenedImage
 from pyblock.model import BlockDrive, Place
+from pyblock.naming import LUNS
 
 BRIDGES = 30  # PCI bridges in slots 2 … 31 of the root bus
 BRIDGE_SLOTS = 32
@@ -63,7 +64,7 @@ class _Scsi(_Driver):
     offer = Offer(serial_max=36)
 
     def locate(self, drive: BlockDrive) -> None:
-        drive.guest_match = f"/0:0:{drive.index // 256}:{drive.index % 256}/"
+        drive.guest_match = f"/0:0:{drive.index // LUNS}:{drive.index % LUNS}/"
 
 
 class _Pci(_Driver):

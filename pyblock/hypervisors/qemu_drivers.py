@@ -18,7 +18,7 @@ from pyblock.drivers import NVDIMM, PMEM, SD, VD, VIRTIO_BLK, VIRTIO_SCSI, Drive
 from pyblock.errors import ImageReplaced, PyblockError, SlotsExhausted, TransportError, UnknownDriver, VmmRefused
 from pyblock.hypervisors.base import Offer, Unsettled
 from pyblock.hypervisors.qemu_descriptors import DescriptorSets, Passed, set_behind
-from pyblock.hypervisors.qemu_inventory import KATA_MEMORY, KATA_NVDIMM, LUNS, memory_modules, nodes, user_of
+from pyblock.hypervisors.qemu_inventory import KATA_MEMORY, KATA_NVDIMM, memory_modules, nodes, user_of
 from pyblock.hypervisors.qemu_places import Places
 from pyblock.hypervisors.qemu_tree import DiskType, properties
 from pyblock.hypervisors.qmp import QmpSession
@@ -26,6 +26,7 @@ from pyblock.hypervisors.qmp_connection import Command as Sent
 from pyblock.hypervisors.unix import has_open
 from pyblock.image import OpenedImage
 from pyblock.model import BlockDrive, Place
+from pyblock.naming import LUNS
 
 log = logging.getLogger(__name__)
 

@@ -17,10 +17,9 @@ from pyblock.hypervisors.base import FoundDisk, Held, Inventory
 from pyblock.hypervisors.qemu_descriptors import MarkedSet, set_behind
 from pyblock.hypervisors.qemu_tree import Tree, Types, child, disk_type, get_property, properties
 from pyblock.hypervisors.qmp import QmpSession
+from pyblock.naming import DRIVE, LUNS
 
-LUNS = 256  # a SCSI ID has as many LUNs in Kata's numbering
-
-_OURS = "drive-"  # what every drive ID begins with; Kata's as well
+_OURS = f"{DRIVE}-"
 # Kata names an nvdimm and its memory after the drive, with these before it; its other devices ("virtio-drive-…") are found by their node.
 KATA_NVDIMM, KATA_MEMORY = "nvdimm", "nvdimmbackmem"
 _PERIPHERAL = "/machine/peripheral"

@@ -20,7 +20,7 @@ from pyblock.drivers import DRIVERS
 from pyblock.errors import InvalidID, InvalidState, NewerState, StateError
 from pyblock.lineage import Identity
 from pyblock.model import BlockDrive, DeviceInfo, check_device_id
-from pyblock.naming import make_name_id
+from pyblock.naming import DRIVE, make_name_id
 
 FORM = 1  # of what this version writes; it reads those up to it
 RECORD_MAX = 256 * 2**20  # bytes; as many as a saved file may have, whose leftovers may all be in one record
@@ -160,7 +160,7 @@ def encode_in_place(short: Record) -> bytes:
     if short.serial == short.id:
         short.serial = _AS_ID
     if short.index != NO_DRIVE:
-        if short.drive_id == "drive-" + short.id or short.drive_id == make_name_id("drive", short.id):
+        if short.drive_id == f"{DRIVE}-{short.id}" or short.drive_id == make_name_id(DRIVE, short.id):
             short.drive_id = _AS_ID
         if short.ordinal == short.index:
             short.ordinal = _AS_INDEX
@@ -200,7 +200,7 @@ def _complete(record: Record) -> None:
         record.serial = record.id
     if record.index != NO_DRIVE:
         if record.drive_id == _AS_ID:
-            record.drive_id = make_name_id("drive", record.id)
+            record.drive_id = make_name_id(DRIVE, record.id)
         if record.ordinal == _AS_INDEX:
             record.ordinal = record.index
 
@@ -253,7 +253,7 @@ def drive_id_of(device_id: str, data: bytes) -> str:
             return drive.old.id
         if drive.index == NO_DRIVE:
             return ""
-        return drive.drive_id or make_name_id("drive", device_id)
+        return drive.drive_id or make_name_id(DRIVE, device_id)
     except (*_UNREADABLE, InvalidID):
         return ""
 
