@@ -108,7 +108,8 @@ class Host:
         lineage = lineage_at(text)
         if lineage is None:
             return await self._holders_of_path(absolute(text))
-        from pyblock.stores.record import decode  # noqa: PLC0415 - its typed schema takes long to import
+        with loading("the store"):  # its typed schema takes long to import
+            from pyblock.stores.record import decode  # noqa: PLC0415
 
         found = []
         for one in await self._store.holders(lineage.identity, lineage.claims):

@@ -97,7 +97,7 @@ class Standing(NamedTuple):
 Relation = Literal["it", "under it", "on it"]
 
 
-class Holder(NamedTuple):
+class Claimant(NamedTuple):
     """A device that has claimed an image, what lies under it, or what lies on it.
 
     :ivar sandbox_id: the sandbox of the device.
@@ -179,7 +179,7 @@ class Store(Protocol):
     async def standings(self, deadline: float | None = None) -> list[Standing]:
         """All its sandboxes, by their IDs."""
 
-    async def holders(self, image: Identity, under: Sequence[Identity] = (), deadline: float | None = None) -> list[Holder]:
+    async def holders(self, image: Identity, under: Sequence[Identity] = (), deadline: float | None = None) -> list[Claimant]:
         """The devices of all sandboxes that have claimed an image, what lies under it, or what lies on it.
 
         :param under: what lies under the image, and its other names.

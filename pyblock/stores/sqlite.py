@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from pyblock.errors import ImageInUse, InvalidValue, SandboxBusy, SandboxConflict, StateError, StoreError, UnknownSandbox
 from pyblock.lineage import Identity, in_words
-from pyblock.stores.base import Claim, Holder, Relation, Row, Standing, Store, Stored
+from pyblock.stores.base import Claim, Claimant, Relation, Row, Standing, Store, Stored
 from pyblock.stores.owner import OwnerLock
 from pyblock.stores.record import drive_id_of
 from pyblock.stores.sqlite_file import SqliteFile, image_text, image_told
@@ -181,7 +181,7 @@ class SqliteStore(Store):
 
         return await self._file.transact(work, deadline, writes=False)
 
-    async def holders(self, image: Identity, under: Sequence[Identity] = (), deadline: float | None = None) -> list[Holder]:
+    async def holders(self, image: Identity, under: Sequence[Identity] = (), deadline: float | None = None) -> list[Claimant]:
         return await self._file.transact(lambda db: self._holders(db, image, under), deadline, writes=False)
 
     def close(self) -> None:
@@ -369,7 +369,7 @@ class SqliteStore(Store):
         devices = db.execute("SELECT id, state FROM device WHERE sandbox = ? ORDER BY rowid", (sandbox_id,)).fetchall()
         return Stored(sandbox_id, vm or "", self._living(owner, text), own, devices, f"{self._file.name}, sandbox {sandbox_id!r}")
 
-    def _holders(self, db: sqlite3.Connection, image: Identity, under: Sequence[Identity]) -> list[Holder]:
+    def _holders(self, db: sqlite3.Connection, image: Identity, under: Sequence[Identity]) -> list[Claimant]:
         whose = "SELECT device.sandbox, owner, owner_text, device.id, device.image, device.access, device.state FROM device"
         whose += " JOIN sandbox ON sandbox.id = device.sandbox"
         itself = f"{whose} WHERE device.image = ? ORDER BY device.rowid"
@@ -379,10 +379,10 @@ class SqliteStore(Store):
             *(("under it", itself, lower) for lower in under),
             ("on it", on_it, image),
         ]
-        found: dict[tuple[str, str], Holder] = {}
+        found: dict[tuple[str, str], Claimant] = {}
         for relation, query, asked in queries:
             for sandbox_id, owner, text, device_id, claimed, access, data in db.execute(query, (image_text(asked),)):
-                holder = Holder(
+                holder = Claimant(
                     sandbox_id, self._living(owner, text), device_id, image_told(claimed), relation,
                     bool(access & READ_ONLY), bool(access & SHARE), data,
                 )  # fmt: skip
