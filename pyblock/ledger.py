@@ -19,7 +19,7 @@ from pyblock.manager import Device, DeviceManager
 from pyblock.recorded import record_of
 from pyblock.stores.base import Claim, Row, Store
 from pyblock.stores.record import SandboxRecord, encode_in_place, encode_sandbox
-from pyblock.table import HOLDING, Phase
+from pyblock.table import Phase
 from pyblock.voice import Voice
 
 log = logging.getLogger(__name__)
@@ -171,16 +171,15 @@ class Ledger:
 
 
 def _row(device: Device) -> Row:
-    if not (device.attach_count or device.kata or (isinstance(device, BlockDevice) and device.phase in HOLDING)):
+    held = isinstance(device, BlockDevice) and device.drive is not None
+    if not (held or device.attach_count or device.kata):
         return Row(device.id, None)  # there is nothing to remember: mere users die with their process
     record = record_of(device)
     if not device.kata:
         record.users = None  # others die with their process
-    if isinstance(device, GenericDevice):
+    if isinstance(device, GenericDevice) or not held or device.identity is None:
         return Row(device.id, encode_in_place(record))
-    claim = None
-    if device.identity is not None and device.phase in HOLDING:
-        claim = Claim(device.identity, device.info.read_only, device.info.share, device.under)
+    claim = Claim(device.identity, record.read_only, record.share, device.under)
     return Row(device.id, encode_in_place(record), claim, device.phase is Phase.ATTACHING)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import attrgetter
 
 from msgspec import Raw
@@ -13,6 +14,7 @@ from pyblock.stores.record import ASKED, Record, SandboxRecord, SavedPhase
 from pyblock.table import Phase
 
 _asked = attrgetter(*ASKED)
+_new: Callable[..., Record] = Record
 
 # An operation that is under way has an unknown outcome for whoever takes the record up.
 _SAVED: dict[Phase, SavedPhase] = {
@@ -27,20 +29,23 @@ _SAVED: dict[Phase, SavedPhase] = {
 
 def record_of(device: BlockDevice | GenericDevice) -> Record:
     """What is to be known of a device."""
-    info, count, users = device.info, device.attach_count, device.ref_count
-    record = Record(**dict(zip(ASKED, _asked(info), strict=True)))
-    record.id, record.driver = device.id, info.driver or ""
-    record.attach_count, record.users = count, users if users != count else None
-    record.kata = Raw(device.kata)
+    asked = _asked(device.info)
     if isinstance(device, GenericDevice):
-        record.generic, record.phase = True, "attached" if count else "detached"
-        return record
-    record.identity, record.phase = device.identity, _SAVED[device.phase]
-    if (drive := device.drive) is not None:
-        record.drive_id, record.index, record.ordinal, record.offset = drive.id, drive.index, drive.ordinal, drive.offset
-        record.place, record.pci_path, record.dev_no = drive.place, drive.pci_path, drive.dev_no
-        record.guest_match, record.known_name = drive.guest_match, drive.known_name
-        record.imported, record.unverified, record.crowded = drive.imported, not drive.verified, drive.crowded
+        record = _new(*asked, generic=True, phase="attached" if device.attach_count else "detached")
+    elif (drive := device.drive) is None:
+        record = _new(*asked, identity=device.identity, phase=_SAVED[device.phase])
+    else:
+        record = _new(
+            *asked, identity=device.identity, phase=_SAVED[device.phase],
+            drive_id=drive.id, index=drive.index, ordinal=drive.ordinal, offset=drive.offset,
+            place=drive.place, pci_path=drive.pci_path, dev_no=drive.dev_no, guest_match=drive.guest_match,
+            known_name=drive.known_name, imported=drive.imported, unverified=not drive.verified, crowded=drive.crowded,
+        )  # fmt: skip
+    record.id, record.driver, record.attach_count = device.id, record.driver or "", device.attach_count
+    if device.ref_count != device.attach_count:
+        record.users = device.ref_count
+    if device.kata:
+        record.kata = Raw(device.kata)
     return record
 
 

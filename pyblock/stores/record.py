@@ -37,7 +37,7 @@ SavedPhase = Literal["detached", "attached", "attach-pending", "detach-pending"]
 _Count = Annotated[int, Meta(ge=0)]
 
 
-class Record(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True, gc=False):
+class Record(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, gc=False):
     """One device. What `DeviceInfo` and `BlockDrive` have as well is explained there.
 
     :ivar form: which fields there may be.
@@ -52,20 +52,20 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fi
     :ivar kata: what the original wrote of it; empty where that would be written again from the rest.
     """
 
-    form: int = 1
-    id: str = ""
-
+    # As in DeviceInfo, in its order.
     path: str = ""
     driver: str = ""
     read_only: bool = False
-    share: bool = False
     serial: str | None = _AS_ID
-    format: str | None = None
-    options: dict[str, str] = {}
+    id: str = ""
     dev_type: str = ""
     major: int = -1
     minor: int = -1
+    options: dict[str, str] = {}
+    share: bool = False
+    format: str | None = None
 
+    form: int = 1
     identity: Identity | None = None
     phase: SavedPhase = "attached"
     attach_count: _Count = 1
@@ -138,7 +138,7 @@ class _Drive(msgspec.Struct):
     index: int = NO_DRIVE
 
 
-ASKED = DeviceInfo.__struct_fields__  # a record has fields of the same names
+ASKED = DeviceInfo.__struct_fields__
 _asked = attrgetter(*ASKED)
 
 _encode = msgspec.json.Encoder().encode
