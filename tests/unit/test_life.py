@@ -21,7 +21,7 @@ from pyblock.hypervisors.base import FoundDisk
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
 from pyblock.machine import Machine
 from pyblock.manager import DeviceManager
-from pyblock.table import HOLDING, LIFE, Event, IllegalEvent, Phase
+from pyblock.table import FOLLOWS, HOLDING, LIFE, PENDING, Aim, Event, Failure, IllegalEvent, Phase
 
 pytestmark = pytest.mark.anyio
 
@@ -422,6 +422,30 @@ async def test_a_batch_may_hold_one_image_twice(image: Make) -> None:
         assert one is other and one.attach_count == 2 and list(sandbox.index) == [0]
         await sandbox.detach_many([one, one])
         nothing_left(sandbox, vm)
+
+
+# In which phases an operation may be when a step of it fails: a caller who goes away makes it pending, a detach that joins it going.
+WHERE = {
+    Aim.PLUG: {Phase.ATTACHING, Phase.ATTACH_PENDING},
+    Aim.UNPLUG: {Phase.DETACHING, Phase.DETACH_PENDING},
+    Aim.RESUME: {Phase.ATTACH_PENDING, Phase.DETACHING, Phase.DETACH_PENDING},
+    Aim.UNDO: {Phase.ATTACH_PENDING, Phase.DETACHING, Phase.DETACH_PENDING},
+}
+
+
+def test_whatever_fails_is_followed_by_something_that_can_happen() -> None:
+    assert FOLLOWS.keys() == {(aim, failure) for aim in Aim for failure in Failure}
+    for (aim, failure), event in FOLLOWS.items():
+        for phase in WHERE[aim]:
+            if event is Event.UNKNOWN and phase in PENDING:
+                continue  # it is that already
+            assert (phase, event) in LIFE, f"{aim}, {failure}: {event} in {phase}"
+
+
+def test_nothing_that_was_sent_and_whose_outcome_is_unknown_gives_anything_back() -> None:
+    free = {Event.UNDONE, Event.GONE, Event.LOST}
+    assert not [aim for aim in Aim if FOLLOWS[aim, Failure.UNKNOWN] in free | {Event.KEPT, Event.PLUGGED}]
+    assert {aim for aim, failure in FOLLOWS if FOLLOWS[aim, failure] in free} == {Aim.PLUG}
 
 
 @pytest.mark.parametrize("phase", Phase)
