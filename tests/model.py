@@ -13,6 +13,7 @@ import sqlite3
 import warnings
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ import eager
 from written import written
 
 import pyblock
-from pyblock import BlockDevice, Phase, PyblockError, Sandbox
+from pyblock import BlockDevice, EventKind, Phase, PyblockError, Sandbox, SandboxEvent
 from pyblock.hypervisors.memory import MemoryHypervisor
 from pyblock.machine import Machine
 from pyblock.model import BlockDrive
@@ -190,6 +191,17 @@ class Known:
         self.counts |= {max(0, count + each) for count in self.counts for each in more}
 
 
+# What the store may say of a device when an event of it comes.
+SAID = {
+    EventKind.ATTACHED: ("attached",),
+    EventKind.DETACHED: ("detached",),
+    EventKind.DETACHED_LATE: ("detached",),
+    EventKind.PENDING: ("attach-pending", "detach-pending"),
+    EventKind.REFUSED: ("attached", "detached"),
+    EventKind.LOST: ("detached",),
+}
+
+
 class Box:
     """A sandbox through all its processes.
 
@@ -197,6 +209,7 @@ class Box:
     :ivar doubtful: drives that were pending when they were last looked at.
     :ivar lost: drives that the guest let go of without this sandbox having been told.
     :ivar letting_go: drives that the guest may yet let go of, asked by a process that is gone.
+    :ivar ahead: events that said more than the store did at that moment.
     """
 
     def __init__(self, name: str, images: int) -> None:
@@ -208,6 +221,7 @@ class Box:
         self.doubtful: set[str] = set()
         self.lost: set[str] = set()
         self.letting_go: set[str] = set()
+        self.ahead: list[str] = []
 
     @property
     def open(self) -> Watched:
@@ -365,7 +379,7 @@ class World:
     def start(self, place: int, *, recover: bool) -> None:
         process = self.processes[place] = Process(self.path)
         for box in self.of(place):
-            sandbox = Watched(box.name, box.vm, store=process.store, recover=recover)
+            sandbox = Watched(box.name, box.vm, store=process.store, recover=recover, on_event=partial(self.hear, box))
             mark = len(box.vm.met)
             process.run(sandbox.__aenter__())
             box.sandbox = sandbox
@@ -647,8 +661,17 @@ class World:
             found.append(StoredRow(device_id, said.drive_id, said.number, said.phase, said.attach_count, image, access))
         return found
 
+    def hear(self, box: Box, event: SandboxEvent) -> None:
+        """Compares what a sandbox says with what the store says at that moment."""
+        self.reached[f"heard: {event.kind}"] += 1
+        if event.device is not None:
+            phase = next((row.phase for row in self.rows(box) if row.device_id == event.device), "detached")
+            if phase not in SAID[event.kind]:
+                box.ahead.append(f"{event.kind} of {event.device}, which is {phase} in the store")
+
     def check(self) -> None:
         self.judge_all()
+        assert [said for box in self.boxes for said in box.ahead] == []
         rows = {box.name: self.rows(box) for box in self.boxes}
         for box in self.boxes:
             try:

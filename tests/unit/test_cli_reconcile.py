@@ -72,6 +72,9 @@ def test_a_machine_that_is_gone(shell: Shell, tmp_path: Path, silent: str, make_
         assert done.returncode == 1 and f"pyblock forget {sandbox}" in done.stderr
     [asked] = json.loads(shell("reconcile", "--json", vm=None).stdout)["sandboxes"]
     assert f"pyblock forget {sandbox}" in asked["error"]
+    failure = asked["failure"]
+    assert (failure["code"], failure["retryable"], failure["sandbox"]) == ("vmm-unreachable", True, sandbox)
+    assert failure["vm"] == silent and any(f"pyblock forget {sandbox}" in note for note in failure["notes"])
 
 
 def test_a_machine_that_never_had_anything(shell: Shell, tmp_path: Path, make_image: MakeImage) -> None:
