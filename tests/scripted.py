@@ -157,7 +157,9 @@ class Chooser(Scripted):
         if not self.free:
             raise SlotsExhausted("the VMM has no slot left", **drive.facts)
         name = self.free.pop()
-        self.disks[name], self.ours[name] = image.path, drive.id
+        self.disks[name] = image.path
+        self.request("reply to add")
+        self.ours[name] = drive.id
         drive.sit(Place(name, pci_path=f"{name.removeprefix('slot'):0>2}"))
 
     async def locate(self, drive: BlockDrive) -> None:
@@ -167,17 +169,25 @@ class Chooser(Scripted):
         self.request("inventory")
         await self.answer.wait()
         known = {drive.id for drive in ours}
+        self.ours |= {name: drive.id for drive in ours if (name := self._name_of(drive)) is not None}
         held = {self.ours[name]: Held(True, VIRTIO_BLK) for name in self.disks if name in self.ours}
         names = [self.ours.get(name, "") for name in self.disks]
         return Inventory([FoundDisk(name, VD) for name in names if name not in known], held)
 
     async def request_removal(self, drive: BlockDrive) -> bool:
         self.request("remove")
-        if drive.place is None or self.disks.pop(drive.place, None) is None:
+        if (name := self._name_of(drive)) is None:
             return False
-        del self.ours[drive.place]
-        self.free.append(drive.place)
+        del self.disks[name]
+        self.ours.pop(name, None)
+        self.free.append(name)
         return True
+
+    def _name_of(self, drive: BlockDrive) -> str | None:
+        """What the VMM calls a drive. Before it has told that, the image does: no other drive has it."""
+        if drive.place is not None:
+            return drive.place if drive.place in self.disks else None
+        return next((name for name, path in self.disks.items() if path == drive.file and self.ours.get(name, drive.id) == drive.id), None)
 
 
 class Polled(Scripted):

@@ -222,8 +222,11 @@ class Hypervisor(Protocol):
 
     @abstractmethod
     async def place(self, drive: BlockDrive) -> Place:
-        """Chooses and takes a place for a drive, or raises SlotsExhausted; sends nothing that changes the machine. Where the VMM itself
-        chooses, the place is empty, a step has the drive `sit`, and SlotsExhausted comes from there."""
+        """Chooses and takes a place for a drive, or raises SlotsExhausted; sends nothing that changes the machine.
+
+        Where the VMM itself chooses, the place is empty, a step has the drive `sit`, and SlotsExhausted comes from there. Until then, and
+        for whoever takes up a record that was written before, the drive has to be found without its place: by its ID or its image.
+        """
 
     @abstractmethod
     def steps(self, drive: BlockDrive, image: OpenedImage) -> Sequence[Step]:

@@ -157,6 +157,28 @@ async def test_a_vmm_that_chooses_the_place(make_image: MakeImage, store: Sqlite
         assert vm.disks.keys() == {"slot1"}
 
 
+async def test_a_place_that_was_never_told(make_image: MakeImage, store: SqliteStore) -> None:
+    """The VMM chose, and its reply was lost: the record has no place, and the disk is found all the same, after a restart too."""
+    image = make_image("a")
+    vm = Chooser(2, "scripted:chooser")
+    async with Sandbox("one", vm, driver="virtio-blk", store=store) as sandbox:
+        for _ in range(2):
+            vm.script["reply to add"] = [ConnectionLost("lost")]
+            with pytest.raises(AttachPending):
+                await sandbox.attach(image)
+            assert [one.outcome for one in await sandbox.reconcile()] == [Outcome.REMOVED]
+            assert not vm.disks and not sandbox.devices
+        vm.script["reply to add"] = [ConnectionLost("lost")]
+        with pytest.raises(AttachPending):
+            await sandbox.attach(image)
+        [device] = sandbox.devices
+        assert isinstance(device, BlockDevice) and device.held.place is None and vm.disks
+    vm.ours.clear()
+    async with Sandbox("one", vm, driver="virtio-blk", store=store) as sandbox:
+        assert [one.outcome for one in sandbox.recovered] == [Outcome.REMOVED] and not vm.disks
+        assert (await sandbox.attach(image)).held.place is not None
+
+
 async def test_what_comes_while_the_machine_is_asked_is_no_stranger(make_image: MakeImage) -> None:
     """The VMM has it under a name of its own, which the adapter knows to be ours; a stranger it does not know counts."""
     vm = Chooser(4)
