@@ -13,10 +13,11 @@ from collections.abc import Collection
 import msgspec
 
 from pyblock.drivers import NVDIMM, VIRTIO_SCSI, Family
+from pyblock.errors import VmmRefused
 from pyblock.hypervisors.base import FoundDisk, Held, Inventory
 from pyblock.hypervisors.qemu_descriptors import MarkedSet, set_behind
-from pyblock.hypervisors.qemu_tree import Tree, Types, child, disk_type, get_property, properties
-from pyblock.hypervisors.qmp import QmpSession
+from pyblock.hypervisors.qemu_tree import Tree, Types, child, disk_type, get_properties, get_property, list_of, listed
+from pyblock.hypervisors.qmp import QmpSession, Question
 from pyblock.naming import DRIVE, LUNS
 
 _OURS = f"{DRIVE}-"
@@ -57,6 +58,12 @@ class _Module(msgspec.Struct, frozen=True):
     data: _ModuleData
 
 
+_NODES = Question(list[_Node], "query-named-block-nodes", {"flat": True})
+_SETS = Question(list[MarkedSet], "query-fdsets")
+_BLOCKS = Question(list[_Block], "query-block")
+_MODULES = Question(list[_Module], "query-memory-devices")
+
+
 class Listing(msgspec.Struct, frozen=True):
     """What QEMU has, as the adapter needs it.
 
@@ -72,32 +79,38 @@ class Listing(msgspec.Struct, frozen=True):
 
 async def nodes(qmp: QmpSession) -> dict[str, str]:
     """The block nodes: name to the path of their file, "" where they have none."""
-    listed = await qmp.ask(list[_Node], "query-named-block-nodes", {"flat": True})
-    return {node.name: node.file for node in listed if node.name}
+    return _files(await qmp.ask(*_NODES))
+
+
+def _files(nodes: list[_Node]) -> dict[str, str]:
+    return {node.name: node.file for node in nodes if node.name}
 
 
 async def memory_modules(qmp: QmpSession) -> list[tuple[str, str]]:
     """The memory modules: type, and ID ("" for one without)."""
-    listed = await qmp.ask(list[_Module], "query-memory-devices")
-    return [(module.type, module.data.id or "") for module in listed]
+    return _named(await qmp.ask(*_MODULES))
+
+
+def _named(modules: list[_Module]) -> list[tuple[str, str]]:
+    return [(module.type, module.data.id or "") for module in modules]
 
 
 async def user_of(qmp: QmpSession, node: str) -> str | None:
     """The ID of the device that uses a block node, if there is one."""
-    blocks = await qmp.ask(list[_Block], "query-block")
+    blocks: list[_Block] = await qmp.ask(*_BLOCKS)
     return next((peripheral(block.qdev) for block in blocks if block.node == node), None)
 
 
 async def take_listing(qmp: QmpSession, tree: Tree, types: Types, known: Collection[str]) -> Listing:
     """Lists what the machine has; see Hypervisor.inventory. `tree` was read just before. Changes nothing in the machine."""
-    files, sets, blocks, objects, peripherals, modules = await asyncio.gather(
-        nodes(qmp),
-        qmp.ask(list[MarkedSet], "query-fdsets"),
-        qmp.ask(list[_Block], "query-block"),
-        properties(qmp, "/objects"),
-        properties(qmp, _PERIPHERAL),
-        memory_modules(qmp),
-    )
+    answers = await qmp.ask_all((_NODES, _SETS, _BLOCKS, _MODULES, list_of("/objects"), list_of(_PERIPHERAL)))
+    for answer in answers[:4]:
+        if isinstance(answer, VmmRefused):
+            raise answer
+    files, modules = _files(answers[0]), _named(answers[3])
+    sets: list[MarkedSet] = answers[1]
+    blocks: list[_Block] = answers[2]
+    objects, peripherals = listed(qmp, "/objects", answers[4]), listed(qmp, _PERIPHERAL, answers[5])
     backends = {_drive_id(name): VIRTIO_SCSI for name in files}
     backends |= {_drive_id(name, KATA_MEMORY): NVDIMM for name, kind in objects.items() if _MEMORY.fullmatch(kind)}
     devices = {_drive_id(name, KATA_NVDIMM): name for name, kind in peripherals.items() if disk_type(types, child(kind), *_BUSES)}
@@ -109,8 +122,8 @@ async def take_listing(qmp: QmpSession, tree: Tree, types: Types, known: Collect
     drives = {name: drive_id for drive_id, name in devices.items() if drive_id and name}  # by what QEMU calls their devices
     names = (backends.keys() | devices.keys()) - {""}
     strange = [name for name in names if name not in known and devices.get(name)]
-    is_cold = await asyncio.gather(*(_is_cold(qmp, devices[name]) for name in strange))
-    cold = {name for name, each in zip(strange, is_cold, strict=True) if each}
+    hot = await get_properties(qmp, [(f"{_PERIPHERAL}/{devices[name]}", "hotplugged") for name in strange], bool)
+    cold = {name for name, each in zip(strange, hot, strict=True) if each is False}  # there when the machine started
     images = {each.number: image for each in sets if (image := each.image) is not None}
     behind = {name: set_behind(file) for name, file in files.items()}
     opened = {name: image for name, number in behind.items() if number is not None and (image := images.get(number)) is not None}
@@ -124,7 +137,7 @@ async def take_listing(qmp: QmpSession, tree: Tree, types: Types, known: Collect
         *(disk for disk in scsi if disk is not None),
     ]
     mapped = [name for name, kind in objects.items() if _FILE_MEMORY.fullmatch(kind) and _drive_id(name, KATA_MEMORY) not in known]
-    paths = await asyncio.gather(*(get_property(qmp, f"/objects/{name}", "mem-path", str) for name in mapped))
+    paths = await get_properties(qmp, [(f"/objects/{name}", "mem-path") for name in mapped], str)
     used = set(behind.values())
     return Listing(
         Inventory(
@@ -152,11 +165,6 @@ def _drive_id(name: str, prefix: str = "") -> str:
     return name if name.startswith(_OURS) else ""
 
 
-async def _is_cold(qmp: QmpSession, device: str) -> bool:
-    """Whether a device was there when the machine started."""
-    return await get_property(qmp, f"{_PERIPHERAL}/{device}", "hotplugged", bool) is False
-
-
 async def _scsi_disk(qmp: QmpSession, tree: Tree, types: Types, qdev: str) -> FoundDisk | None:
     """The SCSI or IDE disk of that ID or path; None for others, which the walk over the PCI buses has found."""
     path = qdev if qdev.startswith("/") else f"{_PERIPHERAL}/{qdev}"
@@ -168,9 +176,8 @@ async def _scsi_disk(qmp: QmpSession, tree: Tree, types: Types, qdev: str) -> Fo
     family = disk.family or _CDROM
     if disk.bus != "scsi":
         return FoundDisk(name, family)
-    bus, target, lun = await asyncio.gather(
-        get_property(qmp, path, "parent_bus", str), get_property(qmp, path, "scsi-id", int), get_property(qmp, path, "lun", int)
-    )
+    bus = await get_property(qmp, path, "parent_bus", str)
+    target, lun = await get_properties(qmp, [(path, "scsi-id"), (path, "lun")], int)
     index = None
     if tree.scsi_buses and bus is not None and bus.rpartition("/")[2] == tree.scsi_buses[0] and target is not None and lun is not None:
         index = target * LUNS + lun if target >= 0 and 0 <= lun < LUNS else None

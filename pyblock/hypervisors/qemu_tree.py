@@ -6,15 +6,15 @@ bridges down, so devices without an ID are seen as well.
 
 from __future__ import annotations
 
-import asyncio
 import re
+from collections.abc import Sequence
 from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
 
 from pyblock.drivers import Family
 from pyblock.errors import VmmProtocolError, VmmRefused
-from pyblock.hypervisors.qmp import QmpSession
+from pyblock.hypervisors.qmp import QmpSession, Question
 
 BRIDGE_SLOTS = range(1, 32)  # of a conventional PCI bus: 5 bits of device number; slot 0 of a bridge may be its hot-plug controller's
 PORT_SLOTS = range(1)  # behind a PCIe port there is one device, number 0
@@ -157,22 +157,31 @@ async def read_tree(qmp: QmpSession, types: Types) -> Tree:
     :param types: what of it is a disk.
     """
     tree = Tree()
-    machine, named, unnamed = await asyncio.gather(*(properties(qmp, path) for path in ("/machine", _NAMED, _UNNAMED)))
-    hosts = [f"/machine/{name}" for name, kind in machine.items() if "host" in kind and kind.startswith("child<")]
-    for host in sorted(hosts):
-        for bus in await _buses(qmp, host, _PCI_BUS):
-            await _pci_bus(qmp, tree, types, bus, (), port=False)
+    hosts, named, unnamed = await _seen(qmp, types)
+    buses = [_PciBus(bus, (), port=False) for host in hosts for bus in await _buses(qmp, host, _PCI_BUS)]
+    while buses:
+        buses = await _pci_level(qmp, tree, types, buses)
     for container, devices in ((_NAMED, named), (_UNNAMED, unnamed)):
         for name, kind in devices.items():
             if controller := _SCSI_CONTROLLER.fullmatch(kind):
                 tree.scsi_buses += await _scsi_buses(qmp, f"{container}/{name}", controller[1])
-            elif (
-                disk := disk_type(types, child(kind), "mmio")
-            ) is not None and disk.family:  # behind PCI the walk over the buses finds them
+            elif (disk := disk_type(types, child(kind), "mmio")) is not None and disk.family:
                 tree.disks.append(Disk(name if container == _NAMED else "", disk.family))
     tree.scsi_buses.sort()
     tree.free.sort(key=lambda slot: ([(hop.slot, hop.function) for hop in slot.route], slot.number))
     return tree
+
+
+async def _seen(qmp: QmpSession, types: Types) -> tuple[list[str], dict[str, str], dict[str, str]]:
+    """The host bridges; and by name the types of the devices with and without an ID, as far as they are SCSI controllers, or disks
+    that the walk over the PCI buses does not find."""
+    machine, named, unnamed = await properties_of_each(qmp, ("/machine", _NAMED, _UNNAMED))
+    hosts = sorted(f"/machine/{name}" for name, kind in machine.items() if "host" in kind and kind.startswith("child<"))
+
+    def those(devices: dict[str, str]) -> dict[str, str]:
+        return {name: kind for name, kind in devices.items() if _SCSI_CONTROLLER.fullmatch(kind) or disk_type(types, child(kind), "mmio")}
+
+    return hosts, those(named), those(unnamed)
 
 
 async def bus_numbers(qmp: QmpSession) -> dict[tuple[Hop, ...], int]:
@@ -195,21 +204,41 @@ async def bus_numbers(qmp: QmpSession) -> dict[tuple[Hop, ...], int]:
 
 async def properties(qmp: QmpSession, path: str) -> dict[str, str]:
     """Name to type; empty for an object that left while it was being looked at."""
-    try:
-        listed = {entry.name: entry.type for entry in await qmp.ask(list[Property], "qom-list", {"path": path})}
-    except VmmRefused:
+    [found] = await properties_of_each(qmp, (path,))
+    return found
+
+
+async def properties_of_each(qmp: QmpSession, paths: Sequence[str]) -> list[dict[str, str]]:
+    """The same for many objects."""
+    answers = await qmp.ask_all([list_of(path) for path in paths])
+    return [listed(qmp, path, answer) for path, answer in zip(paths, answers, strict=True)]
+
+
+def list_of(path: str) -> Question:
+    """The question for an object's properties; `listed` reads its answer."""
+    return Question(list[Property], "qom-list", {"path": path})
+
+
+def listed(qmp: QmpSession, path: str, answer: list[Property] | VmmRefused) -> dict[str, str]:
+    """See `properties`."""
+    if isinstance(answer, VmmRefused):
         return {}
-    if "type" not in listed:  # every object has that
+    found = {entry.name: entry.type for entry in answer}
+    if "type" not in found:  # every object has that
         raise VmmProtocolError(f"QMP socket {qmp.path!r}: the list of {path} is none, for it has no type")
-    return listed
+    return found
 
 
 async def get_property(qmp: QmpSession, path: str, name: str, kind: type[Value]) -> Value | None:
     """The value of a property; None for an object that left, or has none of that name."""
-    try:
-        return await qmp.ask(kind, "qom-get", {"path": path, "property": name})
-    except VmmRefused:
-        return None
+    [value] = await get_properties(qmp, [(path, name)], kind)
+    return value
+
+
+async def get_properties(qmp: QmpSession, wanted: Sequence[tuple[str, str]], kind: type[Value]) -> list[Value | None]:
+    """The same for many, as (path, name)."""
+    answers = await qmp.ask_all([Question(kind, "qom-get", {"path": path, "property": name}) for path, name in wanted])
+    return [None if isinstance(answer, VmmRefused) else answer for answer in answers]
 
 
 async def _buses(qmp: QmpSession, path: str, kinds: tuple[str, ...]) -> list[str]:
@@ -222,43 +251,70 @@ async def _scsi_buses(qmp: QmpSession, path: str, controller: str) -> list[str]:
     return [bus.rpartition("/")[2] for bus in await _buses(qmp, where, ("child<SCSI>",))]
 
 
-async def _children(qmp: QmpSession, bus: str) -> tuple[list[tuple[str, str]], bool]:
-    """The devices on a bus as (path, type), and whether it takes hot-plug."""
-    have = await properties(qmp, bus)
-    links = [(name, match[1]) for name, kind in have.items() if _BUS_CHILD.fullmatch(name) and (match := _LINK.fullmatch(kind))]
-    names = ("hotplug-handler", *(name for name, _ in links))
-    handler, *paths = await asyncio.gather(*(get_property(qmp, bus, name, str) for name in names))
+class _PciBus(NamedTuple):
+    """:ivar path: in the object tree.
+    :ivar route: see Slot.
+    :ivar port: behind a PCIe port.
+    """
+
+    path: str
+    route: tuple[Hop, ...]
+    port: bool
+
+
+class _Child(NamedTuple):
+    path: str
+    kind: str
+    hop: Hop
+
+
+async def _pci_level(qmp: QmpSession, tree: Tree, types: Types, buses: Sequence[_PciBus]) -> list[_PciBus]:
+    """Takes into the tree what is on those buses, and returns the buses one bridge further down. All of a level are asked for
+    together, so that a hundred ports cost as many turns as one."""
+    bridges: list[tuple[str, _PciBus]] = []
+    for bus, (children, hotplug) in zip(buses, await _children(qmp, buses), strict=True):
+        name = bus.path.rpartition("/")[2]
+        if hotplug:
+            taken = {each.hop.slot for each in children}
+            numbers = [number for number in (PORT_SLOTS if bus.port else BRIDGE_SLOTS) if number not in taken]
+            tree.free.extend(Slot(name, number, bus.route, bus.port) for number in numbers if not (bus.port and taken))
+        for path, kind, hop in children:
+            if kind in _BRIDGES:
+                bridges.append((path, _PciBus(path, _further(qmp, bus.route, hop), kind in _PORTS)))
+            elif (disk := disk_type(types, kind, "pci")) is not None and disk.family:
+                tree.disks.append(Disk(_id(path), disk.family, Slot(name, hop.slot, bus.route, bus.port)))
+    behind = await properties_of_each(qmp, [path for path, _ in bridges])
+    return [
+        bus._replace(path=f"{path}/{name}")
+        for (path, bus), have in zip(bridges, behind, strict=True)
+        for name, kind in have.items()
+        if kind in _PCI_BUS
+    ]
+
+
+async def _children(qmp: QmpSession, buses: Sequence[_PciBus]) -> list[tuple[list[_Child], bool]]:
+    """The devices on each bus, and whether it takes hot-plug."""
+    links: list[tuple[str, str, str]] = []  # bus, name, type
+    numbered: list[str] = []
+    for bus, have in zip(buses, await properties_of_each(qmp, [bus.path for bus in buses]), strict=True):
+        links += [
+            (bus.path, name, match[1]) for name, kind in have.items() if _BUS_CHILD.fullmatch(name) and (match := _LINK.fullmatch(kind))
+        ]
+        numbered += [bus.path] if _ACPI_NUMBER in have else []
+    handlers = await get_properties(qmp, [(bus.path, "hotplug-handler") for bus in buses], str)
+    paths = await get_properties(qmp, [(bus, name) for bus, name, _ in links], str)
+    devices = [(path, kind, bus) for path, (bus, _, kind) in zip(paths, links, strict=True) if path]
+    places = await get_properties(qmp, [(path, "addr") for path, _, _ in devices], _Devfn)
+    found: dict[str, list[_Child]] = {bus.path: [] for bus in buses}
+    for (path, kind, on), place in zip(devices, places, strict=True):
+        if place is not None and place >= 0:  # a device that left meanwhile has none
+            found[on].append(_Child(path, kind, Hop(place >> 3, place & 7)))  # PCI devfn: the slot in the upper five bits
     # A bridge that is its bus's own handler takes what is plugged in. Where the handler is the chipset (ACPI), it does so only on the buses
     # that it has numbered: since QEMU 8 it is named on q35's root bus as well, and refuses there.
-    hotplug = bool(handler) and (handler == bus.rpartition("/")[0] or _ACPI_NUMBER in have)
-    return [(path, kind) for path, (_, kind) in zip(paths, links, strict=True) if path], hotplug
-
-
-async def _pci_bus(qmp: QmpSession, tree: Tree, types: Types, bus: str, route: tuple[Hop, ...], *, port: bool) -> None:
-    children, hotplug = await _children(qmp, bus)
-    places = await asyncio.gather(*(get_property(qmp, path, "addr", _Devfn) for path, _ in children))
-    # PCI devfn: the slot in the upper five bits. A device that left meanwhile has none.
-    devices = [
-        (path, kind, Hop(place >> 3, place & 7))
-        for (path, kind), place in zip(children, places, strict=True)
-        if place is not None and place >= 0
+    return [
+        (found[bus.path], bool(handler) and (handler == bus.path.rpartition("/")[0] or bus.path in numbered))
+        for bus, handler in zip(buses, handlers, strict=True)
     ]
-    name = bus.rpartition("/")[2]
-    if hotplug:
-        taken = {hop.slot for _, _, hop in devices}
-        numbers = [] if port and taken else [number for number in (PORT_SLOTS if port else BRIDGE_SLOTS) if number not in taken]
-        tree.free.extend(Slot(name, number, route, port) for number in numbers)
-    await asyncio.gather(
-        *(_pci_device(qmp, tree, types, path, kind, hop, Slot(name, hop.slot, route, port)) for path, kind, hop in devices)
-    )
-
-
-async def _pci_device(qmp: QmpSession, tree: Tree, types: Types, path: str, kind: str, hop: Hop, slot: Slot) -> None:
-    if kind in _BRIDGES:
-        for bus in await _buses(qmp, path, _PCI_BUS):
-            await _pci_bus(qmp, tree, types, bus, _further(qmp, slot.route, hop), port=kind in _PORTS)
-    elif (disk := disk_type(types, kind, "pci")) is not None and disk.family:
-        tree.disks.append(Disk(_id(path), disk.family, slot))
 
 
 def _further(qmp: QmpSession, route: tuple[Hop, ...], hop: Hop) -> tuple[Hop, ...]:

@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import random
 import socket
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
@@ -36,6 +36,14 @@ class _Left(msgspec.Struct):
 _DECLINED = frozenset({"DEVICE_UNPLUG_GUEST_ERROR", "MEM_UNPLUG_ERROR"})
 _left = msgspec.json.Decoder(_Left)
 _decoders: dict[Any, msgspec.json.Decoder[Any]] = {}
+
+
+class Question(NamedTuple):
+    """What is asked, and the type of its answer."""
+
+    reply: Any
+    command: str
+    arguments: Mapping[str, Any] = {}
 
 
 class QmpSession:
@@ -99,6 +107,28 @@ class QmpSession:
     async def ask(self, reply: type[Reply], command: str, arguments: Mapping[str, Any] | None = None, *, step: str = "") -> Reply:
         """The same, decoded as `reply`; VmmProtocolError when it is something else."""
         return self.decoded(reply, command, await self.execute(command, arguments, step=step))
+
+    async def ask_all(self, questions: Sequence[Question]) -> list[Any]:
+        """The same for many questions, sent together: their answers, or a VmmRefused in place of one.
+
+        Not a task for each: a machine is asked for dozens of properties, and a hundred may be at once.
+        """
+        connection = await self._open()
+        answers = connection.send_all([Command(one.command, one.arguments, one.command) for one in questions])
+        try:
+            for last in answers[-1:]:  # by then the others are there
+                with contextlib.suppress(PyblockError):
+                    await last
+            return [await self._decoded_or_refused(one, answer) for one, answer in zip(questions, answers, strict=True)]
+        finally:
+            for answer in answers:
+                answer.cancel()
+
+    async def _decoded_or_refused(self, question: Question, answer: asyncio.Future[msgspec.Raw]) -> object:
+        try:
+            return self.decoded(question.reply, question.command, await answer)
+        except VmmRefused as refusal:
+            return refusal
 
     def decoded(self, reply: type[Reply], command: str, raw: msgspec.Raw) -> Reply:
         """A result as `reply`. Raises VmmProtocolError when it is something else."""

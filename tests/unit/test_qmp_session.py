@@ -25,7 +25,7 @@ from pyblock import ConnectionLost, DeadlinePassed, Sandbox, VmmProtocolError, V
 from pyblock.drivers import VIRTIO_SCSI
 from pyblock.hypervisors import qmp, qmp_connection
 from pyblock.hypervisors.qemu import QemuHypervisor
-from pyblock.hypervisors.qmp import QmpSession
+from pyblock.hypervisors.qmp import QmpSession, Question
 from pyblock.hypervisors.qmp_connection import Command as Wanted
 from pyblock.hypervisors.turns import MESSAGES_MAX
 from pyblock.model import BlockDrive, DeviceInfo
@@ -626,6 +626,48 @@ async def test_a_descriptor_leaves_with_its_own_command(path: Path) -> None:
         heard += peer.recv(65536)
         await loop.sock_sendall(peer, b"".join(reply(json.loads(one)) for one in heard.splitlines()))
         await asyncio.gather(*waiting)
+
+
+# Many questions at once.
+
+QUESTIONS = [Question(Node, "query", {"number": number}) for number in range(100)]
+
+
+async def test_many_questions_are_one_write(path: Path) -> None:
+    async with by_hand(path) as (session, peer):
+        assert await session.ask_all([]) == []
+        asking = asyncio.ensure_future(session.ask_all(QUESTIONS))
+        await asyncio.sleep(0)
+        assert not asking.done()
+        lines = [json.loads(line) for line in peer.recv(1 << 20).splitlines()]
+        assert [line["arguments"]["number"] for line in lines] == list(range(100))
+        peer.sendall(
+            b"".join(refusal(line) if number == 7 else reply(line, {"node-name": f"n{number}"}) for number, line in enumerate(lines))
+        )
+        answers = await asking
+        assert isinstance(answers.pop(7), VmmRefused)
+        assert [answer.name for answer in answers] == [f"n{number}" for number in range(100) if number != 7]
+
+
+async def test_one_of_many_answers_is_none(path: Path) -> None:
+    async with by_hand(path) as (session, peer):
+        asking = asyncio.ensure_future(session.ask_all(QUESTIONS))
+        await asyncio.sleep(0)
+        lines = [json.loads(line) for line in peer.recv(1 << 20).splitlines()]
+        peer.sendall(b"".join(reply(line, 5 if number == 7 else {"node-name": "n"}) for number, line in enumerate(lines)))
+        with pytest.raises(VmmProtocolError, match="the reply to query is none"):
+            await asking
+
+
+async def test_many_questions_and_the_end(path: Path) -> None:
+    """The peer hangs up after some of the answers; whoever asked gets no half of them."""
+    async with by_hand(path) as (session, peer):
+        asking = asyncio.ensure_future(session.ask_all(QUESTIONS))
+        await asyncio.sleep(0)
+        peer.sendall(b"".join(reply(json.loads(line), {"node-name": "n"}) for line in peer.recv(1 << 20).splitlines()[:50]))
+        peer.close()
+        with pytest.raises(ConnectionLost):
+            await asking
 
 
 # How much is done in one turn of the event loop.
