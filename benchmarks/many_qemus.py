@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -47,6 +48,19 @@ async def _lags(until: asyncio.Event, lags: list[float]) -> None:
         lags.append(time.perf_counter() - due)
 
 
+async def idle() -> None:
+    """Prints by how much the sleeps of a loop that does nothing else were late, until its standard input ends: what the machine alone
+    makes of them."""
+    over, lags = asyncio.Event(), list[float]()
+    asyncio.get_running_loop().add_reader(sys.stdin, over.set)
+    await _lags(over, lags)
+    print(_last_percent(lags))
+
+
+def _last_percent(lags: Sequence[float]) -> float:
+    return statistics.quantiles(lags, n=100)[-1]
+
+
 async def measure(folder: Path, sockets: Sequence[str]) -> dict[str, float]:
     import pyblock  # noqa: PLC0415 - the one beside this file
     from pyblock.stores.sqlite import SqliteStore  # noqa: PLC0415
@@ -70,16 +84,18 @@ async def measure(folder: Path, sockets: Sequence[str]) -> dict[str, float]:
     await asyncio.gather(*map(connect, range(WARM, len(sandboxes))))
     memory = (_resident() - before) / (len(sandboxes) - WARM)
     over, lags = asyncio.Event(), list[float]()
+    beside = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     looking = asyncio.create_task(_lags(over, lags))
     start = time.perf_counter()
     await asyncio.gather(*map(fill, range(len(sandboxes))))
     spent = time.perf_counter() - start
     over.set()
     await looking
+    idle, _ = beside.communicate()
     for sandbox in sandboxes:
         await sandbox.__aexit__(None, None, None)
     store.close()
-    return {"seconds": spent, "lag": statistics.quantiles(lags, n=100)[-1], "memory": memory}
+    return {"seconds": spent, "lag": _last_percent(lags), "idle": float(idle), "memory": memory}
 
 
 def main(arguments: list[str]) -> Any:
@@ -87,4 +103,7 @@ def main(arguments: list[str]) -> Any:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1:])))
+    if len(sys.argv) > 1:
+        print(json.dumps(main(sys.argv[1:])))
+    else:
+        asyncio.run(idle())

@@ -139,7 +139,7 @@ def test_100_disks_behind_ports(paths: list[Path], short: bool, record: Callable
     record(medians.row(f"{what}, in one call", "many", "bare socket, one by one", 0.8))
 
 
-def test_many_qemus(folder: Path, short: bool, record: Callable[[Row], None]) -> None:
+def test_many_qemus(folder: Path, short: bool, record: Callable[[Row], None], note: Callable[[str], None]) -> None:
     """A long form: it starts 40 QEMUs for each round of each."""
     if short:
         pytest.skip("only in the long form")
@@ -164,4 +164,5 @@ def test_many_qemus(folder: Path, short: bool, record: Callable[[Row], None]) ->
     spent, lag, memory = median("seconds"), median("lag"), median("memory")
     record(Row(f"{what}: time", "the sum of bare sockets", spent / floor, 0.75, True, spent * 1e9 / disks, floor * 1e9 / disks, "disk"))
     record(Row(f"{what}: the event loop's lag, p99", "ms", lag * 1e3, 10, True, lag * 1e9, 0, "look"))
+    note(f"the lag of an idle event loop in another process meanwhile, p99: {median('idle') * 1e3:.1f} ms")
     record(Row(f"{what}: memory of a connection", "bytes", memory, 35 * 1024, True, 0, 0, "connection"))
