@@ -6,13 +6,13 @@ What the saved form had and pyblock does not know comes out again as it went in:
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import get_args
+from typing import Any, get_args
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
 
 from pyblock.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_MMIO, VIRTIO_SCSI, Driver
-from pyblock.errors import InvalidID, InvalidIndex, InvalidState
+from pyblock.errors import InvalidID, InvalidIndex, InvalidState, NewerState
 from pyblock.image import identity_of, is_file
 from pyblock.lineage import Identity
 from pyblock.model import check_device_id
@@ -145,9 +145,10 @@ def device_from_state(state: DeviceState, default: Driver, *, where: str, share:
         if not fits or state.ref_count >= _UNSIGNED or state.attach_count >= _UNSIGNED:
             raise InvalidState("a count, or Major:Minor, is a number of more than 64 bits, which the original cannot read")
         record = _generic(state) if state.type == GENERIC else _block(_readable(state), default, share=share)
-    except (InvalidState, InvalidID, InvalidIndex) as error:
+    except (InvalidState, InvalidID, InvalidIndex, NewerState) as error:
         text = f"{where}: device {state.id!r}: {error}; the file is left as it is"
-        raise InvalidState(text, device=state.id) from error
+        kind = NewerState if isinstance(error, NewerState) else InvalidState
+        raise kind(text, device=state.id) from error
     record.id, record.attach_count = state.id, state.attach_count
     record.users = state.ref_count if state.ref_count != state.attach_count else None
     return record
@@ -198,10 +199,20 @@ def _block(state: DeviceState, default: Driver, *, share: bool) -> Record:
     if held is not None:
         _take_drive(record, held, driver)
     if notes.more:
-        told = msgspec.convert(notes.more, Record)
-        for name in notes.more.keys() - _TOLD:
-            setattr(record, name, getattr(told, name))
+        _take_more(record, notes.more)
     return record
+
+
+def _take_more(record: Record, more: dict[str, Any]) -> None:
+    """Has the record tell what the saved form says under its own fields' names."""
+    if strange := more.keys() - _MORE.keys():
+        raise NewerState(f"it has {', '.join(map(repr, sorted(strange)))}, which a newer pyblock wrote")
+    try:
+        told = msgspec.convert(more, Record)
+    except msgspec.ValidationError as error:
+        raise InvalidState(f"{error}") from error
+    for name in more:
+        setattr(record, name, getattr(told, name))
 
 
 def _identity(state: DeviceState, path: str, driver: Driver) -> Identity | None:

@@ -40,7 +40,7 @@ _Count = Annotated[int, Meta(ge=0)]
 class Record(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, gc=False):
     """One device. What `DeviceInfo` and `BlockDrive` have as well is explained there.
 
-    :ivar form: which fields there may be.
+    :ivar form: which fields there may be; 1 is not written.
     :ivar id: the device ID. Not written: it is the key under which the record stands.
     :ivar phase: as what the device is taken up; what is under way is pending.
     :ivar attach_count: attaches that no detach stands against yet.
@@ -157,6 +157,7 @@ def encode(record: Record) -> bytes:
 
 def encode_in_place(short: Record) -> bytes:
     """The same for a record that is not used after it."""
+    short.form = FORM
     if short.serial == short.id:
         short.serial = _AS_ID
     if short.index != NO_DRIVE:
@@ -223,6 +224,7 @@ def check(record: Record) -> None:
 
 def encode_sandbox(record: SandboxRecord) -> bytes:
     """Writes a sandbox's own record; b"" for one whose offsets alone are known, which the machine is asked for."""
+    record.form = FORM
     if not record.kata:
         record.kata = NOTHING
         if not record.taken:

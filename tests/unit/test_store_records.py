@@ -18,14 +18,15 @@ from released_rows import DEVICES, EXPORTS, SANDBOXES
 from snapshot import MakeImage, MakeStore, plug_in
 from store_scene import older_store, rows
 
-from pyblock import DRIVERS, BlockDevice, DeviceInfo, InvalidState, NewerState, Sandbox, stored
+from pyblock import DRIVERS, BlockDevice, DeviceInfo, InvalidState, NewerState, Sandbox, persist, stored
 from pyblock.drivers import VIRTIO_SCSI
 from pyblock.hypervisors.memory import MemoryHypervisor
 from pyblock.persist import device_from_state, device_to_state, sandbox_from_state
 from pyblock.recorded import record_of
+from pyblock.state import VERSION, decode_device, encode_device
 from pyblock.state import decode as decode_file
-from pyblock.state import decode_device, encode_device
-from pyblock.stores import old_rows
+from pyblock.state import encode as encode_file
+from pyblock.stores import old_rows, record
 from pyblock.stores.record import FORM, Record, SandboxRecord, decode, decode_sandbox, drive_id_of, encode, encode_sandbox
 
 pytestmark = pytest.mark.anyio
@@ -114,11 +115,11 @@ TEXTS = st.none() | st.text(TEXT, max_size=20)
         kata=st.sampled_from([b"", b'{"ID":"a","\xc3\xa9":[1,{"b":null}]}']).map(Raw),
     )
 )
-def test_a_record_comes_back(record: Record) -> None:
-    text = encode(record)
-    again = decode(record.id, text, where="here")
-    assert again == record and bytes(again.kata) == bytes(record.kata)
-    assert drive_id_of(record.id, text) == record.drive_id
+def test_a_record_comes_back(one: Record) -> None:
+    text = encode(one)
+    again = decode(one.id, text, where="here")
+    assert again == one and bytes(again.kata) == bytes(one.kata)
+    assert drive_id_of(one.id, text) == one.drive_id
 
 
 # What is refused.
@@ -182,9 +183,41 @@ def test_an_option_is_in_two_places() -> None:
     assert record.info() == info
 
 
+def test_what_a_newer_version_writes_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "FORM", FORM + 1)
+    written = encode(PLAIN), encode_sandbox(SandboxRecord(taken=[1]))
+    monkeypatch.undo()
+    with pytest.raises(NewerState):
+        decode(PLAIN.id, written[0], where="somewhere")
+    with pytest.raises(NewerState):
+        decode_sandbox(written[1], where="somewhere")
+
+
+def test_what_is_asked_for_stands_first() -> None:
+    """It is handed over as it is, by position."""
+    assert Record.__struct_fields__[: len(DeviceInfo.__struct_fields__)] == DeviceInfo.__struct_fields__
+
+
 def test_every_field_is_told_once() -> None:
     """Who adds a field raises FORM: an older reader is to refuse what has it, and not to lose it."""
     assert (FORM, len(Record.__struct_fields__)) == (1, 30)
+
+
+def test_a_field_without_a_key_travels_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a saved file, whose version then says so; which file a pyblock without that field refuses."""
+    monkeypatch.setattr(persist, "_MORE", {"unverified": False})
+    text = encode_file(persist.sandbox_to_state("s1", SandboxRecord(), [msgspec.structs.replace(PLAIN, unverified=True)]))
+    saved = json.loads(text)
+    assert saved["Pyblock"]["Version"] == VERSION and saved["Devices"][0]["Pyblock"]["More"] == {"unverified": True}
+    del saved["Devices"][0]["BlockDrive"]["Pyblock"]["Unverified"]
+    _, [again] = sandbox_from_state(decode_file(json.dumps(saved).encode(), where="a file"), VIRTIO_SCSI, where="a file")
+    assert again.unverified
+    saved["Devices"][0]["Pyblock"]["More"] = {"unverified": 7}
+    with pytest.raises(InvalidState, match="a file: device"):
+        sandbox_from_state(decode_file(json.dumps(saved).encode(), where="a file"), VIRTIO_SCSI, where="a file")
+    monkeypatch.undo()
+    with pytest.raises(NewerState, match=r"a file: device.*'unverified'"):
+        sandbox_from_state(decode_file(text, where="a file"), VIRTIO_SCSI, where="a file")
 
 
 async def test_a_row_that_cannot_be_read_stays_and_hinders_no_other_sandbox(make_store: MakeStore, make_image: MakeImage) -> None:
