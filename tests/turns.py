@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 SOON = 0.05  # seconds: a deadline meant to pass
+BEGUN = 1.0  # seconds: the same, where the VMM must have been reached by then, on a busy machine too
 LATE = 30.0  # seconds: one that is not
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import samples
 from snapshot import MakeImage, refused
+from turns import BEGUN
 
 from pyblock import (
     AttachPending,
@@ -187,7 +188,7 @@ async def test_a_nudge_that_fails_changes_nothing(make_image: MakeImage) -> None
         vm.fail("device-gone", Fault("hold"))
         vm.broken.add("nudge")
         with pytest.raises(DetachPending):
-            await sandbox.detach(device, timeout=0.01)
+            await sandbox.detach(device, timeout=BEGUN)
         again = asyncio.create_task(sandbox.detach(device))
         await asyncio.sleep(0)
         vm.let_go("device-gone")

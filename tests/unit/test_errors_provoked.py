@@ -17,7 +17,7 @@ from descriptors import no_more_than
 from held_store import Gate, HeldStore, SlowMachine, locked
 from snapshot import MakeImage
 from test_errors import CODES, KINDS
-from turns import SOON, until
+from turns import BEGUN, SOON, until
 
 import pyblock
 from pyblock import AttachPending, ConnectionLost, DeviceInfo, Fault, MemoryHypervisor, PyblockError, Sandbox, blocking
@@ -339,21 +339,21 @@ async def closed_meanwhile(scene: Scene) -> None:
     await task
 
 
-@provokes("attach-pending", sandbox="one", device="a", drive="drive-a", index=0, path=image, timeout=SOON)
+@provokes("attach-pending", sandbox="one", device="a", drive="drive-a", index=0, path=image, timeout=BEGUN)
 async def attach_pending(scene: Scene) -> None:
     scene.vm.fail("device-add", Fault("hold"))
     try:
-        await scene.sandbox.attach(scene.image, device_id="a", timeout=SOON)
+        await scene.sandbox.attach(scene.image, device_id="a", timeout=BEGUN)
     finally:
         scene.vm.let_go("device-add")
 
 
-@provokes("detach-pending", sandbox="one", device="a", drive="drive-a", index=0, path=image, timeout=SOON)
+@provokes("detach-pending", sandbox="one", device="a", drive="drive-a", index=0, path=image, timeout=BEGUN)
 async def detach_pending(scene: Scene) -> None:
     device = await scene.sandbox.attach(scene.image, device_id="a")
     scene.vm.fail("device-gone", Fault("hold"))
     try:
-        await scene.sandbox.detach(device, timeout=SOON)
+        await scene.sandbox.detach(device, timeout=BEGUN)
     finally:
         scene.vm.let_go("device-gone")
 

@@ -11,6 +11,7 @@ import pytest
 import samples
 from snapshot import MakeImage, MakeStore, plug_in
 from store_scene import AsWritten, as_written, rows
+from turns import BEGUN
 
 from pyblock import BlockDevice, DetachPending, ImageInUse, InvalidState, Phase, Sandbox, VmmRefused, blocking, stored
 from pyblock.drivers import NVDIMM, PMEM, SD, VD
@@ -337,7 +338,7 @@ async def test_the_match_stays_while_a_pending_detach_is_kept(make_image: MakeIm
         plug_in(vm, sandbox)
         vm.fail("device-gone", Fault("hold"))
         with pytest.raises(DetachPending):
-            await sandbox.detach(block(sandbox), timeout=0.01)
+            await sandbox.detach(block(sandbox), timeout=BEGUN)
         await asyncio.sleep(0)
     for _ in range(2):
         kept = await as_written(store, "s1")

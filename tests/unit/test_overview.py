@@ -10,6 +10,7 @@ import pytest
 from loops import Loops, loop_devices
 from shell import Shell
 from snapshot import MakeImage, MakeStore
+from turns import BEGUN
 
 import pyblock
 from pyblock import (
@@ -47,7 +48,7 @@ async def test_sandboxes_and_their_devices(make_store: MakeStore, make_image: Ma
         second = await sandbox.attach(make_image("two"), read_only=True, device_id="second")
         vm.fail("device-gone", Fault("hold"))
         with pytest.raises(DetachPending):
-            await sandbox.detach(second, timeout=0.01)
+            await sandbox.detach(second, timeout=BEGUN)
         asked, addresses = len(vm.journal), ("", f"process {os.getpid()}")
         for reader in (host, pyblock.host(make_store())):  # another process's, which has nothing open
             [known] = await reader.sandboxes()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from snapshot import MakeImage
+from turns import BEGUN
 
 from pyblock import DRIVERS, AttachPending, BlockDevice, CallerError, DetachPending, DeviceInfo, GenericDevice, Phase, Sandbox
 from pyblock.hypervisors.memory import Fault, MemoryHypervisor
@@ -148,8 +149,8 @@ async def test_what_is_under_way_is_saved_as_pending(make_image: MakeImage, path
         image = make_image("image")
         vm.fail(step, Fault("hold"))
         with pytest.raises((AttachPending, DetachPending)):
-            await sandbox.attach(image, device_id="x", timeout=0.05)
-            await sandbox.detach("x", timeout=0.05)
+            await sandbox.attach(image, device_id="x", timeout=BEGUN)
+            await sandbox.detach("x", timeout=BEGUN)
         other = await reload(sandbox, vm, path)
         [device] = other.devices
         assert isinstance(device, BlockDevice)
