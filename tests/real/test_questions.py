@@ -67,3 +67,29 @@ async def test_a_machine_that_goes_on_is_asked_again(start_machine: Start, quest
             await sandbox.attach(machine.image(name), timeout=ENOUGH)
         # The firmware may have numbered the buses by then or not; where it has, and all are known, nothing is left to ask.
         assert questions["query-pci"] == 2
+
+
+async def test_one_write_is_for_names_that_nobody_else_can_have(bare_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made up, and told to no VMM before: not a caller's, and not one that was there already."""
+    together: list[str] = []
+    send_both = QmpSession.send_both
+
+    async def noted(session: QmpSession, first: Command, second: Command) -> Any:
+        together.append(first.arguments["node-name"])
+        return await send_both(session, first, second)
+
+    monkeypatch.setattr(QmpSession, "send_both", noted)
+    vm, image = f"qemu:{bare_machine.qmp_path}", bare_machine.image("image")
+    async with Sandbox("one", vm, store=None) as sandbox:
+        await sandbox.attach(bare_machine.image("given"), device_id="given", timeout=ENOUGH)
+        assert not together
+        device = await sandbox.attach(image, timeout=ENOUGH)
+        assert together == [device.held.id]
+        info = device.info
+        sandbox.manager.obtain(info)  # another user, who has yet to attach it: it is the same device then
+        await sandbox.detach(device, timeout=ENOUGH)
+        again = await sandbox.attach(image, timeout=ENOUGH)
+        assert again is device and together == [device.held.id]
+        await sandbox.detach(again, timeout=ENOUGH)
+        await sandbox.attach(bare_machine.image("other"), timeout=ENOUGH)
+        assert len(set(together)) == 2
