@@ -76,6 +76,7 @@ class Sandbox:
         )  # fmt: skip
         self._portal: BlockingPortal | None = None
         self._pid = -1  # of the process that opened it
+        self._closed = threading.Event()
         self._stack = ExitStack()
 
     def __repr__(self) -> str:
@@ -86,6 +87,7 @@ class Sandbox:
         if self._portal is not None and self._pid == os.getpid():
             self._call(self._sandbox.open)
             return self
+        self._closed.clear()
         self._portal, self._pid = self._stack.enter_context(_provider), os.getpid()
         try:
             self._call(self._sandbox.open, lambda _: self._sandbox.close())
@@ -217,6 +219,7 @@ class Sandbox:
             portal.call(self._sandbox.close)
         finally:
             self._stack.close()
+            self._closed.set()
 
     def _call(self, function: Callable[[], Awaitable[Result]], undo: Callable[[Result], Awaitable[None]] | None = None) -> Result:
         """Runs it in the event-loop thread. If this thread is interrupted (Ctrl-C), it is ended there, and given time for that.
@@ -299,9 +302,16 @@ class Events:
 
     def next(self) -> SandboxEvent | None:
         """The next event; None when the sandbox was closed, or this was. Raises SandboxClosed before it was opened."""
-        if self._events.ended:
-            return self._events.take()
-        return self._sandbox._call(self._events.next, self._put_back)
+        if not self._events.ended:
+            try:
+                return self._sandbox._call(self._events.next, self._put_back)
+            except SandboxClosed:
+                if self._sandbox._pid != os.getpid():
+                    raise
+                self._sandbox._closed.wait()  # another thread is closing it, and has not ended this yet
+                if not self._events.ended:
+                    raise
+        return self._events.take()
 
     def close(self) -> None:
         """Ends it: what waits may still be taken, and nothing comes any more."""

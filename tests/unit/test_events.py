@@ -401,6 +401,29 @@ def test_the_blocking_door_says_the_same(make_image: MakeImage) -> None:
         sandbox.detach(sandbox.attach(make_image("a")))
     listener.join(LATE)
     assert not listener.is_alive() and heard == ["attached", "detached"]
+
+
+def test_events_that_wait_are_had_while_another_thread_closes(make_image: MakeImage) -> None:
+    closing, go_on = threading.Event(), threading.Event()
+
+    class Slow(MemoryHypervisor):
+        async def close(self) -> None:
+            closing.set()
+            await asyncio.to_thread(go_on.wait, LATE)
+
+    sandbox = blocking.Sandbox("one", Slow(), store=None).open()
+    events = sandbox.events()
+    sandbox.attach(make_image("a"))
+    closer = threading.Thread(target=sandbox.close)
+    closer.start()
+    assert closing.wait(LATE)
+    heard: list[str] = []
+    listener = threading.Thread(target=lambda: heard.extend(event.kind.value for event in events))
+    listener.start()
+    go_on.set()
+    listener.join(LATE)
+    closer.join(LATE)
+    assert not listener.is_alive() and heard == ["attached"]
     assert events.next() is None
 
 
