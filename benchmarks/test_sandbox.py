@@ -108,7 +108,7 @@ def test_restore(versus: Versus, short: bool, loop: asyncio.AbstractEventLoop, t
 def test_memory(record: Callable[[Row], None]) -> None:
     for name, what, limit in (
         ("memory of one block index, 64 in use", "index", 512),
-        ("memory of one sandbox with 4 drives", "sandbox", 6 * 1024),
+        ("memory of one sandbox with 4 drives", "sandbox", 8 * 1024),
         ("memory of one sandbox with 4 drives, in a store", "stored", None),
     ):
         size = per_object(what)

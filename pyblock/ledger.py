@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import Sequence
 
 from pyblock.device import BlockDevice
@@ -90,8 +91,12 @@ class Ledger:
                     said.append((device, device.attach_count if device.phase is Phase.ATTACHED else 0))
             return found
 
+        began = time.monotonic()
         try:
             refused = await self._store.write(self._sandbox_id, rows, deadline, own=pending)
+            if log.isEnabledFor(logging.DEBUG):
+                facts = {"sandbox": self._sandbox_id, "step": "write", "seconds": time.monotonic() - began}
+                log.debug("sandbox %(sandbox)s: a transaction took %(seconds).6f s", facts, extra=facts | {"devices": [*taken]})
         except StoreError as taken_away:
             if taken_away.owner is not None:
                 self._voice.owned(taken_away.owner, taken_away)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -385,11 +386,15 @@ async def test_the_log_has_outcomes_and_steps_with_fields(
     outcomes = [vars(record) for record in caplog.records if record.levelname == "INFO"]
     assert [fields["event"] for fields in outcomes if fields["device"] == "a"] == ["attached", "detached"]
     steps = [vars(record) for record in caplog.records if record.levelname == "DEBUG" and hasattr(record, "step")]
-    assert all(fields["sandbox"] == "one" and fields["drive"] == "drive-a" and fields["seconds"] >= 0 for fields in steps)
-    assert [fields["step"] for fields in steps if fields["name"] == "pyblock.hypervisors.base"] == [
+    assert all(fields["sandbox"] == "one" and fields["seconds"] >= 0 for fields in steps)
+    asked = [fields for fields in steps if fields["name"] == "pyblock.hypervisors.base"]
+    assert all((fields["device"], fields["drive"]) == ("a", "drive-a") for fields in asked)
+    assert [fields["step"] for fields in asked] == [
         "backend-add", "device-add", "asking for the removal", "waiting for the removal",
         "removing what is left",
     ]  # fmt: skip
+    written = [fields for fields in steps if fields["step"] == "write"]
+    assert len(written) == 4 and all(fields["devices"] == ["a"] for fields in written)
 
 
 def test_the_blocking_door_says_the_same(make_image: MakeImage) -> None:
@@ -425,6 +430,22 @@ def test_events_that_wait_are_had_while_another_thread_closes(make_image: MakeIm
     closer.join(LATE)
     assert not listener.is_alive() and heard == ["attached"]
     assert events.next() is None
+
+
+def test_a_listener_that_is_interrupted_at_the_blocking_door_loses_nothing() -> None:
+    with blocking.Sandbox("one", MemoryHypervisor(), store=None) as sandbox:
+        events = sandbox.events()
+        timer = threading.Timer(SOON, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            timer.start()
+            next(events)
+        timer.join()
+        sandbox._sandbox._machine.voice.owned("somebody")
+        event = next(events)
+        assert event.owner == "somebody"
+        events._events.put_back(event)
+        events.close()
+        assert [one.owner for one in events] == ["somebody"]
 
 
 def test_the_blocking_door_calls_on_event(make_image: MakeImage) -> None:
