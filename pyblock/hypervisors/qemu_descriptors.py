@@ -117,6 +117,9 @@ class DescriptorSets:
             await self._sweep()
             losses = self._qmp.losses
             raw = await self._qmp.execute("add-fd", {"opaque": mark}, step="backend-add", descriptor=image.fd, late=self._remove_late)
+            self._check_losses(losses, drive_id)
+            passed = self._qmp.decoded(Passed, "add-fd", raw)
+            self.note(drive_id, passed.set)  # before anybody else has a turn: what is not noted is removed as unused
         except VmmRefused as refusal:
             if "SCM_RIGHTS" in refusal.reply["desc"]:
                 return None
@@ -127,19 +130,21 @@ class DescriptorSets:
             try:
                 await asyncio.sleep(0)
             except asyncio.CancelledError:
-                self._remove_late(raw)
+                self.remove(drive_id)
                 raise
-        if self._qmp.losses != losses:  # the next command would open a new one, where the number may be another image's
-            text = f"QMP socket {self._qmp.path!r}: the connection ended when the image of drive {drive_id} had just been handed over"
-            raise ConnectionLost(text, sent=False)
-        passed = self._qmp.decoded(Passed, "add-fd", raw)
-        self.note(drive_id, passed.set)
+            self._check_losses(losses, drive_id)
         # Of something in between that passes descriptors on, the number says nothing.
         if is_open_as(self._qmp.peer, passed.descriptor, image) is False and qemu_process(self._qmp.peer):
             self.remove(drive_id)
             text = f"QMP socket {self._qmp.path!r}: QEMU got another file than {image.path!r} for drive {drive_id}"
             raise VmmProtocolError(text, sent=False)
         return passed
+
+    def _check_losses(self, losses: int, drive_id: str) -> None:
+        """The next command would open a new connection, where the number may be another image's."""
+        if self._qmp.losses != losses:
+            text = f"QMP socket {self._qmp.path!r}: the connection ended when the image of drive {drive_id} had just been handed over"
+            raise ConnectionLost(text, sent=False)
 
     def note(self, drive_id: str, number: int | None) -> None:
         """Takes note of the set that a drive's node has open, None where it opened a path."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -148,3 +149,26 @@ async def test_the_number_is_looked_up_in_qemu_alone(program: str, image: Path, 
             with pytest.raises(VmmProtocolError, match="another file"):
                 await hand_over(sets, "drive-a", image)
             assert not monitor.sets
+
+
+async def test_a_set_whose_node_is_about_to_come_is_not_removed_for_the_next(image: Path) -> None:
+    """Found by the storm: QEMU had listed the set of one that was being passed, and the next one, which goes before its node, had it
+    removed as unused, and got its number."""
+    monitor = Monitor()
+    sets = DescriptorSets(monitor)
+    answered = asyncio.Event()
+    execute = monitor.execute
+
+    async def slow(*arguments: Any, **more: Any) -> msgspec.Raw:
+        raw = await execute(*arguments, **more)
+        answered.set()
+        await asyncio.sleep(0)
+        return raw
+
+    monitor.execute = slow  # type: ignore[method-assign]
+    first = asyncio.ensure_future(hand_over(sets, "drive-a", image))
+    second = asyncio.ensure_future(hand_over(sets, "drive-b", image))
+    await answered.wait()
+    sets.learn({}, [0], moved=set())
+    assert list(await asyncio.gather(first, second)) == [0, 1]
+    assert set(monitor.sets) == {0, 1}
