@@ -105,4 +105,4 @@ eager:
 	PYBLOCK_EAGER=1 $(PYTHON) -m pytest tests/unit
 
 clean:
-	rm -rf build dist *.egg-info pyblock/*.so pyblock/_core.c .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info pyblock/core/*.so pyblock/core/_core.c .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
 """How often an operation crosses into C: counted exactly, and held against benchmarks/crossings.json.
 
 A crossing costs what a Python call or two cost, and what it brings back costs more, so their number is what the layers above the core
-are designed by. Counting happens in a process of its own, where a stand-in for `pyblock._core` is in place before pyblock is imported:
+are designed by. Counting happens in a process of its own, where a stand-in for `pyblock.core._core` is in place before pyblock is imported:
 so it does not matter where, when and under which name a function of the core was bound.
 
     python benchmarks/crossings.py --check     fails where there are more than the budget has
@@ -60,14 +60,15 @@ def install() -> CountingLib:
     if "pyblock" in sys.modules:
         raise RuntimeError("pyblock is imported already, and has bound the core's functions")
     package = find_spec("pyblock")
-    spec = PathFinder.find_spec("pyblock._core", package.submodule_search_locations) if package else None
+    folders = [f"{folder}/core" for folder in package.submodule_search_locations or ()] if package else []
+    spec = PathFinder.find_spec("pyblock.core._core", folders)
     if spec is None or spec.loader is None:
-        raise RuntimeError("pyblock._core is not built; run: scripts/setup python")
+        raise RuntimeError("pyblock.core._core is not built; run: scripts/setup python")
     core: Any = module_from_spec(spec)
     spec.loader.exec_module(core)
-    stand_in: Any = ModuleType("pyblock._core")
+    stand_in: Any = ModuleType("pyblock.core._core")
     stand_in.ffi, stand_in.lib = core.ffi, CountingLib(core.lib)
-    sys.modules["pyblock._core"] = stand_in
+    sys.modules["pyblock.core._core"] = stand_in
     counting: CountingLib = stand_in.lib
     return counting
 
@@ -88,7 +89,7 @@ class Scenarios:
     def texts(self) -> None:
         """The second of a kind: the first may make others ready besides."""
         pyblock: Any = import_module("pyblock")
-        plan: Any = import_module("pyblock.plan").plan
+        plan: Any = import_module("pyblock.core.plan").plan
         index, ordinals = pyblock.BlockIndex(), pyblock.BlockIndex()
         work: dict[str, Callable[[], object]] = {
             "plan of one device": partial(plan, index, ordinals),
@@ -104,7 +105,7 @@ class Scenarios:
 
     async def sandbox(self, folder: Path) -> None:
         sandbox_of: Any = import_module("pyblock").Sandbox
-        machine: Any = import_module("pyblock.hypervisors.memory").MemoryHypervisor
+        machine: Any = import_module("pyblock.vmm.memory.machine").MemoryHypervisor
         images = [folder / str(number) for number in range(105)]
         for image in images:
             image.write_bytes(bytes(512))

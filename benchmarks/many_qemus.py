@@ -63,7 +63,7 @@ def _last_percent(lags: Sequence[float]) -> float:
 
 async def measure(folder: Path, sockets: Sequence[str]) -> dict[str, float]:
     import pyblock  # noqa: PLC0415 - the one beside this file
-    from pyblock.stores.sqlite import SqliteStore  # noqa: PLC0415
+    from pyblock.store.sqlite.store import SqliteStore  # noqa: PLC0415
 
     store = SqliteStore(folder / "state.db")
     images = make_images(folder, len(sockets) * DISKS)

@@ -52,7 +52,7 @@ def _index(_: int) -> object:
 def _sandboxes(drives: int, *, stored: bool) -> float:
     """Each sandbox has images of its own; a tenth of the drives, at least one, is virtio-blk, the others virtio-scsi."""
     import pyblock  # noqa: PLC0415 - only here
-    from pyblock.stores.sqlite import SqliteStore  # noqa: PLC0415
+    from pyblock.store.sqlite.store import SqliteStore  # noqa: PLC0415
 
     async def run() -> float:
         with tempfile.TemporaryDirectory() as folder:

@@ -14,8 +14,8 @@ from bitarray import bitarray
 from oracle import letters
 from pyroaring import BitMap
 
-from pyblock.drivers import VIRTIO_SCSI
-from pyblock.model import BlockDrive, DeviceInfo
+from pyblock.disk.drivers import VIRTIO_SCSI
+from pyblock.disk.model import BlockDrive, DeviceInfo
 
 
 class LinearProbe:

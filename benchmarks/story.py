@@ -65,8 +65,8 @@ class Teller:
 async def tell() -> dict[str, Story]:
     """The story of each operation."""
     import pyblock  # noqa: PLC0415 - the one beside this file
-    from pyblock.hypervisors.memory import MemoryHypervisor  # noqa: PLC0415
-    from pyblock.stores.sqlite import SqliteStore  # noqa: PLC0415
+    from pyblock.store.sqlite.store import SqliteStore  # noqa: PLC0415
+    from pyblock.vmm.memory.machine import MemoryHypervisor  # noqa: PLC0415
 
     teller = Teller(Path(pyblock.__file__).parent)
     with tempfile.TemporaryDirectory() as folder:

@@ -19,10 +19,10 @@ from rivals import drive_name as plain_name
 from rivals import scsi_address as plain_address
 
 import pyblock
-from pyblock._core import ffi, lib
-from pyblock.drivers import VIRTIO_SCSI
-from pyblock.model import BlockDrive, DeviceInfo
-from pyblock.plan import plan_many
+from pyblock.core._core import ffi, lib
+from pyblock.core.plan import plan_many
+from pyblock.disk.drivers import VIRTIO_SCSI
+from pyblock.disk.model import BlockDrive, DeviceInfo
 
 # Nothing here waits: the thread's own processor time leaves out what else the machine does.
 pytestmark = pytest.mark.benchmark(timer=time.thread_time)

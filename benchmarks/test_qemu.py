@@ -23,7 +23,7 @@ from libvirt_rival import LibvirtMachine
 from rows import Row
 
 import pyblock
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.sqlite.store import SqliteStore
 
 DISKS = 100
 QEMUS = 40

@@ -15,7 +15,7 @@ from memory import per_object
 from rows import Row
 
 import pyblock
-from pyblock.state import decode, encode
+from pyblock.kata.schema import decode, encode
 
 # Nothing here waits: the thread's own processor time leaves out what else the machine does.
 pytestmark = pytest.mark.benchmark(timer=time.thread_time)

@@ -17,7 +17,7 @@ from rows import Row
 from test_sandbox import images
 
 import pyblock
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.sqlite.store import SqliteStore
 
 Versus = Callable[..., Any]
 

@@ -14,7 +14,7 @@
  *
  * An index, a buffer or a text passed in is never NULL unless it says so.
  *
- * The cffi build (pyblock/_native_build.py) reads the region between the two marks as its declarations.  What
+ * The cffi build (pyblock/core/_native_build.py) reads the region between the two marks as its declarations.  What
  * stands there must therefore be plain C declarations and #defines of whole numbers.
  */
 #ifndef PYBLOCK_H

@@ -11,26 +11,26 @@ import typing as _typing
 from importlib import import_module as _import_module
 
 from pyblock import errors
-from pyblock.device import AttachedDevice, BlockDevice
-from pyblock.drivers import DRIVERS, Driver
+from pyblock.core.index import BlockIndex
+from pyblock.core.naming import drive_index, drive_name, drive_names, make_name_id, scsi_address, scsi_index
+from pyblock.disk.drivers import DRIVERS, Driver
+from pyblock.disk.model import BlockDrive, DeviceInfo
 from pyblock.errors import *  # noqa: F403
-from pyblock.generic import GenericDevice
-from pyblock.hypervisors.base import Hypervisor
-from pyblock.index import BlockIndex
-from pyblock.model import BlockDrive, DeviceInfo
-from pyblock.naming import drive_index, drive_name, drive_names, make_name_id, scsi_address, scsi_index
+from pyblock.life.device import AttachedDevice, BlockDevice
+from pyblock.life.generic import GenericDevice
+from pyblock.life.recovery import Finding, Found, Outcome
+from pyblock.life.table import Phase
+from pyblock.life.voice import EventKind, Events, SandboxEvent
 from pyblock.overview import Holder, Host, KnownDevice, KnownSandbox, host
-from pyblock.recovery import Finding, Found, Outcome
 from pyblock.sandbox import Sandbox
-from pyblock.table import Phase
-from pyblock.voice import EventKind, Events, SandboxEvent
+from pyblock.vmm.base import Hypervisor
 
 if _typing.TYPE_CHECKING:
     from pyblock import blocking as blocking
-    from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-    from pyblock.state import DeviceState
-    from pyblock.stores.base import Store
-    from pyblock.stores.sqlite import SqliteStore
+    from pyblock.kata.schema import DeviceState
+    from pyblock.store.base import Store
+    from pyblock.store.sqlite.store import SqliteStore
+    from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 __version__ = "0.1.0"
 
@@ -59,11 +59,11 @@ __all__ = [  # noqa: RUF022 - by what they are about
 __all__ += errors.__all__
 
 _LATE = {
-    "DeviceState": "pyblock.state",
-    "Fault": "pyblock.hypervisors.memory",
-    "MemoryHypervisor": "pyblock.hypervisors.memory",
-    "SqliteStore": "pyblock.stores.sqlite",
-    "Store": "pyblock.stores.base",
+    "DeviceState": "pyblock.kata.schema",
+    "Fault": "pyblock.vmm.memory.machine",
+    "MemoryHypervisor": "pyblock.vmm.memory.machine",
+    "SqliteStore": "pyblock.store.sqlite.store",
+    "Store": "pyblock.store.base",
 }
 
 

@@ -21,22 +21,23 @@ except ModuleNotFoundError as error:
     why = "pyblock.blocking needs anyio: pip install pyblock-hotplug[blocking]"
     raise ImportError(why, name=error.name) from error
 
-from pyblock import overview, voice
+from pyblock import overview
 from pyblock import sandbox as door
-from pyblock.device import AttachedDevice, BlockDevice
+from pyblock.core.index import BlockIndex
+from pyblock.disk.model import DiskOptions, Options, SharedOptions
 from pyblock.errors import PyblockError, SandboxClosed
-from pyblock.hypervisors.base import Hypervisor
-from pyblock.index import BlockIndex
-from pyblock.machine import GRACE
-from pyblock.manager import Device, DeviceManager
-from pyblock.model import DiskOptions, Options, SharedOptions
+from pyblock.life import voice
+from pyblock.life.device import AttachedDevice, BlockDevice
+from pyblock.life.machine import GRACE
+from pyblock.life.recovery import Finding
+from pyblock.life.registry import Device, DeviceManager
+from pyblock.life.voice import SandboxEvent
 from pyblock.overview import Holder, KnownDevice, KnownSandbox
-from pyblock.recovery import Finding
-from pyblock.voice import SandboxEvent
+from pyblock.vmm.base import Hypervisor
 
 if TYPE_CHECKING:
-    from pyblock.state import SandboxState
-    from pyblock.stores.base import Store
+    from pyblock.kata.schema import SandboxState
+    from pyblock.store.base import Store
 
 log = logging.getLogger(__name__)
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from pyblock.disk.image import absolute, lineage_at
+from pyblock.disk.model import BlockDrive, DeviceInfo
 from pyblock.errors import UnknownSandbox
-from pyblock.image import absolute, lineage_at
+from pyblock.life.table import Phase
 from pyblock.loading import loading
-from pyblock.model import BlockDrive, DeviceInfo
-from pyblock.table import Phase
 
 if TYPE_CHECKING:
-    from pyblock.stores.base import Store
-    from pyblock.stores.record import Record
+    from pyblock.store.base import Store
+    from pyblock.store.record import Record
 
 Relation = Literal["it", "under it", "on it"]
 
@@ -82,7 +82,7 @@ class Host:
     def __init__(self, store: Store | None = None) -> None:
         if store is None:
             with loading("the store"):
-                from pyblock.stores import host_store  # noqa: PLC0415
+                from pyblock.store import host_store  # noqa: PLC0415
             store = host_store()
         self._store = store
 
@@ -109,7 +109,7 @@ class Host:
         if lineage is None:
             return await self._holders_of_path(absolute(text))
         with loading("the store"):  # its typed schema takes long to import
-            from pyblock.stores.record import decode  # noqa: PLC0415
+            from pyblock.store.record import decode  # noqa: PLC0415
 
         found = []
         for one in await self._store.holders(lineage.identity, lineage.claims):

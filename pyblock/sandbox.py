@@ -14,10 +14,8 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
 
-from pyblock import road
-from pyblock.allotment import Allotment
-from pyblock.batch import Batch, raise_first
-from pyblock.device import AttachedDevice, BlockDevice
+from pyblock.core.index import BlockIndex
+from pyblock.disk.model import DeviceInfo, DiskOptions, Options, SharedOptions
 from pyblock.errors import (
     ClosedMeanwhile,
     DeviceOutcome,
@@ -29,21 +27,23 @@ from pyblock.errors import (
     UnknownDevice,
     knowing,
 )
-from pyblock.hypervisors import open_hypervisor
-from pyblock.hypervisors.base import Hypervisor, typed
-from pyblock.index import BlockIndex
+from pyblock.life import road
+from pyblock.life.allotment import Allotment
+from pyblock.life.batch import Batch, raise_first
+from pyblock.life.device import AttachedDevice, BlockDevice
+from pyblock.life.machine import GRACE, Machine
+from pyblock.life.recovery import SETTLE_TIME, Finding, Recovery
+from pyblock.life.registry import Device, DeviceManager
+from pyblock.life.table import Phase
+from pyblock.life.voice import Events, SandboxEvent, Voice
 from pyblock.loading import loading
-from pyblock.machine import GRACE, Machine
-from pyblock.manager import Device, DeviceManager
-from pyblock.model import DeviceInfo, DiskOptions, Options, SharedOptions
-from pyblock.recovery import SETTLE_TIME, Finding, Recovery
-from pyblock.table import Phase
 from pyblock.tasks import deadline_after, over
-from pyblock.voice import Events, SandboxEvent, Voice
+from pyblock.vmm import open_hypervisor
+from pyblock.vmm.base import Hypervisor, typed
 
 if TYPE_CHECKING:
-    from pyblock.state import SandboxState
-    from pyblock.stores.base import Store
+    from pyblock.kata.schema import SandboxState
+    from pyblock.store.base import Store
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Sandbox:
         if not self._machine.vmm.address:
             return None
         with loading("the store"):
-            from pyblock.stores import host_store  # noqa: PLC0415
+            from pyblock.store import host_store  # noqa: PLC0415
 
         return host_store()
 
@@ -378,7 +378,7 @@ class Sandbox:
 
     async def _save(self, path: str | os.PathLike[str], previous: asyncio.Future[None] | None) -> None:
         with loading("a state file"):
-            from pyblock.stores import json_file  # noqa: PLC0415
+            from pyblock.kata import file as json_file  # noqa: PLC0415
 
         if previous is not None:
             await over(previous)
@@ -391,7 +391,7 @@ class Sandbox:
         Raises StateError; ImageInUse when another sandbox has claimed an image of it; StoreError. Nothing is then changed.
         """
         with loading("a state file"):
-            from pyblock.stores import json_file  # noqa: PLC0415
+            from pyblock.kata import file as json_file  # noqa: PLC0415
 
         self._machine.check()
         with knowing(sandbox=self.id, path=os.fsdecode(path)):
@@ -401,8 +401,8 @@ class Sandbox:
     def state(self) -> SandboxState:
         """What `save` writes. An operation under way is saved as pending."""
         with loading("a saved state"):
-            from pyblock.persist import sandbox_to_state  # noqa: PLC0415
-            from pyblock.recorded import record_of  # noqa: PLC0415
+            from pyblock.kata.translate import sandbox_to_state  # noqa: PLC0415
+            from pyblock.life.recorded import record_of  # noqa: PLC0415
 
         machine = self._machine
         machine.check()
@@ -412,7 +412,7 @@ class Sandbox:
     async def restore(self, state: SandboxState, *, where: str = "the state", share: bool = False) -> None:
         """Restores a decoded state; see `load`."""
         with loading("a saved state"):
-            from pyblock.persist import sandbox_from_state  # noqa: PLC0415
+            from pyblock.kata.translate import sandbox_from_state  # noqa: PLC0415
 
         with knowing(sandbox=self.id):
             self._machine.check()

@@ -9,11 +9,11 @@ import asyncio
 import os
 
 from pyblock.errors import MachineAnswers, knowing
-from pyblock.hypervisors import open_hypervisor
-from pyblock.hypervisors.base import typed
-from pyblock.persist import sandbox_to_state
-from pyblock.stores import json_file
-from pyblock.stores.base import Row, Store
+from pyblock.kata import file as json_file
+from pyblock.kata.translate import sandbox_to_state
+from pyblock.store.base import Row, Store
+from pyblock.vmm import open_hypervisor
+from pyblock.vmm.base import typed
 
 
 async def export(store: Store, sandbox_id: str, path: str | os.PathLike[str]) -> None:

@@ -14,9 +14,10 @@ from shell import Shell
 from snapshot import Busy, MakeImage, MakeStore
 
 import pyblock
-from pyblock import Sandbox, stores
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.stores.sqlite import SqliteStore
+from pyblock import Sandbox
+from pyblock import store as stores
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 # Programs that tests start use the pyblock that is tested, not what lies in their working folder: that of an unpacked sdist has no core.
 os.environ["PYTHONSAFEPATH"] = "1"

@@ -21,11 +21,11 @@ from pyblock import (
     Sandbox,
     StoreBusy,
 )
-from pyblock.hypervisors.base import FoundDisk, Inventory
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.model import BlockDrive
-from pyblock.state import SandboxState, decode
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.disk.model import BlockDrive
+from pyblock.kata.schema import SandboxState, decode
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.base import FoundDisk, Inventory
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 
 class Gate:

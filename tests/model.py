@@ -22,12 +22,12 @@ from written import written
 
 import pyblock
 from pyblock import BlockDevice, EventKind, Phase, PyblockError, Sandbox, SandboxEvent
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.machine import Machine
-from pyblock.model import BlockDrive
-from pyblock.road import Road
-from pyblock.stores.sqlite import SqliteStore
-from pyblock.table import HOLDING, Stage
+from pyblock.disk.model import BlockDrive
+from pyblock.life.machine import Machine
+from pyblock.life.road import Road
+from pyblock.life.table import HOLDING, Stage
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 PENDING = (Phase.ATTACH_PENDING, Phase.DETACH_PENDING)
 ADDING = ("backend-add", "device-add")

@@ -1,7 +1,7 @@
 """Adapters of VMMs that are not like QEMU, each a dictionary: a pool whose members have had their names since boot, one that chooses
 places itself, one that is asked whether a disk has left, one that takes it away without a word, one whose every step can fail.
 
-What they do is no more than the contract in pyblock/hypervisors/base.py asks for.
+What they do is no more than the contract in pyblock/vmm/base.py asks for.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from functools import partial
 import msgspec
 
 from pyblock import SlotsExhausted, VmmRefused
-from pyblock.drivers import DRIVERS, VD, VIRTIO_BLK, VIRTIO_MMIO
-from pyblock.hypervisors.base import FoundDisk, Held, Hypervisor, Inventory, Offer, Step
-from pyblock.hypervisors.poller import Poller
-from pyblock.image import OpenedImage
-from pyblock.model import BlockDrive, Place
+from pyblock.disk.drivers import DRIVERS, VD, VIRTIO_BLK, VIRTIO_MMIO
+from pyblock.disk.image import OpenedImage
+from pyblock.disk.model import BlockDrive, Place
+from pyblock.vmm.base import FoundDisk, Held, Hypervisor, Inventory, Offer, Step
+from pyblock.vmm.poller import Poller
 
 NOWHERE = Place()
 

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from pyblock import BlockDevice, PyblockError, Sandbox
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 MakeImage = Callable[[str], Path]
 MakeStore = Callable[..., SqliteStore]

@@ -27,10 +27,10 @@ import msgspec
 from written import written
 
 from pyblock import BlockDevice, ImageInUse, Phase, PyblockError, Sandbox, StoreError
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.recovery import Outcome
-from pyblock.stores.base import Row
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.life.recovery import Outcome
+from pyblock.store.base import Row
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 READERS = 100  # sandboxes that read one shared image
 AT_ONCE = 3  # how often a device is attached at most

@@ -22,7 +22,7 @@ from kit import KitMissing, Machine
 from kit.flood import Flood
 
 from pyblock import AttachPending, DetachPending, PyblockError, Sandbox, TransportError
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.sqlite.store import SqliteStore
 
 AT_ONCE = 20  # pairs; QEMU takes as long to let go of one disk as of many
 WARM_UP = 0.2  # of all pairs: what the allocator and the caches take by then is what they are to need

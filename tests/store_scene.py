@@ -15,14 +15,15 @@ from pyblock import (
     Phase,
     Sandbox,
 )
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.manager import Device
-from pyblock.persist import device_to_state
-from pyblock.recorded import device_of
-from pyblock.state import encode_device
-from pyblock.stores import record, sqlite_file
-from pyblock.stores.base import Store
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.kata.schema import encode_device
+from pyblock.kata.translate import device_to_state
+from pyblock.life.recorded import device_of
+from pyblock.life.registry import Device
+from pyblock.store import record
+from pyblock.store.base import Store
+from pyblock.store.sqlite import file as sqlite_file
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 
 def rows(path: Path) -> dict[str, list[tuple[Any, ...]]]:

@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 
 from pyblock.cli import session, show
-from pyblock.device import BlockDevice
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.recorded import record_of
+from pyblock.life.device import BlockDevice
+from pyblock.life.recorded import record_of
 from pyblock.sandbox import Sandbox
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 PLAN = (("virtio-scsi", 3), ("virtio-blk", 3), ("nvdimm", 1))
 SIZE = 16 << 20  # bytes

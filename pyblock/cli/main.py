@@ -19,14 +19,14 @@ from pyblock.cli.pending import Interrupted
 from pyblock.cli.pick import pick, plugged
 from pyblock.cli.session import Target
 from pyblock.cli.survey import Survey
-from pyblock.drivers import DRIVERS
+from pyblock.core.naming import drive_index, drive_name
+from pyblock.disk.drivers import DRIVERS
 from pyblock.errors import PyblockError
-from pyblock.naming import drive_index, drive_name
+from pyblock.life.recorded import record_of
 from pyblock.overview import host
-from pyblock.recorded import record_of
 from pyblock.sandbox import TIMEOUT
-from pyblock.stores import host_store
-from pyblock.stores.record import Record
+from pyblock.store import host_store
+from pyblock.store.record import Record
 from pyblock.tasks import deadline_after
 
 Function = TypeVar("Function", bound=Callable[..., Any])

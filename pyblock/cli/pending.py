@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pyblock.device import BlockDevice
+from pyblock.life.device import BlockDevice
+from pyblock.life.table import Phase
 from pyblock.sandbox import Sandbox
-from pyblock.table import Phase
 
 STATUS = 130  # as a shell reports a SIGINT
 _PENDING = {

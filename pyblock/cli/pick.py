@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from pyblock.device import BlockDevice
+from pyblock.disk.image import absolute, identity_of
 from pyblock.errors import InvalidID, InvalidImage, UnknownDevice
-from pyblock.image import absolute, identity_of
-from pyblock.manager import Device
+from pyblock.life.device import BlockDevice
+from pyblock.life.registry import Device
 from pyblock.sandbox import Sandbox
 
 NAMED = 5  # candidates that an error names

@@ -28,12 +28,12 @@ from pyblock.errors import (
     TransportError,
     UnknownSandbox,
 )
-from pyblock.hypervisors import open_hypervisor
-from pyblock.recovery import SETTLE_TIME
+from pyblock.life.recovery import SETTLE_TIME
 from pyblock.sandbox import Sandbox
-from pyblock.stores import host_store
-from pyblock.stores.base import Store
-from pyblock.stores.record import Record
+from pyblock.store import host_store
+from pyblock.store.base import Store
+from pyblock.store.record import Record
+from pyblock.vmm import open_hypervisor
 
 BUSY_WAIT = 10.0  # seconds that a command waits for another that has the sandbox open, where its deadline is not earlier
 BUSY_PAUSE = 0.02

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pyblock.cli.survey import Answer
     from pyblock.overview import Holder, KnownSandbox
-    from pyblock.stores.record import Record
+    from pyblock.store.record import Record
 
 COLUMNS = ("device_id", "driver", "index", "predicted_name", "guest_match", "serial", "attach_count", "phase", "host_path")
 # What a narrow terminal goes without, and in this order: a serial is the device ID unless another was asked for, and so on.

@@ -9,8 +9,8 @@ from typing import NamedTuple
 from pyblock.cli import session
 from pyblock.cli.session import Target
 from pyblock.errors import PyblockError, SandboxBusy, UnknownSandbox
-from pyblock.recovery import Finding, Outcome
-from pyblock.stores import host_store
+from pyblock.life.recovery import Finding, Outcome
+from pyblock.store import host_store
 from pyblock.tasks import deadline_after
 
 AT_ONCE = 32  # machines: each takes a descriptor, and one that does not answer shall hold up few others

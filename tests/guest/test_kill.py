@@ -18,8 +18,8 @@ from kit import Machine
 from kit.points import Points
 
 from pyblock import BlockDevice, Phase, Sandbox
-from pyblock.recovery import Finding, Outcome
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.life.recovery import Finding, Outcome
+from pyblock.store.sqlite.store import SqliteStore
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(1200)]
 

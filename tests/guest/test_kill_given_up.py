@@ -19,8 +19,8 @@ from kit import Machine
 from kit.points import TurningPoints
 
 from pyblock import BlockDevice, Sandbox
-from pyblock.recovery import Found, Outcome
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.life.recovery import Found, Outcome
+from pyblock.store.sqlite.store import SqliteStore
 
 from .test_kill import TIMEOUT, Scene
 

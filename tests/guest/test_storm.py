@@ -25,18 +25,18 @@ from storm.notes import DeviceSeen, Note
 from storm.weather import Storm
 from storm.witness import Images, Open, ask_qemu
 
-from pyblock import machine as life
-from pyblock.allotment import Allotment
-from pyblock.device import BlockDevice
+from pyblock.disk.image import OpenedImage, open_image
 from pyblock.errors import ImageInUse
-from pyblock.hypervisors.qemu import QemuHypervisor
-from pyblock.hypervisors.qemu_descriptors import DescriptorSets, Passed
-from pyblock.image import OpenedImage, open_image
-from pyblock.recovery import Difference, Found, Recovery
-from pyblock.stores import sqlite
-from pyblock.stores.base import Row
-from pyblock.stores.owner import OwnerLock
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.life import machine as life
+from pyblock.life.allotment import Allotment
+from pyblock.life.device import BlockDevice
+from pyblock.life.recovery import Difference, Found, Recovery
+from pyblock.store.base import Row
+from pyblock.store.sqlite import store as sqlite
+from pyblock.store.sqlite.owner import OwnerLock
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.qemu.adapter import QemuHypervisor
+from pyblock.vmm.qemu.descriptors import DescriptorSets, Passed
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -17,7 +17,7 @@ from kit.proxy import Fault, Proxy
 from snapshot import MakeStore
 
 from pyblock import AttachPending, BlockDevice, DeadlinePassed, DetachPending, MachineAnswers, Phase, PyblockError, Sandbox, TransportError
-from pyblock.recovery import Found, Outcome
+from pyblock.life.recovery import Found, Outcome
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(900)]
 

@@ -10,7 +10,7 @@ import sys
 
 from pyblock import BlockDevice, VmmRefused, blocking
 from pyblock.cli import show
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.sqlite.store import SqliteStore
 
 from .guest import GuestDisk
 from .initramfs import KitMissing

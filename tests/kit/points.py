@@ -18,10 +18,10 @@ from typing import Any
 
 from written import written
 
-from pyblock.hypervisors.qmp import QmpSession
-from pyblock.hypervisors.qmp_connection import Command
-from pyblock.stores.owner import OwnerLock
-from pyblock.stores.sqlite_file import SqliteFile
+from pyblock.store.sqlite.file import SqliteFile
+from pyblock.store.sqlite.owner import OwnerLock
+from pyblock.vmm.qemu.qmp import QmpSession
+from pyblock.vmm.qemu.qmp_connection import Command
 
 LOOKING = ("query-", "qom-list", "qom-get")  # commands that change nothing: to die at one is to die at the point before
 

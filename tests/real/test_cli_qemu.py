@@ -14,13 +14,13 @@ pytestmark = pytest.mark.timeout(300)
 
 # Whatever is waited for that is not bounded by the command's own deadline is waited for till the test fails.
 PATIENT = """
-import pyblock.sandbox, pyblock.recovery, pyblock.hypervisors.base, pyblock.cli.session
-pyblock.sandbox.OPEN_TIME = pyblock.recovery.CONNECT_TIMEOUT = pyblock.hypervisors.base.CONNECT_TIMEOUT = 10000
+import pyblock.sandbox, pyblock.life.recovery, pyblock.vmm.base, pyblock.cli.session
+pyblock.sandbox.OPEN_TIME = pyblock.life.recovery.CONNECT_TIMEOUT = pyblock.vmm.base.CONNECT_TIMEOUT = 10000
 """
 # QEMU is stopped when it has been sent this command, so that its answer never comes.
 STOPS_AT = """
 import os, signal
-from pyblock.hypervisors.qmp import QmpSession
+from pyblock.vmm.qemu.qmp import QmpSession
 execute, send_both = QmpSession.execute, QmpSession.send_both
 async def stops(self, command, arguments=None, **more):
     if command == "{command}":
@@ -94,7 +94,7 @@ def test_a_hostile_name(bare_machine: Machine, shell: Shell) -> None:
     image = bare_machine.image("x[nope]\x1b[2J\u202e.img")
     vm = f"qemu:{bare_machine.qmp_path}"
     refuses = (
-        "from pyblock.hypervisors.qemu_drivers import OnNode\n"
+        "from pyblock.vmm.qemu.drivers import OnNode\n"
         "made = OnNode.backend\n"
         "def backend(self, drive, image, file):\n"
         "    return made(self, drive, image, drive.file + '-absent')\n"

@@ -8,7 +8,7 @@ import pytest
 from kit import Machine
 
 from pyblock import Sandbox
-from pyblock.hypervisors.qemu import OFFERS
+from pyblock.vmm.qemu.adapter import OFFERS
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 

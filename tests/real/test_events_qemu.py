@@ -14,7 +14,7 @@ from kit import Machine
 from turns import LATE, SOON, until
 
 from pyblock import AttachPending, DetachPending, EventKind, Sandbox, SandboxEvent, TransportError, VmmRefused
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.sqlite.store import SqliteStore
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 

@@ -12,7 +12,7 @@ import pytest
 from kit import Machine
 
 from pyblock import InvalidImage, Sandbox
-from pyblock.formats import HEAD, format_of
+from pyblock.disk.formats import HEAD, format_of
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 

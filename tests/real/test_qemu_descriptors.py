@@ -17,10 +17,10 @@ from kit.proxy import Fault, Proxy
 from loops import loop_devices
 
 from pyblock import BlockDevice, ImageReplaced, Sandbox
-from pyblock.hypervisors.qemu_descriptors import DescriptorSets
-from pyblock.image import OpenedImage
-from pyblock.recovery import Found, Outcome
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.disk.image import OpenedImage
+from pyblock.life.recovery import Found, Outcome
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.qemu.descriptors import DescriptorSets
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 

@@ -12,9 +12,9 @@ from kit import Machine
 from store_scene import AsWritten, as_written
 
 from pyblock import BlockDevice, ImageInUse, Phase, Sandbox, VmmRefused
-from pyblock.recovery import Found, Outcome
-from pyblock.state import SandboxState, decode, encode
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.kata.schema import SandboxState, decode, encode
+from pyblock.life.recovery import Found, Outcome
+from pyblock.store.sqlite.store import SqliteStore
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 

@@ -15,12 +15,12 @@ from kit import Machine
 from snapshot import drive_ids
 
 from pyblock import BlockDevice, DeviceConflict, Sandbox, SlotsExhausted, UnknownDriver
-from pyblock.hypervisors.base import Inventory
-from pyblock.hypervisors.qemu import QemuHypervisor
-from pyblock.model import BlockDrive
-from pyblock.recovery import Found, Outcome
-from pyblock.state import decode
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.disk.model import BlockDrive
+from pyblock.kata.schema import decode
+from pyblock.life.recovery import Found, Outcome
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.base import Inventory
+from pyblock.vmm.qemu.adapter import QemuHypervisor
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 

@@ -18,9 +18,10 @@ from kit import Machine
 from kit.proxy import Fault, Proxy
 from snapshot import drive_ids, ordinals
 
-from pyblock import AttachPending, BlockDevice, DetachPending, Phase, PyblockError, Sandbox, VmmRefused, manager
-from pyblock.hypervisors.qemu import QemuHypervisor
-from pyblock.stores.sqlite import SqliteStore
+from pyblock import AttachPending, BlockDevice, DetachPending, Phase, PyblockError, Sandbox, VmmRefused
+from pyblock.life import registry as manager
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.qemu.adapter import QemuHypervisor
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(600)]
 

@@ -15,8 +15,8 @@ from kit.proxy import Fault, Proxy
 from snapshot import drive_ids, ordinals
 
 from pyblock import DeadlinePassed, PyblockError, Sandbox, VmmProtocolError, VmmUnreachable
-from pyblock.hypervisors import qmp
-from pyblock.recovery import Outcome
+from pyblock.life.recovery import Outcome
+from pyblock.vmm.qemu import qmp
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 

@@ -10,8 +10,8 @@ import pytest
 from kit import Machine
 
 from pyblock import Sandbox
-from pyblock.hypervisors.qmp import QmpSession
-from pyblock.hypervisors.qmp_connection import Command
+from pyblock.vmm.qemu.qmp import QmpSession
+from pyblock.vmm.qemu.qmp_connection import Command
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 

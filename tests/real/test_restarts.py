@@ -10,8 +10,8 @@ import pytest
 from kit import Machine
 
 from pyblock import Sandbox
-from pyblock.recovery import Found
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.life.recovery import Found
+from pyblock.store.sqlite.store import SqliteStore
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 

@@ -10,9 +10,9 @@ import pytest
 from kit import Machine, Qmp
 
 from pyblock import Sandbox, SandboxConflict, TransportError
-from pyblock.hypervisors import qemu
-from pyblock.recovery import Found
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.life.recovery import Found
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.qemu import adapter as qemu
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 

@@ -17,8 +17,8 @@ import msgspec
 from kit.points import Points
 
 from pyblock import BlockDevice, Phase, PyblockError, Sandbox, SandboxBusy, StoreBusy
-from pyblock.recovery import Finding
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.life.recovery import Finding
+from pyblock.store.sqlite.store import SqliteStore
 
 from .notes import DeviceSeen, FindingSeen, Pen, Picture
 

@@ -25,12 +25,12 @@ from pyblock import (
     VmmRefused,
     VmmUnreachable,
 )
-from pyblock.hypervisors import poller
-from pyblock.hypervisors.base import Hypervisor, Offer
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.hypervisors.poller import Poller
-from pyblock.recovery import Found, Outcome
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.life.recovery import Found, Outcome
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm import poller
+from pyblock.vmm.base import Hypervisor, Offer
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
+from pyblock.vmm.poller import Poller
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
 

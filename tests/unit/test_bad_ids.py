@@ -8,8 +8,8 @@ import pytest
 from snapshot import Busy, MakeImage, drive_ids, refused
 
 from pyblock import DeviceConflict, InvalidID, InvalidSerial, Sandbox, make_name_id
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.naming import ID_MAX
+from pyblock.core.naming import ID_MAX
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

@@ -15,9 +15,10 @@ import pytest
 from children import NOBODY, in_child
 from snapshot import Busy, MakeImage, refused
 
-from pyblock import DeviceConflict, DeviceInfo, InvalidImage, NotAttached, Phase, Sandbox, road
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.image import block_special_path
+from pyblock import DeviceConflict, DeviceInfo, InvalidImage, NotAttached, Phase, Sandbox
+from pyblock.disk.image import block_special_path
+from pyblock.life import road
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

@@ -28,11 +28,11 @@ from pyblock import (
     UnknownDriver,
     UnknownScheme,
     VmmRefused,
-    road,
 )
 from pyblock.blocking import Sandbox as BlockingSandbox
-from pyblock.hypervisors.base import Offer
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
+from pyblock.life import road
+from pyblock.vmm.base import Offer
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

@@ -16,10 +16,10 @@ import pytest
 from snapshot import MakeImage, MakeStore
 
 from pyblock import BlockDevice, ClosedMeanwhile, DetachPending, ImageInUse, NotAttached, Sandbox, UnknownDevice
-from pyblock.hypervisors.base import Inventory
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.model import BlockDrive
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.disk.model import BlockDrive
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.base import Inventory
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(60)]
 

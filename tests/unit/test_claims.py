@@ -16,11 +16,11 @@ from store_scene import first_version, rows
 from turns import until
 
 from pyblock import DeviceInfo, ImageInUse, ImageReplaced, Sandbox
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.lineage import Identity
-from pyblock.stores import sqlite_file
-from pyblock.stores.base import Claim, Row
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.disk.lineage import Identity
+from pyblock.store.base import Claim, Row
+from pyblock.store.sqlite import file as sqlite_file
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

@@ -19,7 +19,7 @@ from snapshot import MakeImage
 
 from pyblock import InvalidState, Sandbox, __version__, blocking
 from pyblock.cli import session
-from pyblock.stores import files, state_folder
+from pyblock.store import files, state_folder
 
 SCRIPT = Path(sys.executable).with_name("pyblock")
 KEYS = {

@@ -166,7 +166,7 @@ def test_what_stays_is_said_beside_an_error(shell: Shell, make_image: MakeImage)
     [other] = shell.json("attach", once)
     shell.fine("attach", twice)
     refuse = (
-        "from pyblock.hypervisors.memory import MemoryHypervisor as M\n"
+        "from pyblock.vmm.memory.machine import MemoryHypervisor as M\n"
         "from pyblock.errors import VmmRefused\n"
         "async def no(self, drive): raise VmmRefused('not now', step='device-del')\n"
         "M.request_removal = no"

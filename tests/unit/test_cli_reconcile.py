@@ -18,8 +18,8 @@ from pyblock import Sandbox
 
 # Whatever is waited for that is not bounded by the command's own deadline is waited for till the test fails.
 PATIENT = """
-import pyblock.sandbox, pyblock.recovery, pyblock.hypervisors.base, pyblock.cli.session
-pyblock.sandbox.OPEN_TIME = pyblock.recovery.CONNECT_TIMEOUT = pyblock.hypervisors.base.CONNECT_TIMEOUT = 10000
+import pyblock.sandbox, pyblock.life.recovery, pyblock.vmm.base, pyblock.cli.session
+pyblock.sandbox.OPEN_TIME = pyblock.life.recovery.CONNECT_TIMEOUT = pyblock.vmm.base.CONNECT_TIMEOUT = 10000
 """
 PATIENT_ALSO_FOR_OWNERS = PATIENT + "pyblock.cli.session.BUSY_WAIT = 10000\n"
 
@@ -134,7 +134,7 @@ def test_several_are_asked_side_by_side(shell: Shell, tmp_path: Path) -> None:
     beside_a_daemon(shell, tmp_path, count, work)
     together = f"""
 import asyncio
-from pyblock.hypervisors.memory_file import FileMachine
+from pyblock.vmm.memory.file import FileMachine
 inventory = FileMachine.inventory
 asked = 0
 async def answer(self, ours=()):
@@ -152,7 +152,7 @@ FileMachine.inventory = answer
     few = """
 import pyblock.cli.survey
 pyblock.cli.survey.AT_ONCE = 2
-from pyblock.hypervisors.memory_file import FileMachine
+from pyblock.vmm.memory.file import FileMachine
 import asyncio
 inventory = FileMachine.inventory
 now = most = 0

@@ -16,7 +16,7 @@ from snapshot import MakeImage
 # A step that never ends and says when it was reached. What a shell starts in its background may have signals ignored.
 HELD = """
 import asyncio, signal
-from pyblock.hypervisors.memory import MemoryHypervisor
+from pyblock.vmm.memory.machine import MemoryHypervisor
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -10,10 +10,10 @@ from snapshot import MakeImage
 from turns import SOON, until
 
 from pyblock import AttachPending, BlockDevice, DetachPending, Sandbox, VmmRefused, VmmUnreachable
-from pyblock.drivers import SD
-from pyblock.hypervisors.base import FoundDisk
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.state import encode
+from pyblock.disk.drivers import SD
+from pyblock.kata.schema import encode
+from pyblock.vmm.base import FoundDisk
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

@@ -22,11 +22,11 @@ from pyblock import (
     Sandbox,
     VmmUnreachable,
 )
-from pyblock.hypervisors.base import CONNECT_TIMEOUT, Inventory
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.machine import GRACE
-from pyblock.model import BlockDrive, Place
+from pyblock.disk.model import BlockDrive, Place
+from pyblock.life.machine import GRACE
 from pyblock.sandbox import CLOSE_TIME, OPEN_TIME, RECONCILE_TIME, TIMEOUT
+from pyblock.vmm.base import CONNECT_TIMEOUT, Inventory
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -13,9 +13,9 @@ import msgspec
 import pytest
 
 from pyblock import ConnectionLost, VmmProtocolError
-from pyblock.hypervisors.qemu_descriptors import DescriptorSets
-from pyblock.hypervisors.qmp import QmpSession
-from pyblock.image import open_image
+from pyblock.disk.image import open_image
+from pyblock.vmm.qemu.descriptors import DescriptorSets
+from pyblock.vmm.qemu.qmp import QmpSession
 
 pytestmark = pytest.mark.anyio
 

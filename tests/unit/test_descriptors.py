@@ -16,7 +16,7 @@ from snapshot import MakeImage
 FIRST = """
 import asyncio, json, os, resource, sys
 from pyblock import PyblockError, Sandbox
-from pyblock.hypervisors import open_hypervisor
+from pyblock.vmm import open_hypervisor
 
 folder, call = sys.argv[1:]
 image, vm, saved = (os.path.join(folder, name) for name in ("image", "vm", "saved.json"))

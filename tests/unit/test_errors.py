@@ -19,7 +19,7 @@ from snapshot import MakeImage
 import pyblock
 from pyblock import Sandbox, blocking, errors
 from pyblock.errors import DeviceOutcome, Facts, PyblockError
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 # Programs compare with these: a code that is given out is never changed, nor given to another class.
 CODES = {

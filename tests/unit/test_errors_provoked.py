@@ -21,9 +21,9 @@ from turns import BEGUN, SOON, until
 
 import pyblock
 from pyblock import AttachPending, ConnectionLost, DeviceInfo, Fault, MemoryHypervisor, PyblockError, Sandbox, blocking
-from pyblock.hypervisors.base import Inventory, Offer
-from pyblock.model import BlockDrive
-from pyblock.table import ATTACH_COUNT_MAX
+from pyblock.disk.model import BlockDrive
+from pyblock.life.table import ATTACH_COUNT_MAX
+from pyblock.vmm.base import Inventory, Offer
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from snapshot import MakeImage, refused
 
-from pyblock import BlockDevice, Sandbox, WrongEventLoop, road
-from pyblock.hypervisors.memory import MemoryHypervisor
+from pyblock import BlockDevice, Sandbox, WrongEventLoop
+from pyblock.life import road
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.timeout(60)
 

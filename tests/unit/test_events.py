@@ -30,9 +30,9 @@ from pyblock import (
     VmmRefused,
     blocking,
 )
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.stores.sqlite import SqliteStore
-from pyblock.voice import WAITING_MAX, Voice
+from pyblock.life.voice import WAITING_MAX, Voice
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
@@ -387,7 +387,7 @@ async def test_the_log_has_outcomes_and_steps_with_fields(
     assert [fields["event"] for fields in outcomes if fields["device"] == "a"] == ["attached", "detached"]
     steps = [vars(record) for record in caplog.records if record.levelname == "DEBUG" and hasattr(record, "step")]
     assert all(fields["sandbox"] == "one" and fields["seconds"] >= 0 for fields in steps)
-    asked = [fields for fields in steps if fields["name"] == "pyblock.hypervisors.base"]
+    asked = [fields for fields in steps if fields["name"] == "pyblock.vmm.base"]
     assert all((fields["device"], fields["drive"]) == ("a", "drive-a") for fields in asked)
     assert [fields["step"] for fields in asked] == [
         "backend-add", "device-add", "asking for the removal", "waiting for the removal",

@@ -22,8 +22,9 @@ NEEDED = {"_cffi_backend", "msgspec", "typing_extensions"}  # the last is msgspe
 HEAVY = {"sqlite3", "http", "urllib", "email", "xml", "json", "tempfile", "multiprocessing", "unittest", "argparse"}
 # Modules of its own that wait until they are asked for.
 LATE = (
-    "pyblock.__main__", "pyblock._native_build", "pyblock.blocking", "pyblock.cli", "pyblock.hypervisors.memory",
-    "pyblock.hypervisors.qemu", "pyblock.hypervisors.qmp", "pyblock.ledger", "pyblock.persist", "pyblock.state", "pyblock.stores",
+    "pyblock.__main__", "pyblock.core._native_build", "pyblock.blocking", "pyblock.cli", "pyblock.vmm.memory.machine",
+    "pyblock.vmm.qemu.adapter", "pyblock.vmm.qemu.qmp", "pyblock.life.ledger", "pyblock.kata.translate", "pyblock.kata.schema",
+    "pyblock.store",
 )  # fmt: skip
 
 
@@ -84,5 +85,5 @@ def test_what_importing_loads() -> None:
 
 def test_what_is_late_is_loaded_when_it_is_asked_for() -> None:
     assert {"pyblock.blocking", "anyio"} <= loaded("from pyblock import blocking")
-    assert "pyblock.hypervisors.memory" in loaded("from pyblock import MemoryHypervisor, Fault")
+    assert "pyblock.vmm.memory.machine" in loaded("from pyblock import MemoryHypervisor, Fault")
     assert "sqlite3" in loaded("from pyblock import SqliteStore")

@@ -14,8 +14,8 @@ from snapshot import MakeImage
 from turns import LATE, SOON, until
 
 from pyblock import AttachPending, BlockDevice, ClosedMeanwhile, DetachPending, Phase, Sandbox
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.model import BlockDrive
+from pyblock.disk.model import BlockDrive
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 

@@ -23,12 +23,12 @@ HOUSE: dict[str, str] = {
     "errors": "",
     "loading": "",
     "tasks": "",
-    "core": "_native _native_build _core naming index plan",
-    "disk": "drivers model lineage formats image",
-    "vmm": "hypervisors",
-    "store": "stores record",
-    "life": "table device recorded batch crowd allotment generic manager registry ledger recovery machine road voice",
-    "kata": "state persist stores.json_file",
+    "core": "",
+    "disk": "",
+    "vmm": "",
+    "store": "",
+    "life": "",
+    "kata": "",
     "sandbox": "",
     "overview": "stored",
     "blocking": "",
@@ -42,7 +42,7 @@ UPWARD = """
 """
 CIRCLES = """
 """
-FLOORS = 8
+FLOORS = 9
 
 
 @cache

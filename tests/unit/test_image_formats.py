@@ -16,9 +16,9 @@ from snapshot import Busy, MakeImage, refused
 from turns import until
 
 from pyblock import DeviceInfo, InvalidImage, InvalidState, InvalidValue, Sandbox, blocking
-from pyblock.formats import format_of
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.state import decode, encode
+from pyblock.disk.formats import format_of
+from pyblock.kata.schema import decode, encode
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

@@ -10,8 +10,8 @@ from children import in_child
 from snapshot import Busy, refused
 
 from pyblock import InvalidImage, Sandbox
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.image import inspect_image, open_image
+from pyblock.disk.image import inspect_image, open_image
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

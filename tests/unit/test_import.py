@@ -14,11 +14,11 @@ from store_scene import AsWritten, as_written, rows
 from turns import BEGUN
 
 from pyblock import BlockDevice, DetachPending, ImageInUse, InvalidState, Phase, Sandbox, VmmRefused, blocking, stored
-from pyblock.drivers import NVDIMM, PMEM, SD, VD
-from pyblock.hypervisors.base import FoundDisk
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.recovery import Found, Outcome
-from pyblock.state import SandboxState, decode, encode
+from pyblock.disk.drivers import NVDIMM, PMEM, SD, VD
+from pyblock.kata.schema import SandboxState, decode, encode
+from pyblock.life.recovery import Found, Outcome
+from pyblock.vmm.base import FoundDisk
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from pyblock.core.index import BlockIndex
 from pyblock.errors import IndexesExhausted, IndexFree, IndexTaken, InvalidIndex
-from pyblock.index import BlockIndex
 
 CAPACITIES = [1, 2, 63, 64, 65, 127, 128, 4095, 4096, 4097, 65536, 262144, 262145, 2**20]
 OUTSIDE_INT64 = [2**63, 2**64, -(2**63) - 1, 10**30, -(10**30), pytest.param(10**5000, id="10^5000")]

@@ -19,12 +19,12 @@ from turns import LATE, SOON, at_rest, until
 
 import pyblock
 from pyblock import BlockDevice, Phase, blocking
-from pyblock.drivers import SD
-from pyblock.hypervisors.base import FoundDisk
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.model import BlockDrive
-from pyblock.recovery import Found, Outcome
-from pyblock.stores import json_file
+from pyblock.disk.drivers import SD
+from pyblock.disk.model import BlockDrive
+from pyblock.kata import file as json_file
+from pyblock.life.recovery import Found, Outcome
+from pyblock.vmm.base import FoundDisk
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

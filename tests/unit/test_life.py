@@ -15,13 +15,13 @@ import pytest
 from turns import LATE, SOON, at_rest, until
 
 import pyblock
-from pyblock.allotment import Allotment
-from pyblock.drivers import SD, VD
-from pyblock.hypervisors.base import FoundDisk
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.machine import Machine
-from pyblock.manager import DeviceManager
-from pyblock.table import FOLLOWS, HOLDING, LIFE, PENDING, Aim, Event, Failure, IllegalEvent, Phase
+from pyblock.disk.drivers import SD, VD
+from pyblock.life.allotment import Allotment
+from pyblock.life.machine import Machine
+from pyblock.life.registry import DeviceManager
+from pyblock.life.table import FOLLOWS, HOLDING, LIFE, PENDING, Aim, Event, Failure, IllegalEvent, Phase
+from pyblock.vmm.base import FoundDisk
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

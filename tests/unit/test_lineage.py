@@ -15,8 +15,8 @@ from loops import Loops, loop_devices
 from snapshot import MakeImage
 
 from pyblock import DescriptorsExhausted
-from pyblock.image import identity_of, inspect_image, open_image
-from pyblock.lineage import Identity, Lineage, in_words, lineage_of
+from pyblock.disk.image import identity_of, inspect_image, open_image
+from pyblock.disk.lineage import Identity, Lineage, in_words, lineage_of
 
 
 class Sysfs:

@@ -22,8 +22,8 @@ from snapshot import machine, snapshot
 
 import pyblock
 from pyblock import BlockDevice, Phase
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.recovery import Found
+from pyblock.life.recovery import Found
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 STEPS = 5000  # at least; some twice as many are taken, so that what is rare is reached
 REMOVING = tuple(step for step in MemoryHypervisor.STEPS if step not in ADDING)

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pyblock import naming
+from pyblock.core import naming
+from pyblock.core.naming import drive_index, drive_name, drive_names, make_name_id, scsi_address, scsi_index
 from pyblock.errors import InvalidAddress, InvalidID, InvalidIndex, InvalidName, InvalidValue
-from pyblock.naming import drive_index, drive_name, drive_names, make_name_id, scsi_address, scsi_index
 
 ALL = 2**20
 INT64_MAX = 2**63 - 1

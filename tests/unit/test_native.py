@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pyblock import _native
-from pyblock._core import ffi, lib
+from pyblock.core import _native
+from pyblock.core._core import ffi, lib
+from pyblock.core.index import BlockIndex
 from pyblock.errors import InvalidIndex, PyblockError
-from pyblock.index import BlockIndex
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADER = (ROOT / "csrc" / "pyblock.h").read_text(encoding="utf-8")
@@ -93,7 +93,7 @@ def test_only_native_touches_the_core() -> None:
 
 
 def test_the_build_refuses_a_header_without_marks() -> None:
-    code = "import runpy; runpy.run_path('pyblock/_native_build.py')['declarations']('no marks')"
+    code = "import runpy; runpy.run_path('pyblock/core/_native_build.py')['declarations']('no marks')"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert "RuntimeError" in done.stderr
     assert ">>> cffi" in done.stderr

@@ -16,9 +16,9 @@ from snapshot import Busy, MakeImage, refused
 from turns import until
 
 from pyblock import BlockDevice, DescriptorsExhausted, DeviceInfo, ImageReplaced, InvalidImage, PyblockError, Sandbox, SlotsExhausted
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.image import OpenedImage, open_image
-from pyblock.model import BlockDrive
+from pyblock.disk.image import OpenedImage, open_image
+from pyblock.disk.model import BlockDrive
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

@@ -7,8 +7,8 @@ import samples
 from snapshot import Busy, MakeImage, refused
 
 from pyblock import DeviceInfo, InvalidValue, Sandbox
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.state import decode
+from pyblock.kata.schema import decode
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

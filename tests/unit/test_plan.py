@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyblock.core.index import BlockIndex
+from pyblock.core.plan import plan, plan_many
 from pyblock.errors import IndexesExhausted, InvalidIndex, InvalidValue
-from pyblock.index import BlockIndex
-from pyblock.plan import plan, plan_many
 
 
 def pair(index: set[int], ordinals: set[int], capacity: int = 65536) -> tuple[BlockIndex, BlockIndex]:

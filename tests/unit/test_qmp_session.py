@@ -22,13 +22,13 @@ import msgspec
 import pytest
 
 from pyblock import ConnectionLost, DeadlinePassed, Sandbox, VmmProtocolError, VmmRefused, VmmUnreachable
-from pyblock.drivers import VIRTIO_SCSI
-from pyblock.hypervisors import qmp, qmp_connection
-from pyblock.hypervisors.qemu import QemuHypervisor
-from pyblock.hypervisors.qmp import QmpSession, Question
-from pyblock.hypervisors.qmp_connection import Command as Wanted
-from pyblock.hypervisors.turns import MESSAGES_MAX
-from pyblock.model import BlockDrive, DeviceInfo
+from pyblock.disk.drivers import VIRTIO_SCSI
+from pyblock.disk.model import BlockDrive, DeviceInfo
+from pyblock.vmm.qemu import qmp, qmp_connection
+from pyblock.vmm.qemu.adapter import QemuHypervisor
+from pyblock.vmm.qemu.qmp import QmpSession, Question
+from pyblock.vmm.qemu.qmp_connection import Command as Wanted
+from pyblock.vmm.turns import MESSAGES_MAX
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 

@@ -13,23 +13,15 @@ from held_store import Gate, HeldStore, SlowMachine, facts, nothing_left, reache
 from snapshot import MakeImage
 from turns import until
 
-from pyblock import (
-    AttachPending,
-    BlockDevice,
-    DetachPending,
-    DeviceConflict,
-    Phase,
-    Sandbox,
-    UnknownDevice,
-    machine,
-)
-from pyblock.drivers import SD
-from pyblock.hypervisors.base import FoundDisk
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.hypervisors.memory_file import FileMachine
-from pyblock.model import BlockDrive
-from pyblock.recovery import Found, Outcome
-from pyblock.stores.sqlite import SqliteStore
+from pyblock import AttachPending, BlockDevice, DetachPending, DeviceConflict, Phase, Sandbox, UnknownDevice
+from pyblock.disk.drivers import SD
+from pyblock.disk.model import BlockDrive
+from pyblock.life import machine
+from pyblock.life.recovery import Found, Outcome
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.base import FoundDisk
+from pyblock.vmm.memory.file import FileMachine
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 

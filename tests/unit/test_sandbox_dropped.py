@@ -17,8 +17,8 @@ from snapshot import MakeImage, MakeStore
 from turns import until
 
 from pyblock import Sandbox, SandboxBusy, StoreBusy
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

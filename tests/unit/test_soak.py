@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import soak
 
-from pyblock import road
-from pyblock.allotment import Allotment
-from pyblock.device import BlockDevice
 from pyblock.errors import ImageInUse
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.machine import Machine
-from pyblock.stores.base import Row
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.life import road
+from pyblock.life.allotment import Allotment
+from pyblock.life.device import BlockDevice
+from pyblock.life.machine import Machine
+from pyblock.store.base import Row
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.timeout(300)
 

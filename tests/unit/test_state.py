@@ -14,9 +14,9 @@ from snapshot import MakeImage
 from turns import BEGUN
 
 from pyblock import DRIVERS, AttachPending, BlockDevice, CallerError, DetachPending, DeviceInfo, GenericDevice, Phase, Sandbox
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.recovery import Found, Outcome
-from pyblock.state import PLAIN
+from pyblock.kata.schema import PLAIN
+from pyblock.life.recovery import Found, Outcome
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

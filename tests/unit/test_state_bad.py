@@ -15,8 +15,8 @@ import samples
 from snapshot import Busy, MakeImage, snapshot
 
 from pyblock import InvalidState, NewerState, Sandbox, StateError, StoreError
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.state import VERSION, encode
+from pyblock.kata.schema import VERSION, encode
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

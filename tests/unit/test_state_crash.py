@@ -18,9 +18,9 @@ from children import in_child
 from snapshot import MakeImage
 
 from pyblock import Sandbox, StoreError
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.state import SandboxState, encode
-from pyblock.stores import json_file
+from pyblock.kata import file as json_file
+from pyblock.kata.schema import SandboxState, encode
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 Blow = Callable[[], object]
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from snapshot import MakeImage, drive_ids, ordinals, plug_in
 
 from pyblock import BlockDevice, DetachPending, DeviceInfo, Phase, Sandbox
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.state import decode, encode
+from pyblock.kata.schema import decode, encode
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

@@ -17,8 +17,8 @@ from snapshot import MakeImage, MakeStore, plug_in
 from store_scene import older_store
 
 from pyblock import DRIVERS, AttachPending, BlockDevice, DetachPending, DeviceInfo, Phase, Sandbox
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.state import decode, encode
+from pyblock.kata.schema import decode, encode
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

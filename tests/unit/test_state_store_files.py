@@ -14,8 +14,8 @@ from snapshot import MakeImage, MakeStore
 from store_scene import facts, make_scene, rows
 
 from pyblock import InvalidState, Sandbox, StoreError
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

@@ -32,9 +32,9 @@ from pyblock import (
     VmmUnreachable,
     blocking,
 )
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.recovery import Found, Outcome
-from pyblock.state import encode
+from pyblock.kata.schema import encode
+from pyblock.life.recovery import Found, Outcome
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

@@ -14,10 +14,11 @@ from snapshot import MakeImage, MakeStore
 from store_scene import Scene, as_written, facts, first_version, make_scene, rows
 
 from pyblock import InvalidState, NewerState, Sandbox
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.stores import boot, sqlite_file
-from pyblock.stores.boot import Boot
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.sqlite import boot
+from pyblock.store.sqlite import file as sqlite_file
+from pyblock.store.sqlite.boot import Boot
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 
@@ -25,8 +26,8 @@ BOOT_ID = "/proc/sys/kernel/random/boot_id"
 THIEF = """
 import asyncio, sys
 from pyblock import ImageInUse, Sandbox
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.vmm.memory.machine import MemoryHypervisor
+from pyblock.store.sqlite.store import SqliteStore
 
 async def steal(path, image):
     store = SqliteStore(path)

@@ -31,10 +31,10 @@ from pyblock import (
     StoreBusy,
     StoreError,
 )
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.stores import sqlite_file
-from pyblock.stores.base import Row
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.base import Row
+from pyblock.store.sqlite import file as sqlite_file
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 
@@ -207,7 +207,7 @@ async def test_a_store_that_cannot_be_made_is_made_later(name: str, disk: Path, 
 
 async def test_closing_a_sandbox_under_a_fault(fault: Fault, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is closed all the same, and nothing is lost: the devices stay in the machine and in the store."""
-    monkeypatch.setattr("pyblock.machine.GRACE", SOON)
+    monkeypatch.setattr("pyblock.life.machine.GRACE", SOON)
     monkeypatch.setattr(sqlite_file, "PATIENCE", LATE)
     before, journal = rows(scene.store.path), list(scene.vm.journal)
     with fault.befall(scene.store):
@@ -311,7 +311,7 @@ async def test_each_write_of_an_operation_fails(
     name: str, times: int, error: type[PyblockError], tmp_path: Path, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Then the process dies, or it goes on: the store and the machine agree again in either case."""
-    monkeypatch.setattr("pyblock.ledger.RETRY", 2 * LATE)  # the next operation writes what is left over
+    monkeypatch.setattr("pyblock.life.ledger.RETRY", 2 * LATE)  # the next operation writes what is left over
     doing = OPERATIONS[name]
     count = await writes_of(name, tmp_path / "count.db", make_image)
     assert count >= (1 if name in ("attach again", "detach one of two") else 2)
@@ -384,7 +384,7 @@ async def test_an_attach_that_cannot_be_written_down_is_undone_in_the_machine(na
 async def test_what_could_not_be_written_is_written_by_itself(
     tmp_path: Path, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyblock.ledger.RETRY", 0.001)
+    monkeypatch.setattr("pyblock.life.ledger.RETRY", 0.001)
     store = Failing(tmp_path / "state.db")
     scene = await make_scene(store, make_image)
     store.fail(StoreError, 1, times=1_000_000)

@@ -25,9 +25,9 @@ from pyblock import (
     PyblockError,
     Sandbox,
 )
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.stores import sqlite_file
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.sqlite import file as sqlite_file
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

@@ -25,8 +25,8 @@ from snapshot import MakeStore
 from turns import LATE, until
 
 from pyblock import StoreBusy
-from pyblock.stores.base import Row
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.base import Row
+from pyblock.store.sqlite.store import SqliteStore
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -134,7 +134,7 @@ class Thrower:
     def watch(self, frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
         """To be given to sys.settrace."""
         code = frame.f_code
-        if not code.co_filename.endswith(("/sqlite_file.py", "/sqlite.py")) or code.co_flags & inspect.CO_COROUTINE:
+        if not code.co_filename.endswith(("/store/sqlite/file.py", "/store/sqlite/store.py")) or code.co_flags & inspect.CO_COROUTINE:
             return None
         frame.f_trace = self.watch
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
@@ -229,7 +229,7 @@ def test_a_fork_does_not_wait_for_another_process(tmp_path: Path) -> None:
 
 def test_forked_beside_a_transaction_that_does_not_end(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fork goes on; its child is told that it cannot use the store, and its parent loses nothing."""
-    from pyblock.stores import forks  # noqa: PLC0415 - the rest of this file says what was so before there was one
+    from pyblock.store.sqlite import forks  # noqa: PLC0415 - the rest of this file says what was so before there was one
 
     monkeypatch.setattr(forks, "FORK_WAIT", 0.05)
     store, inside, leave = make_store(), threading.Event(), threading.Event()
@@ -294,7 +294,7 @@ async def test_many_forks_beside_many_transactions(make_store: MakeStore) -> Non
 
 def test_an_interrupted_fork_keeps_nobody_out_for_ever(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A signal handler has thrown a fork off its way, so that its end was never seen."""
-    from pyblock.stores import forks  # noqa: PLC0415
+    from pyblock.store.sqlite import forks  # noqa: PLC0415
 
     monkeypatch.setitem(forks._under_way, 1, time.monotonic() - 2 * forks.FORK_WAIT)
     assert asyncio.run(names(make_store())) == ""

@@ -34,17 +34,16 @@ from pyblock import (
     StoreBusy,
     StoreError,
     blocking,
-    ledger,
-    machine,
 )
-from pyblock.drivers import SD
-from pyblock.hypervisors.base import FoundDisk, Inventory
-from pyblock.hypervisors.memory import Fault, MemoryHypervisor
-from pyblock.hypervisors.memory_file import FileMachine
-from pyblock.model import BlockDrive, DeviceInfo
-from pyblock.recovery import Found, Outcome
-from pyblock.state import decode
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.disk.drivers import SD
+from pyblock.disk.model import BlockDrive, DeviceInfo
+from pyblock.kata.schema import decode
+from pyblock.life import ledger, machine
+from pyblock.life.recovery import Found, Outcome
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.base import FoundDisk, Inventory
+from pyblock.vmm.memory.file import FileMachine
+from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 

@@ -15,7 +15,7 @@ from kit.points import Points
 from snapshot import MakeImage
 
 from pyblock import Sandbox
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.sqlite.store import SqliteStore
 
 Work = Callable[[SqliteStore], Coroutine[Any, Any, None]]
 

@@ -20,9 +20,9 @@ from pyblock import (
     Sandbox,
     SandboxBusy,
 )
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.stores.base import Row
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.base import Row
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

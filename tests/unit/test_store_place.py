@@ -13,8 +13,8 @@ import pytest
 from children import NOBODY, in_child
 
 from pyblock import InvalidState, PyblockError, StoreError
-from pyblock.stores import host_store
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store import host_store
+from pyblock.store.sqlite.store import SqliteStore
 
 root_only = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to others")
 FILES = ["state.db", "state.db-owners", "state.db-wal", "state.db-shm", "state.db-journal"]

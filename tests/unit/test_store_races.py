@@ -26,8 +26,8 @@ from snapshot import MakeImage
 from store_scene import as_written
 
 from pyblock import BlockDevice, ImageInUse, Sandbox, SandboxBusy
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.timeout(900)
 

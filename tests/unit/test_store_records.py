@@ -18,16 +18,18 @@ from released_rows import DEVICES, EXPORTS, SANDBOXES
 from snapshot import MakeImage, MakeStore, plug_in
 from store_scene import older_store, rows
 
-from pyblock import DRIVERS, BlockDevice, DeviceInfo, InvalidState, NewerState, Sandbox, persist, stored
-from pyblock.drivers import VIRTIO_SCSI
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.persist import device_from_state, device_to_state, sandbox_from_state
-from pyblock.recorded import record_of
-from pyblock.state import VERSION, decode_device, encode_device
-from pyblock.state import decode as decode_file
-from pyblock.state import encode as encode_file
-from pyblock.stores import old_rows, record
-from pyblock.stores.record import FORM, Record, SandboxRecord, decode, decode_sandbox, drive_id_of, encode, encode_sandbox
+from pyblock import DRIVERS, BlockDevice, DeviceInfo, InvalidState, NewerState, Sandbox, stored
+from pyblock.disk.drivers import VIRTIO_SCSI
+from pyblock.kata import translate as persist
+from pyblock.kata.schema import VERSION, decode_device, encode_device
+from pyblock.kata.schema import decode as decode_file
+from pyblock.kata.schema import encode as encode_file
+from pyblock.kata.translate import device_from_state, device_to_state, sandbox_from_state
+from pyblock.life.recorded import record_of
+from pyblock.store import record
+from pyblock.store.record import FORM, Record, SandboxRecord, decode, decode_sandbox, drive_id_of, encode, encode_sandbox
+from pyblock.store.sqlite import old_rows
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

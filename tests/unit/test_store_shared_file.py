@@ -26,9 +26,9 @@ from pyblock import (
     SandboxBusy,
     StoreError,
 )
-from pyblock.hypervisors.memory import MemoryHypervisor
-from pyblock.stores.base import Row
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.base import Row
+from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 
@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 def test_many_processes_make_one_store(tmp_path: Path) -> None:
     program = """
 import asyncio, sys
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.sqlite.store import SqliteStore
 for line in sys.stdin:
     store = SqliteStore(line.strip())
     try:

@@ -25,8 +25,8 @@ int fdatasync(int file) { note("fdatasync"); return ((int (*)(int))dlsym(RTLD_NE
 BUSY = """
 import asyncio, os, sys
 from pathlib import Path
-from pyblock.stores.base import Row
-from pyblock.stores.sqlite import SqliteStore
+from pyblock.store.base import Row
+from pyblock.store.sqlite.store import SqliteStore
 
 async def work():
     store = SqliteStore(sys.argv[1])

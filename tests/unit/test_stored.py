@@ -12,7 +12,7 @@ from snapshot import MakeImage, MakeStore
 from store_scene import rows
 
 from pyblock import InvalidState, MachineAnswers, Sandbox, SandboxBusy, UnknownSandbox, stored
-from pyblock.hypervisors.memory import MemoryHypervisor
+from pyblock.vmm.memory.machine import MemoryHypervisor
 
 pytestmark = pytest.mark.anyio
 

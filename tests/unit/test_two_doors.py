@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from pyblock import Sandbox, blocking
-from pyblock.machine import Machine
+from pyblock.life.machine import Machine
 
 # They read rows, without a sandbox that anybody has open.
 OF_ROWS = {"stored", "export"}

@@ -12,9 +12,9 @@ import weakref
 import pytest
 
 from pyblock import AttachPending, DeviceInfo, Phase, StoreError
-from pyblock.device import BlockDevice
-from pyblock.table import LIFE, Event
-from pyblock.voice import OUTCOMES, WAITING_MAX, EventKind, Events, SandboxEvent, Voice
+from pyblock.life.device import BlockDevice
+from pyblock.life.table import LIFE, Event
+from pyblock.life.voice import OUTCOMES, WAITING_MAX, EventKind, Events, SandboxEvent, Voice
 
 pytestmark = pytest.mark.anyio
 
@@ -204,7 +204,7 @@ async def test_what_on_event_raises_is_logged_and_nothing_else(caplog: pytest.Lo
     voice.owned("a")
     voice.owned("b")
     assert heard == ["a", "b"] == [event.owner for event in drain(events)]
-    assert "of the listener" in caplog.text and {record.name for record in caplog.records} == {"pyblock.voice"}
+    assert "of the listener" in caplog.text and {record.name for record in caplog.records} == {"pyblock.life.voice"}
 
 
 async def test_the_log_has_the_facts_as_fields(caplog: pytest.LogCaptureFixture) -> None:
@@ -214,7 +214,7 @@ async def test_the_log_has_the_facts_as_fields(caplog: pytest.LogCaptureFixture)
     move(voice, disk, Event.UNDONE, StoreError("full\x1b[2J"))
     [record] = caplog.records
     fields = vars(record)
-    assert (record.name, record.levelname) == ("pyblock.voice", "INFO")
+    assert (record.name, record.levelname) == ("pyblock.life.voice", "INFO")
     assert (fields["sandbox"], fields["device"], fields["drive"], fields["event"]) == ("s1", "d1", None, "refused")
     assert fields["seconds"] >= 0 and "\x1b" not in record.getMessage()
 

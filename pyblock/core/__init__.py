@@ -1,0 +1,1 @@
+"""Integers to names, addresses and IDs, and the block index: what is done in C."""

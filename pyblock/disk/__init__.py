@@ -1,0 +1,1 @@
+"""What a disk is, without time."""

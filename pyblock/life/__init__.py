@@ -1,0 +1,1 @@
+"""How a disk comes, goes, and is found again."""

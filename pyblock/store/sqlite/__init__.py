@@ -1,0 +1,1 @@
+"""The host's store: one SQLite file that its processes share."""
