@@ -35,8 +35,8 @@ demo:
 
 test: setup lint types c-tests py-tests
 
-# Not among them: what starts many processes, and what tries every byte or thousands of steps.
-SLOW := tests/unit/test_cli*.py tests/unit/test_model.py tests/unit/test_soak.py tests/unit/test_sta*_bad.py tests/unit/test_store_*.py
+# Not among them: tests/host, and what starts many processes, or tries every byte or thousands of steps.
+SLOW := tests/unit/doors/test_cli*.py tests/unit/life/test_model.py tests/unit/kata/test_state_bad.py
 
 quick: lint types
 	$(PYTHON) -m pytest -q tests/unit tests/real/test_qemu_inventory.py tests/real/test_qemu_descriptors.py $(SLOW:%=--ignore-glob='%')
@@ -82,27 +82,27 @@ sanitize-extension:
 	PYTHON=$(PYTHON) scripts/sanitize-extension
 
 soak:
-	PYTHONPATH=tests $(PYTHON) tests/soak.py --operations $(or $(OPERATIONS),1000000) --sandboxes $(or $(SANDBOXES),10000)
+	PYTHONPATH=tests $(PYTHON) -m support.soak --operations $(or $(OPERATIONS),1000000) --sandboxes $(or $(SANDBOXES),10000)
 
 soak-qemu:
 	scripts/setup qemu
-	PYTHONPATH=.:tests $(PYTHON) tests/soak_qemu.py --pairs $(or $(PAIRS),5000) --events $(or $(EVENTS),1000000)
+	PYTHONPATH=tests $(PYTHON) -m support.soak_qemu --pairs $(or $(PAIRS),5000) --events $(or $(EVENTS),1000000)
 
 storm:
 	scripts/setup qemu
 	PYTHONPATH=tests $(PYTHON) -m storm --seconds $(or $(SECONDS),600) $(and $(SEED),--seed $(SEED))
 
 model:
-	PYBLOCK_MODEL_STEPS=$(or $(STEPS),100000) $(PYTHON) -m pytest tests/unit/test_model.py -s
+	PYBLOCK_MODEL_STEPS=$(or $(STEPS),100000) $(PYTHON) -m pytest tests/unit/life/test_model.py -s
 
 races:
-	PYBLOCK_LONG=1 $(PYTHON) -m pytest tests/unit/test_store_races.py -s
+	PYBLOCK_LONG=1 $(PYTHON) -m pytest tests/host/test_races.py -s
 
 sdist-check:
 	scripts/sdist-check $(TESTS)
 
 eager:
-	PYBLOCK_EAGER=1 $(PYTHON) -m pytest tests/unit
+	PYBLOCK_EAGER=1 $(PYTHON) -m pytest tests/unit tests/host
 
 clean:
 	rm -rf build dist *.egg-info pyblock/core/*.so pyblock/core/_core.c .pytest_cache .mypy_cache .ruff_cache

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from bitarray import bitarray
-from oracle import letters
 from pyroaring import BitMap
+from support.oracle import letters
 
 from pyblock.disk.drivers import VIRTIO_SCSI
 from pyblock.disk.model import BlockDrive, DeviceInfo

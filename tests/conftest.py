@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import eager
 import pytest
-from held_store import HeldStore
-from shell import Shell
-from snapshot import Busy, MakeImage, MakeStore
+from support import eager
+from support.held_store import HeldStore
+from support.shell import Shell
+from support.snapshot import Busy, MakeImage, MakeStore
 
 import pyblock
 from pyblock import Sandbox

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from children import in_child
 from kit import Machine
 from kit.points import Points
+from support.children import in_child
 
 from pyblock import BlockDevice, Phase, Sandbox
 from pyblock.life.recovery import Finding, Outcome

@@ -14,9 +14,9 @@ from contextlib import suppress
 from typing import NamedTuple
 
 import pytest
-from children import in_child
 from kit import Machine
 from kit.points import TurningPoints
+from support.children import in_child
 
 from pyblock import BlockDevice, Sandbox
 from pyblock.life.recovery import Found, Outcome

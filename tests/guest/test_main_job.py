@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from kit.guest import GuestDisk
 from kit.machine import Machine
-from turns import at_rest
+from support.turns import at_rest
 
 import pyblock
 from pyblock import BlockDevice, Phase

@@ -6,8 +6,8 @@ import tracemalloc
 from collections.abc import Iterator
 
 import pytest
-import soak_qemu
 from kit import Machine
+from support import soak_qemu
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
 

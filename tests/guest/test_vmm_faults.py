@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from kit import Machine
 from kit.proxy import Fault, Proxy
-from snapshot import MakeStore
+from support.snapshot import MakeStore
 
 from pyblock import AttachPending, BlockDevice, DeadlinePassed, DetachPending, MachineAnswers, Phase, PyblockError, Sandbox, TransportError
 from pyblock.life.recovery import Found, Outcome

@@ -16,7 +16,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from written import written
+from support.written import written
 
 from pyblock.store.sqlite.file import SqliteFile
 from pyblock.store.sqlite.owner import OwnerLock

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from kit import Machine
-from shell import Done, Shell
+from support.shell import Done, Shell
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from held_store import rows
 from kit import Machine
-from turns import LATE, SOON, until
+from support.held_store import rows
+from support.turns import LATE, SOON, until
 
 from pyblock import AttachPending, DetachPending, EventKind, Sandbox, SandboxEvent, TransportError, VmmRefused
 from pyblock.store.sqlite.store import SqliteStore

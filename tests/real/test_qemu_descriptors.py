@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from kit import Machine
 from kit.proxy import Fault, Proxy
-from loops import loop_devices
+from support.loops import loop_devices
 
 from pyblock import BlockDevice, ImageReplaced, Sandbox
 from pyblock.disk.image import OpenedImage

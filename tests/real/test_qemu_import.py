@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import samples
 from kit import Machine
-from store_scene import AsWritten, as_written
+from support import samples
+from support.store_scene import AsWritten, as_written
 
 from pyblock import BlockDevice, ImageInUse, Phase, Sandbox, VmmRefused
 from pyblock.kata.schema import SandboxState, decode, encode

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import samples
 from kit import Machine
-from snapshot import drive_ids
+from support import samples
+from support.snapshot import drive_ids
 
 from pyblock import BlockDevice, DeviceConflict, Sandbox, SlotsExhausted, UnknownDriver
 from pyblock.disk.model import BlockDrive

@@ -16,7 +16,7 @@ from typing import Any, cast
 import pytest
 from kit import Machine
 from kit.proxy import Fault, Proxy
-from snapshot import drive_ids, ordinals
+from support.snapshot import drive_ids, ordinals
 
 from pyblock import AttachPending, BlockDevice, DetachPending, Phase, PyblockError, Sandbox, VmmRefused
 from pyblock.life import registry as manager

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from kit import Machine
 from kit.proxy import Fault, Proxy
-from snapshot import drive_ids, ordinals
+from support.snapshot import drive_ids, ordinals
 
 from pyblock import DeadlinePassed, PyblockError, Sandbox, VmmProtocolError, VmmUnreachable
 from pyblock.life.recovery import Outcome

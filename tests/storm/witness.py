@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kit import Machine, QmpRefused
-from written import written
+from support.written import written
 
 from .notes import DeviceSeen
 
