@@ -1,4 +1,5 @@
-# Two commands for a fresh machine: `make demo` and `make test`. They set up what they need (scripts/setup) and work again without a network.
+# Two commands for a fresh machine: `make demo` and `make test`. They set up what they need
+# (scripts/setup) and work again without a network.
 
 PYTHON := .venv/bin/python
 
@@ -6,24 +7,35 @@ PYTHON := .venv/bin/python
 	soak soak-qemu storm model races eager sdist-check clean
 
 help:
-	@echo 'make demo    plug disks into a real guest (in memory where there is no QEMU) and out again'
+	@echo 'make demo    plug disks into a real guest (in memory where there is no QEMU) and out'
+	@echo '    again'
 	@echo 'make test    all tests: formatting, types, C, Python, real QEMU, real guest'
-	@echo 'make quick   what takes two minutes: formatting, types, the unit tests but for the slow ones, two files on a paused QEMU'
+	@echo 'make quick   what takes two minutes: formatting, types, the unit tests but for the'
+	@echo '    slow ones, two files on a paused QEMU'
 	@echo 'make lint types c-tests py-tests    the parts of make test, without the set-up'
 	@echo 'make bench   all benchmarks: one table of ratios, the plots, docs/benchmarks.md'
-	@echo 'make bench-short    the guards of CI: instructions, crossings, calls, a few rounds of each ratio'
+	@echo 'make bench-short    the guards of CI: instructions, crossings, calls, a few rounds'
+	@echo '    of each ratio'
 	@echo 'make fuzz SECONDS=600    coverage-guided fuzzing of the core'
-	@echo 'make sanitize-extension    the unit tests on an extension built with the address and undefined-behaviour sanitizers'
-	@echo 'make soak    a million operations on 10,000 sandboxes in memory, through one store (OPERATIONS=, SANDBOXES=)'
-	@echo 'make soak-qemu    5,000 attaches and detaches on a real QEMU, and a flood of a million events: memory stays (PAIRS=, EVENTS=)'
-	@echo 'make storm SECONDS=600    processes on real QEMUs, stopped and killed at random; nothing is leaked, lost or doubled (SEED=)'
-	@echo 'make model STEPS=100000    more steps of the state machine that tests recovery against a model'
+	@echo 'make sanitize-extension    the unit tests on an extension built with the address and'
+	@echo '    undefined-behaviour sanitizers'
+	@echo 'make soak    a million operations on 10,000 sandboxes in memory, through one store'
+	@echo '    (OPERATIONS=, SANDBOXES=)'
+	@echo 'make soak-qemu    5,000 attaches and detaches on a real QEMU, and a flood of a'
+	@echo '    million events: memory stays (PAIRS=, EVENTS=)'
+	@echo 'make storm SECONDS=600    processes on real QEMUs, stopped and killed at random;'
+	@echo '    nothing is leaked, lost or doubled (SEED=)'
+	@echo 'make model STEPS=100000    more steps of the state machine that tests recovery'
+	@echo '    against a model'
 	@echo 'make races   ten processes on one store for a minute'
-	@echo 'make sdist-check    build an sdist, install it in a fresh environment, run its own tests (TESTS=tests/unit for more)'
-	@echo 'make eager   the unit tests on an event loop whose tasks begin at once (asyncio.eager_task_factory)'
+	@echo 'make sdist-check    build an sdist, install it in a fresh environment, run its own'
+	@echo '    tests (TESTS=tests/unit for more)'
+	@echo 'make eager   the unit tests on an event loop whose tasks begin at once'
+	@echo '    (asyncio.eager_task_factory)'
 	@echo 'make clean   remove what was built'
 
-# The guest's part may be missing: the demo then runs in memory, and tests that need it say so. Without Python nothing runs.
+# The guest's part may be missing: the demo then runs in memory, and tests that need it say so.
+# Without Python nothing runs.
 setup:
 	scripts/setup dev
 	scripts/setup guest || echo 'going on without a real guest'
@@ -35,7 +47,8 @@ demo:
 
 test: setup lint types c-tests py-tests
 
-# Not among them: tests/host, and what starts many processes, or tries every byte or thousands of steps.
+# Not among them: tests/host, and what starts many processes, or tries every byte or thousands of
+# steps.
 SLOW := tests/unit/doors/test_cli*.py tests/unit/life/test_model.py tests/unit/kata/test_state_bad.py
 
 quick: lint types

@@ -1,4 +1,5 @@
-"""Wires in the C core. Everything else is in pyproject.toml; the switches of the build are in pyblock/core/_native_build.py."""
+"""Wires in the C core. Everything else is in pyproject.toml; the switches of the build are in
+pyblock/core/_native_build.py."""
 
 from setuptools import setup
 

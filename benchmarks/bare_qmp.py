@@ -1,4 +1,5 @@
-"""The floor: a bare blocking QMP socket, every byte prepared beforehand, each command sent when the last was answered, or all at once."""
+"""The floor: a bare blocking QMP socket, every byte prepared beforehand, each command sent when the
+last was answered, or all at once."""
 
 from __future__ import annotations
 
@@ -42,11 +43,15 @@ class BareQmp:
 
 
 def encode(commands: Sequence[Command]) -> list[bytes]:
-    return [json.dumps({"execute": name, "arguments": arguments}).encode() + b"\n" for name, arguments in commands]
+    return [
+        json.dumps({"execute": name, "arguments": arguments}).encode() + b"\n"
+        for name, arguments in commands
+    ]
 
 
 def plain_commands(paths: Sequence[Path], driver: str = "virtio-scsi") -> list[Command]:
-    """Two commands a disk as anybody would write them: short names, a serial, the image's path, nothing that QEMU assumes anyway.
+    """Two commands a disk as anybody would write them: short names, a serial, the image's path,
+    nothing that QEMU assumes anyway.
 
     virtio-blk: the ports are `rp0`, `rp1`, ….
     """
@@ -58,5 +63,7 @@ def plain_commands(paths: Sequence[Path], driver: str = "virtio-scsi") -> list[C
         place: dict[str, Any] = {"driver": "virtio-blk-pci", "bus": f"rp{index}"}
         if driver == "virtio-scsi":
             place = {"driver": "scsi-hd", "bus": "scsi0.0", "scsi-id": target, "lun": lun}
-        commands.append(("device_add", {**place, "id": name, "drive": name, "serial": f"serial{index}"}))
+        commands.append(
+            ("device_add", {**place, "id": name, "drive": name, "serial": f"serial{index}"})
+        )
     return commands

@@ -1,7 +1,8 @@
 """Ratios, not times: each row runs ours and a rival in turn, and compares the medians of one run.
 
-pytest-benchmark times ours; its set-up hook, which runs before every round, times the rival. The rows stand in the JSON result as
-`extra_info`, and in one table at the end. `--short` takes few rounds and fails on rows that miss by more than the slack: CI's form.
+pytest-benchmark times ours; its set-up hook, which runs before every round, times the rival. The
+rows stand in the JSON result as `extra_info`, and in one table at the end. `--short` takes few
+rounds and fails on rows that miss by more than the slack: CI's form.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ Work = Callable[..., object]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--short", action="store_true", help="few rounds; rows that miss their target by more than the slack fail")
+    parser.addoption(
+        "--short",
+        action="store_true",
+        help="few rounds; rows that miss their target by more than the slack fail",
+    )
 
 
 @pytest.fixture
@@ -42,14 +47,20 @@ def record(request: pytest.FixtureRequest) -> Callable[[Row], None]:
         ROWS.append(row)
         if request.config.getoption("--short"):
             sense = "at most" if row.at_most else "at least"
-            assert row.within(row.slack), f"{row.name}: {row.value:.3g} against {row.rival}, {sense} {row.target} with slack {row.slack}"
+            assert row.within(row.slack), (
+                f"{row.name}: {row.value:.3g} against {row.rival}, {sense} {row.target} with "
+                f"slack {row.slack}"
+            )
 
     return take
 
 
 @pytest.fixture
-def versus(request: pytest.FixtureRequest, benchmark: Any, rounds: int, record: Callable[[Row], None]) -> Callable[..., Row]:
-    """Runs ours and a rival in turn. `at_most`: ours/rival may not exceed it. `at_least`: rival/ours must reach it.
+def versus(
+    request: pytest.FixtureRequest, benchmark: Any, rounds: int, record: Callable[[Row], None]
+) -> Callable[..., Row]:
+    """Runs ours and a rival in turn. `at_most`: ours/rival may not exceed it. `at_least`:
+    rival/ours must reach it.
 
     Both are timed by the clock of the test's mark (`benchmark(timer=…)`), else by the wall's.
     """
@@ -72,7 +83,8 @@ def versus(request: pytest.FixtureRequest, benchmark: Any, rounds: int, record: 
         prepare_ours: Callable[[], tuple[Any, ...]] = tuple,
         prepare_rival: Callable[[], tuple[Any, ...]] = tuple,
     ) -> Row:
-        """What `prepare_…` returns is passed to the work, anew for every round and outside of its time."""
+        """What `prepare_…` returns is passed to the work, anew for every round and outside of its
+        time."""
         rival_times: list[float] = []
 
         def before() -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -117,12 +129,20 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.section("ratios in this run")
     width = max(len(row.name) for row in ROWS)
     rivals = max(len(row.rival) for row in ROWS)
-    write(f"{'what':{width}}  {'against':{rivals}}  {'ratio':>9}  {'target':>10}  {'ours':>11}  {'rival':>11}")
+    write(
+        f"{'what':{width}}  {'against':{rivals}}  {'ratio':>9}  {'target':>10}  {'ours':>11}  "
+        f"{'rival':>11}"
+    )
     for row in ROWS:
-        target = "-" if row.target is None else ("≤ " if row.at_most else "≥ ") + f"{row.target:.4g}"
+        target = (
+            "-" if row.target is None else ("≤ " if row.at_most else "≥ ") + f"{row.target:.4g}"
+        )
         verdict = "" if row.met else "  MISS"
         times = f"{_time(row.ours_ns):>11}  {_time(row.rival_ns):>11}"
-        write(f"{row.name:{width}}  {row.rival:{rivals}}  {row.value:9.3f}  {target:>10}  {times}  a {row.unit}{verdict}")
+        write(
+            f"{row.name:{width}}  {row.rival:{rivals}}  {row.value:9.3f}  {target:>10}  {times}  "
+            f"a {row.unit}{verdict}"
+        )
     for line in NOTES:
         write(line)
     missed = sum(not row.met for row in ROWS)

@@ -1,14 +1,17 @@
-"""How often an operation crosses into C: counted exactly, and held against benchmarks/crossings.json.
+"""How often an operation crosses into C: counted exactly, and held against
+benchmarks/crossings.json.
 
-A crossing costs what a Python call or two cost, and what it brings back costs more, so their number is what the layers above the core
-are designed by. Counting happens in a process of its own, where a stand-in for `pyblock.core._core` is in place before pyblock is imported:
-so it does not matter where, when and under which name a function of the core was bound.
+A crossing costs what a Python call or two cost, and what it brings back costs more, so their number
+is what the layers above the core are designed by. Counting happens in a process of its own, where a
+stand-in for `pyblock.core._core` is in place before pyblock is imported: so it does not matter
+where, when and under which name a function of the core was bound.
 
     python benchmarks/crossings.py --check     fails where there are more than the budget has
     python benchmarks/crossings.py --update    writes what was counted there
     python benchmarks/crossings.py --table     with each function's share
 
-The end of a BlockIndex crosses too, but whenever its last reference goes: pb_index_free is not counted.
+The end of a BlockIndex crosses too, but whenever its last reference goes: pb_index_free is not
+counted.
 """
 
 from __future__ import annotations
@@ -45,7 +48,13 @@ class CountingLib:
         self.calls: Counter[str] = Counter()
         for name in dir(lib):
             value = getattr(lib, name)
-            setattr(self, name, self._counted(name, value) if callable(value) and name not in NOT_COUNTED else value)
+            setattr(
+                self,
+                name,
+                self._counted(name, value)
+                if callable(value) and name not in NOT_COUNTED
+                else value,
+            )
 
     def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -60,7 +69,9 @@ def install() -> CountingLib:
     if "pyblock" in sys.modules:
         raise RuntimeError("pyblock is imported already, and has bound the core's functions")
     package = find_spec("pyblock")
-    folders = [f"{folder}/core" for folder in package.submodule_search_locations or ()] if package else []
+    folders = (
+        [f"{folder}/core" for folder in package.submodule_search_locations or ()] if package else []
+    )
     spec = PathFinder.find_spec("pyblock.core._core", folders)
     if spec is None or spec.loader is None:
         raise RuntimeError("pyblock.core._core is not built; run: scripts/setup python")
@@ -74,7 +85,8 @@ def install() -> CountingLib:
 
 
 class Scenarios:
-    """Each scenario once, after what it needs has been made ready; in the counting process only, which imports pyblock late."""
+    """Each scenario once, after what it needs has been made ready; in the counting process only,
+    which imports pyblock late."""
 
     def __init__(self, lib: CountingLib) -> None:
         self.lib = lib
@@ -96,7 +108,9 @@ class Scenarios:
             "drive_name, ready": partial(pyblock.drive_name, 5),
             "scsi_address, ready": partial(pyblock.scsi_address, 5),
             "make_name_id, short": partial(pyblock.make_name_id, "drive", "0123456789abcdef"),
-            "make_name_id, shortened": partial(pyblock.make_name_id, "drive", "0123456789abcdef" * 4),
+            "make_name_id, shortened": partial(
+                pyblock.make_name_id, "drive", "0123456789abcdef" * 4
+            ),
         }
         for name, call in work.items():
             call()
@@ -127,8 +141,15 @@ class Scenarios:
 
 def count() -> dict[str, Counts]:
     """The crossings of each scenario, by function, counted in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the same pyblock as here
-    done = subprocess.run([sys.executable, __file__, "--count"], env=environment, capture_output=True, text=True, check=False)
+    # the same pyblock as here
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, __file__, "--count"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode != 0:
         raise RuntimeError(f"counting failed:\n{done.stderr}")
     counted: dict[str, Counts] = json.loads(done.stdout)
@@ -151,9 +172,15 @@ def excess(scenario: str, counted: Counts, budget: Counts) -> str | None:
 
 def check(counted: dict[str, Counts]) -> list[str]:
     saved = budgets()
-    wrong = [text for name, calls in counted.items() if (text := excess(name, calls, saved.get(name, calls)))]
+    wrong = [
+        text
+        for name, calls in counted.items()
+        if (text := excess(name, calls, saved.get(name, calls)))
+    ]
     if odd := counted.keys() ^ saved.keys():
-        wrong.append(f"scenarios without a count or a budget: {', '.join(sorted(odd))}; run --update")
+        wrong.append(
+            f"scenarios without a count or a budget: {', '.join(sorted(odd))}; run --update"
+        )
     return wrong
 
 

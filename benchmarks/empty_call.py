@@ -1,4 +1,5 @@
-"""The unit of cost: a cffi call that does nothing, built the way the core is built (API mode, abi3)."""
+"""The unit of cost: a cffi call that does nothing, built the way the core is built (API mode,
+abi3)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ def empty_call() -> Callable[[], int]:
     """The function `int nothing(void)`."""
     builder = FFI()
     builder.cdef("int nothing(void);")
-    builder.set_source("pyblock_bench_nothing", "static int nothing(void) { return 0; }", py_limited_api=True)
+    builder.set_source(
+        "pyblock_bench_nothing", "static int nothing(void) { return 0; }", py_limited_api=True
+    )
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = builder.compile(str(FOLDER))
     spec = importlib.util.spec_from_file_location("pyblock_bench_nothing", path)

@@ -1,8 +1,10 @@
 /*
- * instructions.c - what benchmarks/instructions.py counts: each scenario's call between two marks that callgrind obeys.
+ * instructions.c - what benchmarks/instructions.py counts: each scenario's call between two marks
+ * that callgrind obeys.
  *
- * Everything is set up, and done once, before it is counted: memory is there and nothing is left to the allocator.  Each count is
- * dumped under its scenario's name; the first, of nothing, is what the marks themselves cost.
+ * Everything is set up, and done once, before it is counted: memory is there and nothing is left to
+ * the allocator.  Each count is dumped under its scenario's name; the first, of nothing, is what
+ * the marks themselves cost.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,7 +23,10 @@ static void must(int64_t got, const char *what) {
     exit(EXIT_FAILURE);
 }
 
-/* The result must be looked at, or the compiler might drop the call; not before the second mark, or that would be counted. */
+/*
+ * The result must be looked at, or the compiler might drop the call; not before the second mark, or
+ * that would be counted.
+ */
 #define COUNT(name, call)               \
     do {                                \
         CALLGRIND_ZERO_STATS;           \
@@ -35,7 +40,10 @@ static void must(int64_t got, const char *what) {
 static uint32_t *numbers, *ordinals_out;
 static char *out;
 
-/* Filled without a search, so that a slow one is counted where it matters and does not first make this take for ever. */
+/*
+ * Filled without a search, so that a slow one is counted where it matters and does not first make
+ * this take for ever.
+ */
 static pb_index *filled(int64_t capacity, int64_t taken) {
     pb_index *index = pb_index_new(capacity);
     int64_t *all = malloc((size_t)(taken + 1) * sizeof *all);
@@ -79,7 +87,10 @@ int main(void) {
     if (!numbers || !ordinals_out || !out) must(PB_ENOMEM, "malloc");
 
     COUNT("nothing", 0);
-    /* Occupancies that fill no word with the index acquired: that costs a few instructions more, wherever it happens. */
+    /*
+     * Occupancies that fill no word with the index acquired: that costs a few instructions more,
+     * wherever it happens.
+     */
     pair("acquire, none of 65536 taken", "release, none of 65536 taken", 65536, 0);
     pair("acquire, 50 % of 65536 taken", "release, 50 % of 65536 taken", 65536, 32768);
     pair("acquire, 99.9 % of 65536 taken", "release, 99.9 % of 65536 taken", 65536, 65470);

@@ -1,8 +1,8 @@
-"""Many QEMUs in one process, all busy: how long that takes, how long the event loop keeps others waiting meanwhile, and what one connection
-adds to the process's memory.
+"""Many QEMUs in one process, all busy: how long that takes, how long the event loop keeps others
+waiting meanwhile, and what one connection adds to the process's memory.
 
-`python benchmarks/many_qemus.py FOLDER SOCKET…` is given paused QEMUs without disks, and prints one line of JSON. A process of its own, for
-in a used one freed memory takes up what is new.
+`python benchmarks/many_qemus.py FOLDER SOCKET…` is given paused QEMUs without disks, and prints one
+line of JSON. A process of its own, for in a used one freed memory takes up what is new.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # what is measured is the pyblock beside this file, whatever is installed
+# what is measured is the pyblock beside this file, whatever is installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
 WARM = 8  # connections that pay for what comes with the first ones
@@ -49,8 +50,8 @@ async def _lags(until: asyncio.Event, lags: list[float]) -> None:
 
 
 async def idle() -> None:
-    """Prints by how much the sleeps of a loop that does nothing else were late, until its standard input ends: what the machine alone
-    makes of them."""
+    """Prints by how much the sleeps of a loop that does nothing else were late, until its standard
+    input ends: what the machine alone makes of them."""
     over, lags = asyncio.Event(), list[float]()
     asyncio.get_running_loop().add_reader(sys.stdin, over.set)
     await _lags(over, lags)
@@ -67,7 +68,10 @@ async def measure(folder: Path, sockets: Sequence[str]) -> dict[str, float]:
 
     store = SqliteStore(folder / "state.db")
     images = make_images(folder, len(sockets) * DISKS)
-    sandboxes = [pyblock.Sandbox(f"bench-{number}", f"qemu:{path}", store=store) for number, path in enumerate(sockets)]
+    sandboxes = [
+        pyblock.Sandbox(f"bench-{number}", f"qemu:{path}", store=store)
+        for number, path in enumerate(sockets)
+    ]
     for sandbox in sandboxes:
         await sandbox.__aenter__()
 
@@ -84,7 +88,9 @@ async def measure(folder: Path, sockets: Sequence[str]) -> dict[str, float]:
     await asyncio.gather(*map(connect, range(WARM, len(sandboxes))))
     memory = (_resident() - before) / (len(sandboxes) - WARM)
     over, lags = asyncio.Event(), list[float]()
-    beside = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    beside = subprocess.Popen(
+        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     looking = asyncio.create_task(_lags(over, lags))
     start = time.perf_counter()
     await asyncio.gather(*map(fill, range(len(sandboxes))))

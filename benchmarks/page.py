@@ -1,4 +1,5 @@
-"""Writes docs/benchmarks.md out of the last result: the plots, and the table with its machine and date."""
+"""Writes docs/benchmarks.md out of the last result: the plots, and the table with its machine and
+date."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ PLOTS = {
 
 
 def line(row: dict[str, Any]) -> str:
-    target = "" if row["target"] is None else ("≤ " if row["at_most"] else "≥ ") + f"{row['target']:.3g}"
+    target = (
+        "" if row["target"] is None else ("≤ " if row["at_most"] else "≥ ") + f"{row['target']:.3g}"
+    )
     verdict = "" if row["target"] is None else ("met" if row["met"] else "**missed**")
     return f"| {row['name']} | {row['rival']} | {row['value']:,.3g} | {target} | {verdict} |"
 
@@ -31,7 +34,10 @@ def main() -> None:
         "Ratios of one run, written by `make bench`. Method, bias and what bounds the misses:",
         "[benchmarks/README.md](../benchmarks/README.md).",
         "",
-        f"{machine['date']}; {machine['processor']}; Linux {machine['kernel']}; CPython {machine['python']}; {machine['qemu']}.",
+        (
+            f"{machine['date']}; {machine['processor']}; Linux {machine['kernel']}; CPython "
+            f"{machine['python']}; {machine['qemu']}."
+        ),
         "",
         *(f"![{title}](plots/{name}.svg)\n" for name, title in PLOTS.items()),
         "| what | against | ratio | target | |",

@@ -1,6 +1,8 @@
-"""Three curves, drawn as SVG into docs/plots: cost against occupancy, cost of a device against their number, memory of a sandbox.
+"""Three curves, drawn as SVG into docs/plots: cost against occupancy, cost of a device against
+their number, memory of a sandbox.
 
-`python benchmarks/plots.py` measures and draws; the table of ratios is another program's (`make bench`).
+`python benchmarks/plots.py` measures and draws; the table of ratios is another program's
+(`make bench`).
 """
 
 from __future__ import annotations
@@ -50,10 +52,24 @@ def ours(capacity: int, taken: int) -> pyblock.BlockIndex:
     return index
 
 
-def draw(name: str, title: str, x: str, y: str, curves: dict[str, list[tuple[float, float]]], *, logarithmic: str = "xy") -> None:
+def draw(
+    name: str,
+    title: str,
+    x: str,
+    y: str,
+    curves: dict[str, list[tuple[float, float]]],
+    *,
+    logarithmic: str = "xy",
+) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2))
     for label, points in curves.items():
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=3.5, linewidth=2.2 if label == "pyblock" else 1.2, label=label)
+        axes.plot(
+            *zip(*points, strict=True),
+            marker="o",
+            markersize=3.5,
+            linewidth=2.2 if label == "pyblock" else 1.2,
+            label=label,
+        )
     axes.set(title=title, xlabel=x, ylabel=y)
     if "x" in logarithmic:
         axes.set_xscale("log")
@@ -69,18 +85,34 @@ def draw(name: str, title: str, x: str, y: str, curves: dict[str, list[tuple[flo
 
 
 def occupancy() -> None:
-    rivals: dict[str, Any] = {"pyblock": ours, "set, linear probe": LinearProbe, "heapq": Heap, "bitarray": Bits, "pyroaring": Roaring}
+    rivals: dict[str, Any] = {
+        "pyblock": ours,
+        "set, linear probe": LinearProbe,
+        "heapq": Heap,
+        "bitarray": Bits,
+        "pyroaring": Roaring,
+    }
     curves: dict[str, list[tuple[float, float]]] = {}
     for label, make in rivals.items():
         for percent in (0, 1, 5, 10, 25, 50, 75, 90, 99, 99.9):
             count = max(2, 2000 if label != "set, linear probe" else int(2000 / (1 + percent * 20)))
             index = make(CAPACITY, int(CAPACITY * percent / 100))
             curves.setdefault(label, []).append((percent, median_ns(pair(index, count), count)))
-    draw("occupancy", f"acquire + release, {CAPACITY:,} indexes", "taken, %", "ns a pair", curves, logarithmic="y")
+    draw(
+        "occupancy",
+        f"acquire + release, {CAPACITY:,} indexes",
+        "taken, %",
+        "ns a pair",
+        curves,
+        logarithmic="y",
+    )
 
 
 def devices() -> None:
-    curves: dict[str, list[tuple[float, float]]] = {"attach + detach": [], "attach_many, a device": []}
+    curves: dict[str, list[tuple[float, float]]] = {
+        "attach + detach": [],
+        "attach_many, a device": [],
+    }
 
     async def run() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -92,11 +124,15 @@ def devices() -> None:
                 async with pyblock.Sandbox("plot", "memory:") as sandbox:
                     start = time.perf_counter()
                     await sandbox.attach_many(paths[:count])
-                    curves["attach_many, a device"].append((count, (time.perf_counter() - start) / count * 1e6))
+                    curves["attach_many, a device"].append(
+                        (count, (time.perf_counter() - start) / count * 1e6)
+                    )
                     start = time.perf_counter()
                     for _ in range(100):
                         await sandbox.detach(await sandbox.attach(paths[-1]))
-                    curves["attach + detach"].append((count, (time.perf_counter() - start) / 100 * 1e6))
+                    curves["attach + detach"].append(
+                        (count, (time.perf_counter() - start) / 100 * 1e6)
+                    )
 
     asyncio.run(run())
     draw("devices", "on the in-memory VMM", "devices in the sandbox", "µs", curves, logarithmic="x")
@@ -104,7 +140,14 @@ def devices() -> None:
 
 def memory() -> None:
     points = [(drives, per_object("sandbox", drives)) for drives in (0, 1, 2, 4, 8, 16, 32)]
-    draw("memory", "one sandbox, all included", "drives", "bytes", {"pyblock": [(float(x), y) for x, y in points]}, logarithmic="")
+    draw(
+        "memory",
+        "one sandbox, all included",
+        "drives",
+        "bytes",
+        {"pyblock": [(float(x), y) for x, y in points]},
+        logarithmic="",
+    )
 
 
 if __name__ == "__main__":

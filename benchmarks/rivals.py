@@ -1,6 +1,8 @@
-"""What a user would write or take instead: plain Python with a linear probe, with a heap, with f-strings; bitarray; pyroaring.
+"""What a user would write or take instead: plain Python with a linear probe, with a heap, with
+f-strings; bitarray; pyroaring.
 
-Each is written as well as its author could, and does the same job: the lowest free index, the same objects.
+Each is written as well as its author could, and does the same job: the lowest free index, the same
+objects.
 """
 
 from __future__ import annotations
@@ -91,7 +93,8 @@ def scsi_address(index: int) -> str:
 
 
 def make_name_id(kind: str, device_id: str, limit: int = 31) -> str:
-    """With the same promise: nothing empty, bytes counted, nothing cut inside a character, a digest for what does not fit."""
+    """With the same promise: nothing empty, bytes counted, nothing cut inside a character, a digest
+    for what does not fit."""
     if not kind or not device_id:
         raise ValueError
     text = f"{kind}-{device_id}"
@@ -102,8 +105,11 @@ def make_name_id(kind: str, device_id: str, limit: int = 31) -> str:
     return raw[: limit - 14].decode(errors="ignore") + "." + digest
 
 
-def plan_drives(indexes: Heap, ordinals: Heap, device_ids: Sequence[str], files: Sequence[str]) -> list[BlockDrive]:
-    """The best plain Python for a batch: heaps, f-strings, the same BlockDrive with the same texts ready to read."""
+def plan_drives(
+    indexes: Heap, ordinals: Heap, device_ids: Sequence[str], files: Sequence[str]
+) -> list[BlockDrive]:
+    """The best plain Python for a batch: heaps, f-strings, the same BlockDrive with the same texts
+    ready to read."""
     drives: list[BlockDrive] = []
     for device_id, file in zip(device_ids, files, strict=True):
         index, ordinal = heapq.heappop(indexes.free), heapq.heappop(ordinals.free)

@@ -36,7 +36,8 @@ Story = list[tuple[str, str]]  # file below pyblock/ and qualified name of each 
 
 
 class Teller:
-    """Tells what is called while it listens; the frames are kept, so that no two are taken for one."""
+    """Tells what is called while it listens; the frames are kept, so that no two are taken for
+    one."""
 
     def __init__(self, package: Path) -> None:
         self._package = f"{package}/"
@@ -49,7 +50,11 @@ class Teller:
 
         def profile(frame: FrameType, event: str, _: Any) -> None:
             code = frame.f_code
-            if event != "call" or not code.co_filename.startswith(self._package) or id(frame) in self._frames:
+            if (
+                event != "call"
+                or not code.co_filename.startswith(self._package)
+                or id(frame) in self._frames
+            ):
                 return
             self._frames[id(frame)] = frame
             if code.co_name not in COMPREHENSIONS:
@@ -85,7 +90,10 @@ async def tell() -> dict[str, Story]:
 
 
 def counted(stories: dict[str, Story]) -> dict[str, Count]:
-    return {name: {"calls": len(story), "files": len({file for file, _ in story})} for name, story in stories.items()}
+    return {
+        name: {"calls": len(story), "files": len({file for file, _ in story})}
+        for name, story in stories.items()
+    }
 
 
 def budgets() -> dict[str, Count]:
@@ -98,15 +106,22 @@ def excess(operation: str, count: Count, budget: Count) -> str | None:
     if all(count[what] <= budget[what] for what in count):
         return None
     return (
-        f"{operation}: {count['calls']} calls in {count['files']} files, budget {budget['calls']} in {budget['files']}; --tell lists them"
+        f"{operation}: {count['calls']} calls in {count['files']} files, budget {budget['calls']} "
+        f"in {budget['files']}; --tell lists them"
     )
 
 
 def check(counts: dict[str, Count]) -> list[str]:
     saved = budgets()
-    wrong = [text for name, count in counts.items() if (text := excess(name, count, saved.get(name, count)))]
+    wrong = [
+        text
+        for name, count in counts.items()
+        if (text := excess(name, count, saved.get(name, count)))
+    ]
     if odd := counts.keys() ^ saved.keys():
-        wrong.append(f"operations without a count or a budget: {', '.join(sorted(odd))}; run --update")
+        wrong.append(
+            f"operations without a count or a budget: {', '.join(sorted(odd))}; run --update"
+        )
     return wrong
 
 
@@ -114,13 +129,17 @@ def table(stories: dict[str, Story]) -> str:
     lines = ["| operation | calls | files | of which |", "| --- | ---: | ---: | --- |"]
     for name, story in stories.items():
         files = Counter(file for file, _ in story)
-        shares = ", ".join(f"{file.removesuffix('.py')} {number}" for file, number in files.most_common())
+        shares = ", ".join(
+            f"{file.removesuffix('.py')} {number}" for file, number in files.most_common()
+        )
         lines.append(f"| {name} | {len(story)} | {len(files)} | {shares} |")
     return "\n".join(lines)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Counts the calls and files of an attach and a detach.")
+    parser = argparse.ArgumentParser(
+        description="Counts the calls and files of an attach and a detach."
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     for name in ("check", "update", "table", "tell"):
         what.add_argument(f"--{name}", action="store_true")

@@ -68,7 +68,14 @@ def test_pair_against_empty_calls(versus: Versus, capacity: int, occupancy: floa
 
     name = f"acquire + release, {occupancy:.1%} of {capacity:,}"
     versus(
-        name, pairs(filled(capacity, occupancy), 5000), "two empty cffi calls", two, at_most=2, ours_units=5000, rival_units=5000, slack=2
+        name,
+        pairs(filled(capacity, occupancy), 5000),
+        "two empty cffi calls",
+        two,
+        at_most=2,
+        ours_units=5000,
+        rival_units=5000,
+        slack=2,
     )
 
 
@@ -76,7 +83,15 @@ def test_pair_against_empty_calls(versus: Versus, capacity: int, occupancy: floa
 def test_pair_at_any_occupancy(versus: Versus, capacity: int, occupancy: float) -> None:
     rival = pairs(filled(65536, 0), 5000)
     name = f"acquire + release, {occupancy:.1%} of {capacity:,}"
-    versus(name, pairs(filled(capacity, occupancy), 5000), "0 % of 65,536", rival, at_most=1.2, ours_units=5000, rival_units=5000)
+    versus(
+        name,
+        pairs(filled(capacity, occupancy), 5000),
+        "0 % of 65,536",
+        rival,
+        at_most=1.2,
+        ours_units=5000,
+        rival_units=5000,
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +104,9 @@ def test_pair_at_any_occupancy(versus: Versus, capacity: int, occupancy: float) 
         (Roaring, 65536, None, 2000),
     ],
 )
-def test_pair_against_others(versus: Versus, rival: Any, capacity: int, at_least: float | None, count: int) -> None:
+def test_pair_against_others(
+    versus: Versus, rival: Any, capacity: int, at_least: float | None, count: int
+) -> None:
     taken = int(capacity * FULLNESS)
     versus(
         f"acquire + release, 99.9% of {capacity:,}",
@@ -146,21 +163,39 @@ LONG = "0123456789abcdef0123456789abcdef"
         ("make_name_id, shortened", pyblock.make_name_id, make_name_id, ("drive", LONG), 1.6),
     ],
 )
-def test_single_texts(versus: Versus, what: str, ours: Any, plain: Any, arguments: tuple[object, ...], at_most: float) -> None:
+def test_single_texts(
+    versus: Versus, what: str, ours: Any, plain: Any, arguments: tuple[object, ...], at_most: float
+) -> None:
     work = calls(ours, *arguments, count=2000)
-    versus(what, work, "plain Python", calls(plain, *arguments, count=2000), at_most=at_most, ours_units=2000, rival_units=2000)
+    versus(
+        what,
+        work,
+        "plain Python",
+        calls(plain, *arguments, count=2000),
+        at_most=at_most,
+        ours_units=2000,
+        rival_units=2000,
+    )
 
 
 @pytest.mark.parametrize("texts", [False, True], ids=["objects", "objects and their texts read"])
 def test_plan_to_drives(versus: Versus, texts: bool) -> None:
-    """The rival makes its texts at once, as plain Python does; ours makes them when they are read, and the second row reads them all."""
+    """The rival makes its texts at once, as plain Python does; ours makes them when they are read,
+    and the second row reads them all."""
     ids = [f"{number:016x}" for number in range(1000)]
     files = [f"/images/{device_id}.img" for device_id in ids]
 
     def ours(index: pyblock.BlockIndex, ordinals: pyblock.BlockIndex) -> object:
         indexes, numbers = plan_many(index, ordinals, len(ids))
         drives = [
-            BlockDrive("drive-" + device_id, place, ordinal, 0, VIRTIO_SCSI, DeviceInfo(file, VIRTIO_SCSI.name, False, device_id))
+            BlockDrive(
+                "drive-" + device_id,
+                place,
+                ordinal,
+                0,
+                VIRTIO_SCSI,
+                DeviceInfo(file, VIRTIO_SCSI.name, False, device_id),
+            )
             for device_id, file, place, ordinal in zip(ids, files, indexes, numbers, strict=True)
         ]
         return [(drive.scsi_addr, drive.predicted_name) for drive in drives] if texts else drives
@@ -186,7 +221,9 @@ def test_the_core_alone(versus: Versus) -> None:
 
     versus(
         "the core alone, plan of 10,000 devices",
-        lambda index, ordinals: lib.pb_plan_many(index._handle, ordinals._handle, 10_000, room, room + 10_000),
+        lambda index, ordinals: lib.pb_plan_many(
+            index._handle, ordinals._handle, 10_000, room, room + 10_000
+        ),
         "an empty cffi call",
         calls(nothing, count=10_000),
         at_most=1 / 6,
@@ -199,18 +236,32 @@ def test_the_core_alone(versus: Versus) -> None:
 
 @pytest.mark.benchmark(timer=time.perf_counter)  # it waits for other processes
 def test_import(versus: Versus, rounds: int) -> None:
-    """Both byte-compiled, as pip leaves what it installs: the first rounds, which do not count, fill a cache of their own."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    """Both byte-compiled, as pip leaves what it installs: the first rounds, which do not count,
+    fill a cache of their own."""
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+    }
     environment["PYTHONPYCACHEPREFIX"] = str(Path("build/bench/pycache").resolve())
 
     def fresh(module: str) -> Callable[[], object]:
-        return lambda: subprocess.check_call([sys.executable, "-c", f"import {module}"], env=environment)
+        return lambda: subprocess.check_call(
+            [sys.executable, "-c", f"import {module}"], env=environment
+        )
 
-    versus("import pyblock", fresh("pyblock"), "import asyncio", fresh("asyncio"), at_most=1.5, unit="process", rounds=rounds)
+    versus(
+        "import pyblock",
+        fresh("pyblock"),
+        "import asyncio",
+        fresh("asyncio"),
+        at_most=1.5,
+        unit="process",
+        rounds=rounds,
+    )
 
 
 def test_threads(note: Callable[[str], None]) -> None:
-    """Throughput of several threads on one index and on one each, against one thread. No target: the GIL bounds it."""
+    """Throughput of several threads on one index and on one each, against one thread. No target:
+    the GIL bounds it."""
 
     def run(indexes: list[pyblock.BlockIndex], count: int = 40_000) -> float:
         threads = [threading.Thread(target=pairs(index, count)) for index in indexes]
@@ -225,7 +276,8 @@ def test_threads(note: Callable[[str], None]) -> None:
     for threads in (2, 4, 8):
         shared = pyblock.BlockIndex()
         note(
-            f"threads: {threads} on one index {run([shared] * threads) / one:.2f} x the throughput of one thread, "
+            f"threads: {threads} on one index {run([shared] * threads) / one:.2f} x the "
+            "throughput of one thread, "
             f"on an index each {run([pyblock.BlockIndex() for _ in range(threads)]) / one:.2f} x"
         )
         assert len(shared) == 0

@@ -1,4 +1,5 @@
-"""Disks to paused QEMUs: pyblock, libvirt, and a bare socket with prepared bytes as the floor. A new QEMU for every round of each."""
+"""Disks to paused QEMUs: pyblock, libvirt, and a bare socket with prepared bytes as the floor. A
+new QEMU for every round of each."""
 
 from __future__ import annotations
 
@@ -27,12 +28,16 @@ from pyblock.store.sqlite.store import SqliteStore
 
 DISKS = 100
 QEMUS = 40
-PORTS = [f"pcie-root-port,id=rp{n},chassis={n},slot={n},multifunction=on,addr={4 + n // 8:#x}.{n % 8}" for n in range(DISKS + 1)]
+PORTS = [
+    f"pcie-root-port,id=rp{n},chassis={n},slot={n},multifunction=on,addr={4 + n // 8:#x}.{n % 8}"
+    for n in range(DISKS + 1)
+]
 
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """With a short path: QEMU reads its monitor byte by byte, and a long one would make the floor higher."""
+    """With a short path: QEMU reads its monitor byte by byte, and a long one would make the floor
+    higher."""
     with tempfile.TemporaryDirectory(prefix="pb-", dir="/tmp") as name:
         yield Path(name)
 
@@ -51,9 +56,14 @@ def machine_for(driver: str) -> AbstractContextManager[Machine]:
 def ours(paths: list[Path], driver: str, *, at_once: bool) -> float:
     async def run(machine: Machine) -> float:
         store = SqliteStore(machine.folder / "state.db")
-        async with pyblock.Sandbox("bench", f"qemu:{machine.qmp_path}", driver=driver, store=store) as sandbox:
-            # The connection and the question for the machine's own disks belong to the first use, not to the attach of a disk.
-            await sandbox.detach(await sandbox.attach(machine.image("first", 1 << 20), driver="virtio-scsi"))
+        async with pyblock.Sandbox(
+            "bench", f"qemu:{machine.qmp_path}", driver=driver, store=store
+        ) as sandbox:
+            # The connection and the question for the machine's own disks belong to the first use,
+            # not to the attach of a disk.
+            await sandbox.detach(
+                await sandbox.attach(machine.image("first", 1 << 20), driver="virtio-scsi")
+            )
             start = time.perf_counter()
             if at_once:
                 await sandbox.attach_many(paths)
@@ -100,10 +110,22 @@ class Medians:
 
     def row(self, what: str, ours: str, rival: str, target: float | None) -> Row:
         mine, theirs = statistics.median(self.times[ours]), statistics.median(self.times[rival])
-        return Row(what, rival, mine / theirs, target, True, mine * 1e9 / DISKS, theirs * 1e9 / DISKS, "disk", slack=2)
+        return Row(
+            what,
+            rival,
+            mine / theirs,
+            target,
+            True,
+            mine * 1e9 / DISKS,
+            theirs * 1e9 / DISKS,
+            "disk",
+            slack=2,
+        )
 
 
-def test_100_disks(paths: list[Path], short: bool, record: Callable[[Row], None], note: Callable[[str], None]) -> None:
+def test_100_disks(
+    paths: list[Path], short: bool, record: Callable[[Row], None], note: Callable[[str], None]
+) -> None:
     works: dict[str, Callable[[], float]] = {
         "single": lambda: ours(paths, "virtio-scsi", at_once=False),
         "bare socket, one by one": lambda: bare(paths, "virtio-scsi"),
@@ -114,18 +136,35 @@ def test_100_disks(paths: list[Path], short: bool, record: Callable[[Row], None]
     try:
         libvirt(paths[:1])
     except Exception as error:  # whatever it lacks here: it is said, and the other rows stand
-        note(f"SKIPPED: no row against libvirt ({type(error).__name__}: {error}); scripts/setup bench installs what it needs")
+        note(
+            f"SKIPPED: no row against libvirt ({type(error).__name__}: {error}); scripts/setup "
+            "bench installs what it needs"
+        )
         del works["libvirt"]
     medians = Medians(2 if short else 7, works)
     if "libvirt" in works:
         record(medians.row("100 disks to a paused QEMU, one by one", "single", "libvirt", 0.5))
         record(medians.row("100 disks to a paused QEMU, in one call", "many", "libvirt", 0.3))
-    record(medians.row("100 disks to a paused QEMU, one by one", "single", "bare socket, one by one", 1.35))
-    record(medians.row("100 disks to a paused QEMU, in one call", "many", "bare socket, one by one", 1.0))
-    record(medians.row("100 disks to a paused QEMU, in one call", "many", "bare socket, all at once", 1.25))
+    record(
+        medians.row(
+            "100 disks to a paused QEMU, one by one", "single", "bare socket, one by one", 1.35
+        )
+    )
+    record(
+        medians.row(
+            "100 disks to a paused QEMU, in one call", "many", "bare socket, one by one", 1.0
+        )
+    )
+    record(
+        medians.row(
+            "100 disks to a paused QEMU, in one call", "many", "bare socket, all at once", 1.25
+        )
+    )
 
 
-def test_100_disks_behind_ports(paths: list[Path], short: bool, record: Callable[[Row], None]) -> None:
+def test_100_disks_behind_ports(
+    paths: list[Path], short: bool, record: Callable[[Row], None]
+) -> None:
     medians = Medians(
         2 if short else 5,
         {
@@ -139,7 +178,9 @@ def test_100_disks_behind_ports(paths: list[Path], short: bool, record: Callable
     record(medians.row(f"{what}, in one call", "many", "bare socket, one by one", 0.8))
 
 
-def test_many_qemus(folder: Path, short: bool, record: Callable[[Row], None], note: Callable[[str], None]) -> None:
+def test_many_qemus(
+    folder: Path, short: bool, record: Callable[[Row], None], note: Callable[[str], None]
+) -> None:
     """A long form: it starts 40 QEMUs for each round of each."""
     if short:
         pytest.skip("only in the long form")
@@ -150,19 +191,55 @@ def test_many_qemus(folder: Path, short: bool, record: Callable[[Row], None], no
             machines = [stack.enter_context(started(guest=False)) for _ in range(QEMUS)]
             here = folder / f"round-{round_}"
             here.mkdir()
-            command = [sys.executable, many_qemus.__file__, str(here), *(str(machine.qmp_path) for machine in machines)]
-            found.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            command = [
+                sys.executable,
+                many_qemus.__file__,
+                str(here),
+                *(str(machine.qmp_path) for machine in machines),
+            ]
+            found.append(
+                json.loads(
+                    subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                )
+            )
         with ExitStack() as stack:
             machines = [stack.enter_context(started(guest=False)) for _ in range(QEMUS)]
             images = iter(many_qemus.make_images(folder, QEMUS * many_qemus.DISKS))
-            floors.append(sum(bare_on(machine, list(islice(images, many_qemus.DISKS)), "virtio-scsi") for machine in machines))
+            floors.append(
+                sum(
+                    bare_on(machine, list(islice(images, many_qemus.DISKS)), "virtio-scsi")
+                    for machine in machines
+                )
+            )
 
     def median(name: str) -> float:
         return statistics.median(one[name] for one in found)
 
-    what, disks, floor = f"{QEMUS} QEMUs in one process, all active", QEMUS * many_qemus.DISKS, statistics.median(floors)
+    what, disks, floor = (
+        f"{QEMUS} QEMUs in one process, all active",
+        QEMUS * many_qemus.DISKS,
+        statistics.median(floors),
+    )
     spent, lag, memory = median("seconds"), median("lag"), median("memory")
-    record(Row(f"{what}: time", "the sum of bare sockets", spent / floor, 0.75, True, spent * 1e9 / disks, floor * 1e9 / disks, "disk"))
-    record(Row(f"{what}: the event loop's lag, p99", "ms", lag * 1e3, 10, True, lag * 1e9, 0, "look"))
-    note(f"the lag of an idle event loop in another process meanwhile, p99: {median('idle') * 1e3:.1f} ms")
-    record(Row(f"{what}: memory of a connection", "bytes", memory, 35 * 1024, True, 0, 0, "connection"))
+    record(
+        Row(
+            f"{what}: time",
+            "the sum of bare sockets",
+            spent / floor,
+            0.75,
+            True,
+            spent * 1e9 / disks,
+            floor * 1e9 / disks,
+            "disk",
+        )
+    )
+    record(
+        Row(f"{what}: the event loop's lag, p99", "ms", lag * 1e3, 10, True, lag * 1e9, 0, "look")
+    )
+    note(
+        "the lag of an idle event loop in another process meanwhile, p99: "
+        f"{median('idle') * 1e3:.1f} ms"
+    )
+    record(
+        Row(f"{what}: memory of a connection", "bytes", memory, 35 * 1024, True, 0, 0, "connection")
+    )

@@ -1,4 +1,5 @@
-"""The whole way through the public Python, on the in-memory VMM: attach and detach, restore, memory."""
+"""The whole way through the public Python, on the in-memory VMM: attach and detach, restore,
+memory."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ def images(folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def test_pair_at_any_number_of_devices(versus: Versus, loop: asyncio.AbstractEventLoop, tmp_path: Path) -> None:
+def test_pair_at_any_number_of_devices(
+    versus: Versus, loop: asyncio.AbstractEventLoop, tmp_path: Path
+) -> None:
     pairs = 200
     one, *others = images(tmp_path, 10_001)
 
@@ -54,7 +57,9 @@ def test_pair_at_any_number_of_devices(versus: Versus, loop: asyncio.AbstractEve
 
     few, many = loop.run_until_complete(filled(10)), loop.run_until_complete(filled(10_000))
     gc.collect()
-    gc.freeze()  # what is there already is no garbage of this work; a full collection would visit it all the same
+    # what is there already is no garbage of this work; a full collection would visit it all the
+    # same
+    gc.freeze()
     versus(
         "attach + detach with 10,000 devices there",
         lambda: loop.run_until_complete(run(many)),
@@ -78,8 +83,11 @@ async def saved_text(folder: Path) -> bytes:
         return encode(sandbox.state())
 
 
-def test_restore(versus: Versus, short: bool, loop: asyncio.AbstractEventLoop, tmp_path: Path) -> None:
-    """Each text is its own sandbox's. Restored sandboxes are kept until the round is over, as a runtime would keep them."""
+def test_restore(
+    versus: Versus, short: bool, loop: asyncio.AbstractEventLoop, tmp_path: Path
+) -> None:
+    """Each text is its own sandbox's. Restored sandboxes are kept until the round is over, as a
+    runtime would keep them."""
     count = 500 if short else 10_000
     text = loop.run_until_complete(saved_text(tmp_path))
     texts = [text.replace(b'"sb1"', b'"sb%d"' % number) for number in range(count)]
@@ -112,4 +120,15 @@ def test_memory(record: Callable[[Row], None]) -> None:
         ("memory of one sandbox with 4 drives, in a store", "stored", None),
     ):
         size = per_object(what)
-        record(Row(name=name, rival="bytes", value=size, target=limit, at_most=True, ours_ns=0, rival_ns=0, unit="object"))
+        record(
+            Row(
+                name=name,
+                rival="bytes",
+                value=size,
+                target=limit,
+                at_most=True,
+                ours_ns=0,
+                rival_ns=0,
+                unit="object",
+            )
+        )

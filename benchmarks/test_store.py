@@ -1,4 +1,5 @@
-"""What the store costs, on the in-memory VMM, and how that grows; and what recovery costs on a real QEMU."""
+"""What the store costs, on the in-memory VMM, and how that grows; and what recovery costs on a real
+QEMU."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ async def pairs(sandbox: pyblock.Sandbox, image: Path) -> None:
         await sandbox.detach(await sandbox.attach(image))
 
 
-def test_pair_with_many_devices(versus: Versus, short: bool, loop: asyncio.AbstractEventLoop, tmp_path: Path) -> None:
+def test_pair_with_many_devices(
+    versus: Versus, short: bool, loop: asyncio.AbstractEventLoop, tmp_path: Path
+) -> None:
     many = 10_000
     one, *others = images(tmp_path, many + 1)
     stores = [SqliteStore(tmp_path / name) for name in ("few.db", "many.db")]
@@ -51,13 +54,25 @@ def test_pair_with_many_devices(versus: Versus, short: bool, loop: asyncio.Abstr
         await sandbox.attach_many(others[:count])
         return sandbox
 
-    few, full = (loop.run_until_complete(filled(store, count)) for store, count in zip(stores, (FEW, many), strict=True))
+    few, full = (
+        loop.run_until_complete(filled(store, count))
+        for store, count in zip(stores, (FEW, many), strict=True)
+    )
     gc.collect()
-    gc.freeze()  # what is there already is no garbage of this work; a full collection would visit it all the same
+    # what is there already is no garbage of this work; a full collection would visit it all the
+    # same
+    gc.freeze()
     units: dict[str, Any] = {"ours_units": PAIRS, "rival_units": PAIRS, "unit": "pair"}
     run = loop.run_until_complete
     name = f"attach + detach through the store, {many:,} devices there"
-    versus(name, lambda: run(pairs(full, one)), f"with {FEW} there", lambda: run(pairs(few, one)), at_most=1.3, **units)
+    versus(
+        name,
+        lambda: run(pairs(full, one)),
+        f"with {FEW} there",
+        lambda: run(pairs(few, one)),
+        at_most=1.3,
+        **units,
+    )
     gc.unfreeze()
     for sandbox in (few, full):
         run(sandbox.close())
@@ -65,7 +80,9 @@ def test_pair_with_many_devices(versus: Versus, short: bool, loop: asyncio.Abstr
         store.close()
 
 
-def test_pair_with_many_sandboxes(versus: Versus, short: bool, loop: asyncio.AbstractEventLoop, tmp_path: Path) -> None:
+def test_pair_with_many_sandboxes(
+    versus: Versus, short: bool, loop: asyncio.AbstractEventLoop, tmp_path: Path
+) -> None:
     """Four devices in each of the sandboxes that are there, which share their images to read."""
     many = 10_000
     one, *shared = images(tmp_path, 5)
@@ -81,7 +98,14 @@ def test_pair_with_many_sandboxes(versus: Versus, short: bool, loop: asyncio.Abs
     few, full = run(fill(few_store, FEW)), run(fill(full_store, many))
     units: dict[str, Any] = {"ours_units": PAIRS, "rival_units": PAIRS, "unit": "pair"}
     name = f"attach + detach through the store, {many:,} sandboxes there"
-    versus(name, lambda: run(pairs(full, one)), f"with {FEW} there", lambda: run(pairs(few, one)), at_most=1.3, **units)
+    versus(
+        name,
+        lambda: run(pairs(full, one)),
+        f"with {FEW} there",
+        lambda: run(pairs(few, one)),
+        at_most=1.3,
+        **units,
+    )
     run(few.close())
     run(full.close())
     few_store.close()
@@ -94,13 +118,21 @@ def test_pair_against_none(versus: Versus, loop: asyncio.AbstractEventLoop, tmp_
     run = loop.run_until_complete
     ours, bare = run(opened("ours", store)), run(opened("bare", None))
     units: dict[str, Any] = {"ours_units": PAIRS, "rival_units": PAIRS, "unit": "pair"}
-    versus("attach + detach through the store", lambda: run(pairs(ours, one)), "without a store", lambda: run(pairs(bare, one)), **units)
+    versus(
+        "attach + detach through the store",
+        lambda: run(pairs(ours, one)),
+        "without a store",
+        lambda: run(pairs(bare, one)),
+        **units,
+    )
     run(ours.close())
     run(bare.close())
     store.close()
 
 
-def test_write_transactions(record: Callable[[Row], None], loop: asyncio.AbstractEventLoop, tmp_path: Path) -> None:
+def test_write_transactions(
+    record: Callable[[Row], None], loop: asyncio.AbstractEventLoop, tmp_path: Path
+) -> None:
     [one] = images(tmp_path, 1)
     store = SqliteStore(tmp_path / "state.db")
     commits: list[str] = []
@@ -109,21 +141,32 @@ def test_write_transactions(record: Callable[[Row], None], loop: asyncio.Abstrac
         async with pyblock.Sandbox("counted", "memory:", store=store) as sandbox:
             await sandbox.detach(await sandbox.attach(one))
             assert store._file._db is not None
-            store._file._db.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
+            store._file._db.set_trace_callback(
+                lambda sql: commits.append(sql) if sql == "COMMIT" else None
+            )
             await sandbox.detach(await sandbox.attach(one))
             store._file._db.set_trace_callback(None)
 
     loop.run_until_complete(run())
     store.close()
     count = len(commits)
-    record(Row("write transactions of attach + detach", "count", count, 4, True, 0, 0, "pair", slack=1))
+    record(
+        Row("write transactions of attach + detach", "count", count, 4, True, 0, 0, "pair", slack=1)
+    )
 
 
 def test_recovery(record: Callable[[Row], None], short: bool, tmp_path: Path) -> None:
-    """Opening a sandbox with 1,000 devices, against QEMU's own listing replies read from a bare socket."""
+    """Opening a sandbox with 1,000 devices, against QEMU's own listing replies read from a bare
+    socket."""
     count = 1000
     paths = images(tmp_path, count)
-    listing = encode([("query-named-block-nodes", {"flat": True}), ("qom-list", {"path": "/machine/peripheral"}), ("query-pci", {})])
+    listing = encode(
+        [
+            ("query-named-block-nodes", {"flat": True}),
+            ("qom-list", {"path": "/machine/peripheral"}),
+            ("query-pci", {}),
+        ]
+    )
     ours: list[float] = []
     floor: list[float] = []
 
@@ -154,4 +197,16 @@ def test_recovery(record: Callable[[Row], None], short: bool, tmp_path: Path) ->
             qmp.close()
     mine, theirs = statistics.median(ours), statistics.median(floor)
     name = f"recovery of a sandbox with {count:,} devices on QEMU"
-    record(Row(name, "QEMU's listings", mine / theirs, 3, True, mine * 1e9, theirs * 1e9, "sandbox", slack=1.5))
+    record(
+        Row(
+            name,
+            "QEMU's listings",
+            mine / theirs,
+            3,
+            True,
+            mine * 1e9,
+            theirs * 1e9,
+            "sandbox",
+            slack=1.5,
+        )
+    )

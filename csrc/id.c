@@ -1,14 +1,16 @@
 /*
  * id.c - drive IDs that fit where a VMM keeps them, without two devices ever sharing one unseen.
  *
- * Cutting an ID off, as the original does, gives two long device IDs with one beginning the same drive ID.  So what
- * is cut out is replaced by a digest of the whole.  The digest is SipHash-2-4 keyed with the salt: with another key
- * it is another function, so two IDs that meet under one salt do not go on meeting under the next, even when somebody
- * chose them to meet.  IDs are saved with a sandbox's state: the digest must never change.
+ * Cutting an ID off, as the original does, gives two long device IDs with one beginning the same
+ * drive ID.  So what is cut out is replaced by a digest of the whole.  The digest is SipHash-2-4
+ * keyed with the salt: with another key it is another function, so two IDs that meet under one salt
+ * do not go on meeting under the next, even when somebody chose them to meet.  IDs are saved with a
+ * sandbox's state: the digest must never change.
  */
 #include "internal.h"
 
-#define KEY_HALF UINT64_C(0x707962d16c6f636b) /* the half of the key that is not the salt; any constant does */
+/* the half of the key that is not the salt; any constant does */
+#define KEY_HALF UINT64_C(0x707962d16c6f636b)
 
 static uint64_t rotate(uint64_t word, int by) {
     return word << by | word >> (64 - by);
@@ -45,7 +47,8 @@ static uint64_t siphash(const char *text, size_t len, uint64_t key0, uint64_t ke
     };
     for (size_t at = 0; at <= len; at += 8) {
         size_t left = len - at;
-        uint64_t word = left >= 8 ? read_word(text + at, 8) : read_word(text + at, left) | (uint64_t)len << 56;
+        uint64_t word = left >= 8 ? read_word(text + at, 8)
+                                  : read_word(text + at, left) | (uint64_t)len << 56;
         v[3] ^= word;
         sip_rounds(v, 2);
         v[0] ^= word;
@@ -57,10 +60,12 @@ static uint64_t siphash(const char *text, size_t len, uint64_t key0, uint64_t ke
 
 /* RFC 4648's alphabet in lower case: every VMM takes these in an ID. */
 static void put_digest(char *out, uint64_t digest) {
-    for (int i = PB_ID_DIGEST - 1; i >= 0; i--, digest >>= 5) out[i] = "abcdefghijklmnopqrstuvwxyz234567"[digest & 31];
+    for (int i = PB_ID_DIGEST - 1; i >= 0; i--, digest >>= 5)
+        out[i] = "abcdefghijklmnopqrstuvwxyz234567"[digest & 31];
 }
 
-int64_t pb_make_id(const char *kind, size_t kind_len, const char *id, size_t id_len, int64_t salt, int64_t limit, char *out, size_t room) {
+int64_t pb_make_id(const char *kind, size_t kind_len, const char *id, size_t id_len, int64_t salt,
+                   int64_t limit, char *out, size_t room) {
     if (kind_len == 0 || id_len == 0) return PB_EINVAL;
     if (salt < 0 || limit < 1 || (uint64_t)limit > room) return PB_ERANGE;
     size_t most = (size_t)limit;

@@ -1,11 +1,13 @@
 /*
  * index.c - the lowest free integer, at the same price however many are taken.
  *
- * A leaf word holds 64 indexes, a bit each.  A mid word has a bit for each of 64 leaf words and says which of them
- * are full; the top words say the same of mid words.  Four top words cover 4 * 64 * 64 * 64 = 2^20 indexes, so the
- * lowest free index is the first zero bit of one top word, one mid word and one leaf word.
+ * A leaf word holds 64 indexes, a bit each.  A mid word has a bit for each of 64 leaf words and
+ * says which of them are full; the top words say the same of mid words.  Four top words cover
+ * 4 * 64 * 64 * 64 = 2^20 indexes, so the lowest free index is the first zero bit of one top word,
+ * one mid word and one leaf word.
  *
- * With 0 ... 4098 taken, and 70 given back (the rightmost bit is the lowest; what is not drawn is 0):
+ * With 0 ... 4098 taken, and 70 given back (the rightmost bit is the lowest; what is not drawn is
+ * 0):
  *
  *     top    [ ...0 0 0 ]                            bit 0: not all of mid word 0 is full
  *                     |
@@ -13,14 +15,15 @@
  *                          |
  *     leaf   [ 1...1 ]  [ 1...1 0 1 1 1 1 1 1 ]  ... its bit 6 is free: 1 * 64 + 6 = 70
  *
- * One fact saves most of the cases: of the indexes 0 ... used, at least one is free.  So the lowest free index is
- * never above `used`, the n lowest never above `used + n - 1`, and once the words for those are there, taking them
- * cannot fail.  For the same reason nothing marks the bits behind the capacity: while used < capacity, the search
- * ends before it reaches them.
+ * One fact saves most of the cases: of the indexes 0 ... used, at least one is free.  So the lowest
+ * free index is never above `used`, the n lowest never above `used + n - 1`, and once the words for
+ * those are there, taking them cannot fail.  For the same reason nothing marks the bits behind the
+ * capacity: while used < capacity, the search ends before it reaches them.
  *
- * The locks are not in the indexes but in a table that all indexes share.  So a process can have all of them for the
- * moment of a fork, however many indexes there are: its child then finds none taken by a thread that stayed behind, and
- * no index half changed.  That two indexes may have the same lock costs little, for it is held so shortly.
+ * The locks are not in the indexes but in a table that all indexes share.  So a process can have
+ * all of them for the moment of a fork, however many indexes there are: its child then finds none
+ * taken by a thread that stayed behind, and no index half changed.  That two indexes may have the
+ * same lock costs little, for it is held so shortly.
  */
 #include <pthread.h>
 #include <stdatomic.h>
@@ -42,7 +45,11 @@ struct pb_index {
     uint64_t first[2]; /* the first leaf word and its mid word: most sandboxes never need more */
 };
 
-#define LOCKS 64 /* well above the number of threads that are in here at once; a power of two, as the count of indexes may wrap */
+/*
+ * well above the number of threads that are in here at once; a power of two, as the count of
+ * indexes may wrap
+ */
+#define LOCKS 64
 
 typedef struct {
     _Alignas(64) pthread_mutex_t mutex; /* a cache line each */
@@ -52,7 +59,8 @@ static pb_mutex locks[LOCKS];
 static atomic_uint dealt; /* they are given to new indexes in turn */
 
 #ifdef __linux__
-_Static_assert(sizeof(struct pb_index) <= 88, "a process may hold 10,000 sandboxes with several indexes each");
+_Static_assert(sizeof(struct pb_index) <= 88,
+               "a process may hold 10,000 sandboxes with several indexes each");
 #endif
 
 static uint32_t words_for(uint32_t bits) {
@@ -131,7 +139,10 @@ static void before_fork(void) {
     for (int i = 0; i < LOCKS; i++) pthread_mutex_lock(&locks[i].mutex);
 }
 
-/* In the parent and in the child, where the thread that forked lives on as the only one and has them as well. */
+/*
+ * In the parent and in the child, where the thread that forked lives on as the only one and has
+ * them as well.
+ */
 static void after_fork(void) {
     for (int i = LOCKS - 1; i >= 0; i--) pthread_mutex_unlock(&locks[i].mutex);
 }
@@ -150,7 +161,8 @@ pb_index *pb_index_new(int64_t capacity) {
     if (pthread_once(&once, make_locks) != 0 || !made) return NULL;
     pb_index *index = calloc(1, sizeof *index);
     if (!index) return NULL;
-    index->head.lock = &locks[atomic_fetch_add_explicit(&dealt, 1, memory_order_relaxed) % LOCKS].mutex;
+    unsigned number = atomic_fetch_add_explicit(&dealt, 1, memory_order_relaxed);
+    index->head.lock = &locks[number % LOCKS].mutex;
     index->capacity = (uint32_t)capacity;
     index->held = 1;
     index->leaf = &index->first[0];
@@ -200,7 +212,10 @@ int64_t pb_index_reserve_many(pb_index *index, int64_t n, const int64_t *values,
         good++;
     }
 
-    /* Those before the first that is out of range are taken all the same: one of them may be the first that is bad. */
+    /*
+     * Those before the first that is out of range are taken all the same: one of them may be the
+     * first that is bad.
+     */
     pb_lock(index);
     int64_t done = 0;
     int64_t status = grow(index, (uint32_t)highest);

@@ -1,7 +1,8 @@
 /*
  * internal.h - what the files of the core share among themselves and nobody else sees.
  *
- * pb_plan takes from two indexes at once, so it needs the steps of an index with the lock already held.
+ * pb_plan takes from two indexes at once, so it needs the steps of an index with the lock already
+ * held.
  */
 #ifndef PYBLOCK_INTERNAL_H
 #define PYBLOCK_INTERNAL_H
@@ -32,7 +33,10 @@ static inline void pb_unlock(pb_index *index) {
 
 /* The two below want the lock held. */
 
-/* Makes sure that the next n calls of pb_take_lowest succeed; returns 0.  PB_ERANGE: n < 0.  PB_EFULL, PB_ENOMEM. */
+/*
+ * Makes sure that the next n calls of pb_take_lowest succeed; returns 0.  PB_ERANGE: n < 0.
+ * PB_EFULL, PB_ENOMEM.
+ */
 int64_t pb_prepare(pb_index *index, int64_t n);
 
 /* Takes the lowest free index.  Only after pb_prepare. */

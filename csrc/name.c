@@ -1,8 +1,10 @@
 /*
- * name.c - drive names, as Linux numbers its disks: base 26 without a zero, so that after z comes aa and not ba.
+ * name.c - drive names, as Linux numbers its disks: base 26 without a zero, so that after z comes
+ * aa and not ba.
  *
- * A single name is built from its last letter to its first.  A batch builds only its first name that way and steps
- * from each to the next, which in 25 of 26 cases changes one letter and divides nothing.
+ * A single name is built from its last letter to its first.  A batch builds only its first name
+ * that way and steps from each to the next, which in 25 of 26 cases changes one letter and divides
+ * nothing.
  */
 #include "internal.h"
 
@@ -11,9 +13,9 @@
 /*
  * A drive name and the '\n' behind it, which name_next turns into the name that follows.
  *
- * Two things make a row of names fast.  The text is of a fixed size, so that it is copied whole: two moves, no call.
- * And the last letter, which nearly every step changes, is kept aside: a byte written into text would make the copy
- * that comes next wait for it.
+ * Two things make a row of names fast.  The text is of a fixed size, so that it is copied whole:
+ * two moves, no call.  And the last letter, which nearly every step changes, is kept aside: a byte
+ * written into text would make the copy that comes next wait for it.
  */
 typedef struct {
     size_t prefix_len;
@@ -28,7 +30,8 @@ static int64_t name_set(drive_name *name, int64_t number, const char *prefix, si
     char letters[LETTERS_MAX];
     size_t at = LETTERS_MAX;
     /* left counts from 1, since a digit here is worth 1 to 26. */
-    for (uint64_t left = (uint64_t)number + 1; left > 0; left /= 26) letters[--at] = (char)('a' + (int)(--left % 26));
+    for (uint64_t left = (uint64_t)number + 1; left > 0; left /= 26)
+        letters[--at] = (char)('a' + (int)(--left % 26));
     size_t count = LETTERS_MAX - at;
     if (prefix_len > PB_NAME_MAX - count) return PB_ETOOLONG;
 
@@ -57,14 +60,18 @@ static void name_next(drive_name *name) {
     }
 }
 
-/* Writes the name and its '\n'; returns their end.  Needs room for sizeof name->text bytes whatever the length. */
+/*
+ * Writes the name and its '\n'; returns their end.  Needs room for sizeof name->text bytes whatever
+ * the length.
+ */
 static char *name_put(const drive_name *name, char *out) {
     memcpy(out, name->text, sizeof name->text);
     out[name->len - 1] = name->last;
     return out + name->len + 1;
 }
 
-int64_t pb_drive_name(int64_t number, const char *prefix, size_t prefix_len, char *out, size_t room) {
+int64_t pb_drive_name(int64_t number, const char *prefix, size_t prefix_len, char *out,
+                      size_t room) {
     drive_name name;
     int64_t status = name_set(&name, number, prefix, prefix_len);
     if (status < 0) return status;
@@ -73,7 +80,8 @@ int64_t pb_drive_name(int64_t number, const char *prefix, size_t prefix_len, cha
     return (int64_t)name.len;
 }
 
-int64_t pb_drive_names(int64_t first, int64_t count, const char *prefix, size_t prefix_len, char *out, size_t room) {
+int64_t pb_drive_names(int64_t first, int64_t count, const char *prefix, size_t prefix_len,
+                       char *out, size_t room) {
     if (first < 0 || count < 0) return PB_ERANGE;
     if (count == 0) return 0;
     if (first > INT64_MAX - (count - 1)) return PB_ERANGE;
@@ -81,7 +89,8 @@ int64_t pb_drive_names(int64_t first, int64_t count, const char *prefix, size_t 
     if ((uint64_t)count > room / (PB_NAME_MAX + 1)) return PB_ETOOLONG;
 
     drive_name name;
-    int64_t status = name_set(&name, first + (count - 1), prefix, prefix_len); /* the last fits: so do all */
+    /* the last fits: so do all */
+    int64_t status = name_set(&name, first + (count - 1), prefix, prefix_len);
     if (status < 0) return status;
     name_set(&name, first, prefix, prefix_len);
     char *at = out;

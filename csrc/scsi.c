@@ -36,7 +36,8 @@ int64_t pb_scsi_address(int64_t index, char *out, size_t room) {
 
 int64_t pb_scsi_addresses(int64_t first, int64_t count, char *out, size_t room) {
     if (first < 0 || count < 0) return PB_ERANGE;
-    if (count > 0 && (first > PB_SCSI_INDEX_MAX || count - 1 > PB_SCSI_INDEX_MAX - first)) return PB_ERANGE;
+    if (count > 0 && (first > PB_SCSI_INDEX_MAX || count - 1 > PB_SCSI_INDEX_MAX - first))
+        return PB_ERANGE;
     if ((uint64_t)count > room / (PB_SCSI_ADDRESS_MAX + 1)) return PB_ETOOLONG;
     char *at = out;
     for (int64_t i = 0; i < count; i++) {
@@ -46,7 +47,10 @@ int64_t pb_scsi_addresses(int64_t first, int64_t count, char *out, size_t room) 
     return at - out;
 }
 
-/* Reads one part, moving *at to its end: 0 ... 255, or 256 for anything larger.  PB_EINVAL: no digit, or a leading zero. */
+/*
+ * Reads one part, moving *at to its end: 0 ... 255, or 256 for anything larger.  PB_EINVAL: no
+ * digit, or a leading zero.
+ */
 static int64_t read_part(const char **at, const char *end) {
     const char *start = *at;
     int64_t value = 0;

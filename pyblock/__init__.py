@@ -1,4 +1,5 @@
-"""pyblock plugs block devices into running virtual machines, and knows where each one appears in the guest.
+"""pyblock plugs block devices into running virtual machines, and knows where each one appears in
+the guest.
 
 `Sandbox` is the asyncio front door, `pyblock.blocking.Sandbox` the blocking one. What is public
 stands in `__all__`; what not every program needs is imported when it is first asked for.
@@ -12,7 +13,14 @@ from importlib import import_module as _import_module
 
 from pyblock import errors
 from pyblock.core.index import BlockIndex
-from pyblock.core.naming import drive_index, drive_name, drive_names, make_name_id, scsi_address, scsi_index
+from pyblock.core.naming import (
+    drive_index,
+    drive_name,
+    drive_names,
+    make_name_id,
+    scsi_address,
+    scsi_index,
+)
 from pyblock.disk.drivers import DRIVERS, Driver
 from pyblock.disk.model import BlockDrive, DeviceInfo
 from pyblock.errors import *  # noqa: F403
@@ -42,7 +50,8 @@ __all__ = [  # noqa: RUF022 - by what they are about
     # the doors; pyblock.blocking has the same ones, and its extra may be missing
     "Sandbox", "host",
     # disks
-    "AttachedDevice", "BlockDevice", "BlockDrive", "DRIVERS", "DeviceInfo", "Driver", "GenericDevice", "Phase",
+    "AttachedDevice", "BlockDevice", "BlockDrive", "DRIVERS", "DeviceInfo", "Driver",
+    "GenericDevice", "Phase",
     # what a host has
     "Holder", "Host", "KnownDevice", "KnownSandbox",
     # what recovery found

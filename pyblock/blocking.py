@@ -1,4 +1,5 @@
-"""The blocking front door: the same sandbox, driven from ordinary threads through one event-loop thread for the whole process.
+"""The blocking front door: the same sandbox, driven from ordinary threads through one event-loop
+thread for the whole process.
 
 It repeats none of the logic. The thread starts with the first open sandbox and ends with the last.
 """
@@ -55,8 +56,8 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class Sandbox:
-    """pyblock.Sandbox for callers without an event loop; safe to share between threads. Every method blocks until it is done; for
-    parameters and errors see pyblock.Sandbox."""
+    """pyblock.Sandbox for callers without an event loop; safe to share between threads. Every
+    method blocks until it is done; for parameters and errors see pyblock.Sandbox."""
 
     def __init__(
         self,
@@ -72,7 +73,8 @@ class Sandbox:
         on_event: Callable[[SandboxEvent], None] | None = None,
     ) -> None:
         self._sandbox = door.Sandbox(
-            sandbox_id, vm, driver=driver, capacity=capacity, block_offset=block_offset, store=store, recover=recover,
+            sandbox_id, vm, driver=driver, capacity=capacity, block_offset=block_offset,
+            store=store, recover=recover,
             open_timeout=open_timeout, on_event=on_event,
         )  # fmt: skip
         self._portal: BlockingPortal | None = None
@@ -101,7 +103,12 @@ class Sandbox:
     def __enter__(self) -> Self:
         return self.open()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     @property
@@ -125,8 +132,8 @@ class Sandbox:
         return self._sandbox.index
 
     def events(self) -> Events:
-        """See pyblock.Sandbox.events: an iterator, which blocks the thread that waits for the next one. `on_event` is called in the
-        event-loop thread."""
+        """See pyblock.Sandbox.events: an iterator, which blocks the thread that waits for the next
+        one. `on_event` is called in the event-loop thread."""
         return Events(self, self._sandbox.events())
 
     def attach(
@@ -137,8 +144,12 @@ class Sandbox:
         **options: Unpack[Options],
     ) -> AttachedDevice:
         """See pyblock.Sandbox.attach."""
-        take_back: Callable[[AttachedDevice], Awaitable[None]] = partial(self._sandbox.detach, timeout=GRACE)
-        return self._call(partial(self._sandbox.attach, image, timeout=timeout, **options), take_back)
+        take_back: Callable[[AttachedDevice], Awaitable[None]] = partial(
+            self._sandbox.detach, timeout=GRACE
+        )
+        return self._call(
+            partial(self._sandbox.attach, image, timeout=timeout, **options), take_back
+        )
 
     def ensure(
         self,
@@ -166,26 +177,48 @@ class Sandbox:
         **options: Unpack[SharedOptions],
     ) -> list[AttachedDevice]:
         """See pyblock.Sandbox.attach_many. `progress` is called in the event-loop thread."""
-        attach = partial(self._sandbox.attach_many, list(images), timeout=timeout, progress=progress, **options)
-        take_back: Callable[[list[AttachedDevice]], Awaitable[None]] = partial(self._sandbox.detach_many, timeout=GRACE)
+        attach = partial(
+            self._sandbox.attach_many, list(images), timeout=timeout, progress=progress, **options
+        )
+        take_back: Callable[[list[AttachedDevice]], Awaitable[None]] = partial(
+            self._sandbox.detach_many, timeout=GRACE
+        )
         return self._call(attach, take_back)
 
-    def detach(self, device: Device | str, *, timeout: float | None = door.TIMEOUT, released: bool = False) -> None:
+    def detach(
+        self, device: Device | str, *, timeout: float | None = door.TIMEOUT, released: bool = False
+    ) -> None:
         """See pyblock.Sandbox.detach."""
         self._call(partial(self._sandbox.detach, device, timeout=timeout, released=released))
 
-    def detach_many(self, devices: Iterable[Device | str], *, timeout: float | None = door.TIMEOUT, released: bool = False) -> None:
+    def detach_many(
+        self,
+        devices: Iterable[Device | str],
+        *,
+        timeout: float | None = door.TIMEOUT,
+        released: bool = False,
+    ) -> None:
         """See pyblock.Sandbox.detach_many."""
-        self._call(partial(self._sandbox.detach_many, list(devices), timeout=timeout, released=released))
+        self._call(
+            partial(self._sandbox.detach_many, list(devices), timeout=timeout, released=released)
+        )
 
     @property
     def recovered(self) -> tuple[Finding, ...]:
         """See pyblock.Sandbox.recovered."""
         return self._sandbox.recovered
 
-    def reconcile(self, *, dry_run: bool = False, orphans: bool = False, timeout: float | None = door.RECONCILE_TIME) -> list[Finding]:
+    def reconcile(
+        self,
+        *,
+        dry_run: bool = False,
+        orphans: bool = False,
+        timeout: float | None = door.RECONCILE_TIME,
+    ) -> list[Finding]:
         """See pyblock.Sandbox.reconcile."""
-        return self._call(partial(self._sandbox.reconcile, dry_run=dry_run, orphans=orphans, timeout=timeout))
+        return self._call(
+            partial(self._sandbox.reconcile, dry_run=dry_run, orphans=orphans, timeout=timeout)
+        )
 
     def forget(self) -> list[str]:
         """See pyblock.Sandbox.forget."""
@@ -207,7 +240,9 @@ class Sandbox:
         """See pyblock.Sandbox.state."""
         return self._loop.call(self._sandbox.state)
 
-    def restore(self, state: SandboxState, *, where: str = "the state", share: bool = False) -> None:
+    def restore(
+        self, state: SandboxState, *, where: str = "the state", share: bool = False
+    ) -> None:
         """See pyblock.Sandbox.restore."""
         self._call(partial(self._sandbox.restore, state, where=where, share=share))
 
@@ -222,10 +257,16 @@ class Sandbox:
             self._stack.close()
             self._closed.set()
 
-    def _call(self, function: Callable[[], Awaitable[Result]], undo: Callable[[Result], Awaitable[None]] | None = None) -> Result:
-        """Runs it in the event-loop thread. If this thread is interrupted (Ctrl-C), it is ended there, and given time for that.
+    def _call(
+        self,
+        function: Callable[[], Awaitable[Result]],
+        undo: Callable[[Result], Awaitable[None]] | None = None,
+    ) -> Result:
+        """Runs it in the event-loop thread. If this thread is interrupted (Ctrl-C), it is ended
+        there, and given time for that.
 
-        :param undo: takes back what it did, when this thread was interrupted in the moment of its success.
+        :param undo: takes back what it did, when this thread was interrupted in the moment of its
+            success.
         """
         portal = self._loop
         call = _Call(function, undo)
@@ -234,7 +275,8 @@ class Sandbox:
             return call.result()
         except BaseException as error:
             if error is not call.error:
-                with suppress(RuntimeError):  # the event-loop thread has ended, and the call with it
+                # the event-loop thread has ended, and the call with it
+                with suppress(RuntimeError):
                     portal.start_task_soon(call.end)
                     call.over.wait(GRACE)
             raise
@@ -287,7 +329,8 @@ def host(store: Store | None = None) -> Host:
 
 
 class Events:
-    """The events of a blocking sandbox for one listener; see pyblock.Events. Its thread may be another than those that use the sandbox."""
+    """The events of a blocking sandbox for one listener; see pyblock.Events. Its thread may be
+    another than those that use the sandbox."""
 
     def __init__(self, sandbox: Sandbox, events: voice.Events) -> None:
         self._sandbox = sandbox
@@ -302,14 +345,16 @@ class Events:
         return event
 
     def next(self) -> SandboxEvent | None:
-        """The next event; None when the sandbox was closed, or this was. Raises SandboxClosed before it was opened."""
+        """The next event; None when the sandbox was closed, or this was. Raises SandboxClosed
+        before it was opened."""
         if not self._events.ended:
             try:
                 return self._sandbox._call(self._events.next, self._put_back)
             except SandboxClosed:
                 if self._sandbox._pid != os.getpid():
                     raise
-                self._sandbox._closed.wait()  # another thread is closing it, and has not ended this yet
+                # another thread is closing it, and has not ended this yet
+                self._sandbox._closed.wait()
                 if not self._events.ended:
                     raise
         return self._events.take()
@@ -324,14 +369,19 @@ class Events:
 
 
 class _Call(Generic[Result]):
-    """A function that runs in the event-loop thread, for another that waits. Both may be at any point when that one is interrupted, so what
-    becomes of the function is decided in the event-loop thread alone.
+    """A function that runs in the event-loop thread, for another that waits. Both may be at any
+    point when that one is interrupted, so what becomes of the function is decided in the event-loop
+    thread alone.
 
     :ivar error: what it raised.
     :ivar over: nothing of it goes on after its end was asked for.
     """
 
-    def __init__(self, function: Callable[[], Awaitable[Result]], undo: Callable[[Result], Awaitable[None]] | None) -> None:
+    def __init__(
+        self,
+        function: Callable[[], Awaitable[Result]],
+        undo: Callable[[Result], Awaitable[None]] | None,
+    ) -> None:
         self.error: BaseException | None = None
         self.over = threading.Event()
         self._function = function
@@ -357,7 +407,8 @@ class _Call(Generic[Result]):
         return self._results[0]
 
     async def end(self) -> None:
-        """Ends it, and takes back what it did all the same. What does not end in time goes on by itself."""
+        """Ends it, and takes back what it did all the same. What does not end in time goes on by
+        itself."""
         try:
             if self._task is None:
                 return  # the interruption came before it was on its way
@@ -367,6 +418,8 @@ class _Call(Generic[Result]):
             if self._results and self._undo is not None:
                 await self._undo(self._results[0])
         except PyblockError as error:
-            log.warning("what was done when its caller was interrupted could not be taken back: %s", error)
+            log.warning(
+                "what was done when its caller was interrupted could not be taken back: %s", error
+            )
         finally:
             self.over.set()

@@ -21,12 +21,14 @@ PyblockError
 │   ├── IndexFree              releasing an index that is free
 │   ├── SandboxClosed          the sandbox was closed, or not opened yet
 │   └── WrongEventLoop         the sandbox was opened in another event loop
-├── Conflict                   the request is fine, and somebody else has what it is about; nothing was changed
+├── Conflict                   the request is fine, and somebody else has what it is about; nothing
+│                              was changed
 │   ├── SandboxBusy            the sandbox belongs to another process that lives
 │   ├── ImageInUse             another sandbox of this host has claimed the image
 │   ├── ImageReplaced          the image's path leads to something else than what was claimed
 │   ├── MachineAnswers         what belongs to a machine that still answers cannot be given up
-│   ├── SandboxConflict        the store knows the sandbox, or its machine, in a form that does not fit the request
+│   ├── SandboxConflict        the store knows the sandbox, or its machine, in a form that does not
+│   │                          fit the request
 │   └── DeviceConflict         the device exists already, in another form
 ├── CapacityError              something is used up
 │   ├── IndexesExhausted         all block indexes are taken
@@ -43,16 +45,19 @@ PyblockError
 │   ├── VmmUnreachable           no connection: socket absent, not a socket, nobody listening
 │   ├── VmmProtocolError         what answered does not speak the VMM's protocol
 │   └── ConnectionLost           the connection broke while an answer was awaited
-├── DeadlinePassed             the caller's deadline passed before anything was changed (also a TimeoutError)
-├── ClosedMeanwhile            the sandbox was closed while the work was under way; what it had done is undone
+├── DeadlinePassed             the caller's deadline passed before anything was changed (also a
+│                              TimeoutError)
+├── ClosedMeanwhile            the sandbox was closed while the work was under way; what it had done
+│                              is undone
 ├── AttachPending              attach: the outcome is unknown, everything stays taken
 └── DetachPending              detach: not confirmed before the deadline, everything stays taken
 
 Each class has a `code`, a text that never changes, and says whether the same call may be made again
-(`retryable`); each error has the facts that its raiser knew as fields. `to_dict` is all of it as JSON.
+(`retryable`); each error has the facts that its raiser knew as fields. `to_dict` is all of it as
+JSON.
 
-What a tenant, a guest or a VMM wrote stands in an error as it was written; `shown` makes it fit for a
-terminal and a log. A file name may hold anything but NUL and "/", and a VMM's error repeats it.
+What a tenant, a guest or a VMM wrote stands in an error as it was written; `shown` makes it fit for
+a terminal and a log. A file name may hold anything but NUL and "/", and a VMM's error repeats it.
 """
 
 from __future__ import annotations
@@ -66,7 +71,8 @@ __all__ = [  # noqa: RUF022 - as the tree has them
     "PyblockError", "DeviceOutcome",
     "CallerError", "InvalidValue", "InvalidIndex", "InvalidName", "InvalidAddress", "InvalidID",
     "InvalidSerial", "InvalidTimeout", "InvalidImage", "UnknownDriver", "UnknownScheme",
-     "UnknownDevice", "UnknownSandbox", "NotAttached", "NotOffered", "NotReleased", "IndexTaken", "IndexFree",
+     "UnknownDevice", "UnknownSandbox", "NotAttached", "NotOffered", "NotReleased", "IndexTaken",
+     "IndexFree",
     "SandboxClosed", "WrongEventLoop",
     "Conflict", "SandboxBusy", "ImageInUse", "ImageReplaced", "MachineAnswers", "SandboxConflict",
     "DeviceConflict",
@@ -81,23 +87,30 @@ __all__ = [  # noqa: RUF022 - as the tree has them
 # fmt: on
 
 SHOWN_MAX = 500  # characters, where nobody says otherwise
-TEXT_MAX = 40960  # characters of one text in `to_dict`: a path of PATH_MAX bytes, each of them escaped
+# characters of one text in `to_dict`: a path of PATH_MAX bytes, each of them escaped
+TEXT_MAX = 40960
 ITEMS_MAX = 64  # of one list or mapping there
 DEPTH_MAX = 6  # of what is in one another there
 INT_MAX = 2**63 - 1  # larger ones are texts there: few readers of JSON hold them
 
-# str.isprintable() is False for controls, format characters (bidi, zero-width), lone surrogates (a byte that is no UTF-8), unassigned and
-# private ones, and separators but the space. These it lets through, and they show as nothing: joiner, fillers, variation selectors, the
-# vowels and free selectors of Khmer and Mongolian, the empty Braille cell.
+# str.isprintable() is False for controls, format characters (bidi, zero-width), lone surrogates (a
+# byte that is no UTF-8), unassigned and private ones, and separators but the space. These it lets
+# through, and they show as nothing: joiner, fillers, variation selectors, the vowels and free
+# selectors of Khmer and Mongolian, the empty Braille cell.
 _NOTHING = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0").union(
-    *(map(chr, codes) for codes in (range(0x180B, 0x1810), range(0xFE00, 0xFE10), range(0xE0100, 0xE01F0)))
+    *(
+        map(chr, codes)
+        for codes in (range(0x180B, 0x1810), range(0xFE00, 0xFE10), range(0xE0100, 0xE01F0))
+    )
 )
 
 
 def shown(text: str, limit: int = SHOWN_MAX) -> str:
-    """The text, at most `limit` characters of it after escaping, and where more was there a mark that says how many are left out.
+    """The text, at most `limit` characters of it after escaping, and where more was there a mark
+    that says how many are left out.
 
-    A backslash stays one backslash, so that text which was escaped before (by `!r`) stays readable; no escape is cut in two.
+    A backslash stays one backslash, so that text which was escaped before (by `!r`) stays readable;
+    no escape is cut in two.
     """
     beginning = text[:limit]
     if len(beginning) == len(text) and _is_plain(beginning):
@@ -141,8 +154,9 @@ class PyblockError(Exception):
     """Base of every error that pyblock raises on purpose. A fact that is not known is None.
 
     :cvar code: says which error this is, and never changes; each class has its own.
-    :cvar retryable: the same call may succeed when it is made again later, once somebody else has let go or
-        answers; it does no harm. False: first something has to be changed, in the call or on the host.
+    :cvar retryable: the same call may succeed when it is made again later, once somebody else has
+        let go or answers; it does no harm. False: first something has to be changed, in the call or
+        on the host.
     :ivar sandbox: the sandbox ID.
     :ivar device: the device ID.
     :ivar drive: the drive ID.
@@ -154,8 +168,8 @@ class PyblockError(Exception):
     :ivar owner: who has that sandbox open, in words; "" for nobody who lives.
     :ivar timeout: the seconds that the caller had given.
     :ivar value: what was refused, as it was given.
-    :ivar outcomes: of a call about many (`attach_many`, `detach_many`): what became of each, in the order given;
-        empty where nothing was begun with any.
+    :ivar outcomes: of a call about many (`attach_many`, `detach_many`): what became of each, in the
+        order given; empty where nothing was begun with any.
     """
 
     code: ClassVar[str] = "error"
@@ -179,7 +193,8 @@ class PyblockError(Exception):
         self.about(**facts)
 
     def about(self, **facts: Unpack[Facts]) -> Self:
-        """Adds facts that it did not know yet, and returns it: whoever passes an error on may know more than who raised it."""
+        """Adds facts that it did not know yet, and returns it: whoever passes an error on may know
+        more than who raised it."""
         for name, value in facts.items():
             if name not in _FACTS:
                 raise TypeError(f"an error has no fact {name!r}; it has {', '.join(_FACTS)}")
@@ -188,7 +203,8 @@ class PyblockError(Exception):
         return self
 
     def __copy__(self) -> Self:
-        """An error of its own for each who waits for the same thing; with the cause and the traceback, which a pickle leaves behind."""
+        """An error of its own for each who waits for the same thing; with the cause and the
+        traceback, which a pickle leaves behind."""
         twin = type(self)(*self.args)
         twin.__dict__.update(self.__dict__)
         if notes := getattr(self, "__notes__", None):
@@ -198,9 +214,10 @@ class PyblockError(Exception):
         return twin.with_traceback(self.__traceback__)
 
     def to_dict(self) -> dict[str, Any]:
-        """All that it says, as JSON has it: `code`, `branch` (the code of its first level), `message`, `retryable`, the facts that it
-        knows, `notes`, and `outcomes` of a call about many. What others wrote in it is escaped as for a terminal, and what is too long is
-        cut, with a mark."""
+        """All that it says, as JSON has it: `code`, `branch` (the code of its first level),
+        `message`, `retryable`, the facts that it knows, `notes`, and `outcomes` of a call about
+        many. What others wrote in it is escaped as for a terminal, and what is too long is cut,
+        with a mark."""
         body: dict[str, Any] = {
             "code": self.code,
             "branch": self._branch(),
@@ -223,7 +240,8 @@ class PyblockError(Exception):
 
 
 class knowing:
-    """Around a body: errors of pyblock that it raises get these facts, where they did not know them.
+    """Around a body: errors of pyblock that it raises get these facts, where they did not know
+    them.
 
     A class, because a generator made a context manager takes longer than what it is around.
     """
@@ -236,7 +254,12 @@ class knowing:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if isinstance(error, PyblockError):
             error.about(**self._facts)
 
@@ -244,8 +267,9 @@ class knowing:
 class DeviceOutcome(NamedTuple):
     """What became of one device of a call about many.
 
-    `attach_many` raises when one could not be attached: then `error` says why, all that were attached are `undone`, and what could not be
-    detached again has an `undoing`. `detach_many` raises when one could not be detached; those without `error` are.
+    `attach_many` raises when one could not be attached: then `error` says why, all that were
+    attached are `undone`, and what could not be detached again has an `undoing`. `detach_many`
+    raises when one could not be detached; those without `error` are.
 
     :ivar device: its ID, None where it has none: its image was refused, or was not looked at.
     :ivar path: of its image, None where only the device was named, and is not known.
@@ -263,13 +287,21 @@ class DeviceOutcome(NamedTuple):
 
 def _outcomes(outcomes: Sequence[DeviceOutcome]) -> list[Any]:
     """Of many, those that something is to be said of: the first ones."""
-    told = [(position, one) for position, one in enumerate(outcomes) if one.error is not None or one.undoing is not None]
+    told = [
+        (position, one)
+        for position, one in enumerate(outcomes)
+        if one.error is not None or one.undoing is not None
+    ]
     kept: list[Any] = [{"position": position} | _of_one(one) for position, one in told[:ITEMS_MAX]]
     return [*kept, *_left_out(len(outcomes) - len(kept))]
 
 
 def _of_one(outcome: DeviceOutcome) -> dict[str, Any]:
-    return {name: plain(value) for name, value in outcome._asdict().items() if value is not None and value is not False}
+    return {
+        name: plain(value)
+        for name, value in outcome._asdict().items()
+        if value is not None and value is not False
+    }
 
 
 def _left_out(count: int) -> list[str]:
@@ -281,7 +313,9 @@ def plain(value: object, depth: int = 0) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, int):
-        return int(value) if -INT_MAX <= value <= INT_MAX else f"an int of {value.bit_length()} bits"
+        return (
+            int(value) if -INT_MAX <= value <= INT_MAX else f"an int of {value.bit_length()} bits"
+        )
     if isinstance(value, float):
         return float(value) if -float("inf") < value < float("inf") else repr(value)
     if isinstance(value, str):
@@ -291,16 +325,21 @@ def plain(value: object, depth: int = 0) -> Any:
         return {"code": value.code, "message": shown(str(value), TEXT_MAX)} | facts
     if depth < DEPTH_MAX and isinstance(value, Mapping):
         items = list(value.items())
-        kept = {shown(str(key), SHOWN_MAX): plain(item, depth + 1) for key, item in items[:ITEMS_MAX]}
+        kept = {
+            shown(str(key), SHOWN_MAX): plain(item, depth + 1) for key, item in items[:ITEMS_MAX]
+        }
         return kept | dict.fromkeys(_left_out(len(items) - len(items[:ITEMS_MAX])))
     if depth < DEPTH_MAX and isinstance(value, list | tuple | set | frozenset):
         several = list(value)
-        return [plain(item, depth + 1) for item in several[:ITEMS_MAX]] + _left_out(len(several) - len(several[:ITEMS_MAX]))
+        return [plain(item, depth + 1) for item in several[:ITEMS_MAX]] + _left_out(
+            len(several) - len(several[:ITEMS_MAX])
+        )
     return shown(repr(value), SHOWN_MAX)
 
 
 class CallerError(PyblockError):
-    """The caller's arguments are wrong. Nothing was changed, and nothing was sent to the VMM that could change anything."""
+    """The caller's arguments are wrong. Nothing was changed, and nothing was sent to the VMM that
+    could change anything."""
 
     code = "caller-error"
 
@@ -390,14 +429,15 @@ class NotAttached(CallerError):
 
 
 class NotOffered(CallerError):
-    """This VMM, or the driver on it, has no way to do what was asked for; its offers say what it can."""
+    """This VMM, or the driver on it, has no way to do what was asked for; its offers say what it
+    can."""
 
     code = "not-offered"
 
 
 class NotReleased(CallerError):
-    """This VMM takes a disk away without a word from the guest, so that the caller has to say that the guest has let go of it
-    (`detach(released=True)`)."""
+    """This VMM takes a disk away without a word from the guest, so that the caller has to say that
+    the guest has let go of it (`detach(released=True)`)."""
 
     code = "not-released"
 
@@ -421,7 +461,8 @@ class SandboxClosed(CallerError):
 
 
 class WrongEventLoop(CallerError):
-    """A sandbox is used in another event loop, or another thread's, than the one that it was opened in."""
+    """A sandbox is used in another event loop, or another thread's, than the one that it was opened
+    in."""
 
     code = "wrong-event-loop"
 
@@ -433,43 +474,48 @@ class Conflict(PyblockError):
 
 
 class SandboxBusy(Conflict):
-    """Another process, which lives, has the sandbox open (or this one has, a second time): its `owner`."""
+    """Another process, which lives, has the sandbox open (or this one has, a second time): its
+    `owner`."""
 
     code = "sandbox-busy"
     retryable = True
 
 
 class ImageInUse(Conflict):
-    """Another sandbox of this host has claimed the image, or somebody what lies under it or on it: one may write it, or many may read it.
-    The message names the `holder`; `owner` is the process that has it open, "" where none does: it then takes `pyblock forget`."""
+    """Another sandbox of this host has claimed the image, or somebody what lies under it or on it:
+    one may write it, or many may read it. The message names the `holder`; `owner` is the process
+    that has it open, "" where none does: it then takes `pyblock forget`."""
 
     code = "image-in-use"
     retryable = True
 
 
 class ImageReplaced(Conflict):
-    """What is at the image's path now is not what was claimed there: somebody replaced it meanwhile. Attaching it anew claims what is there
-    now."""
+    """What is at the image's path now is not what was claimed there: somebody replaced it
+    meanwhile. Attaching it anew claims what is there now."""
 
     code = "image-replaced"
     retryable = True
 
 
 class MachineAnswers(Conflict):
-    """A sandbox cannot be forgotten: its machine still answers, or it cannot be told whether it would."""
+    """A sandbox cannot be forgotten: its machine still answers, or it cannot be told whether it
+    would."""
 
     code = "machine-answers"
     retryable = True
 
 
 class SandboxConflict(Conflict):
-    """The store knows the sandbox with another machine, or the machine with another sandbox, its `holder`."""
+    """The store knows the sandbox with another machine, or the machine with another sandbox, its
+    `holder`."""
 
     code = "sandbox-conflict"
 
 
 class DeviceConflict(Conflict):
-    """The same host object, or the same ID, is there already in a form that does not fit the request."""
+    """The same host object, or the same ID, is there already in a form that does not fit the
+    request."""
 
     code = "device-conflict"
 
@@ -524,7 +570,8 @@ class NewerState(StateError):
 
 
 class StoreError(PyblockError):
-    """The store could not be read or written: a full disk, a folder that may not be written, an I/O error."""
+    """The store could not be read or written: a full disk, a folder that may not be written, an I/O
+    error."""
 
     code = "store-error"
 
@@ -547,7 +594,15 @@ class VmmRefused(PyblockError):
 
     code = "vmm-refused"
 
-    def __init__(self, message: str = "", *, step: str = "", request: Any = None, reply: Any = None, **facts: Unpack[Facts]) -> None:
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        step: str = "",
+        request: Any = None,
+        reply: Any = None,
+        **facts: Unpack[Facts],
+    ) -> None:
         super().__init__(message, **facts)
         self.step = step
         self.keeps = False
@@ -557,13 +612,18 @@ class VmmRefused(PyblockError):
     def _known(self) -> Iterable[tuple[str, object]]:
         both = (("step", self.step), ("request", self.request), ("reply", self.reply))
         keeps = [("keeps", True)] if self.keeps else []
-        return [*super()._known(), *((name, value) for name, value in both if value not in (None, "")), *keeps]
+        return [
+            *super()._known(),
+            *((name, value) for name, value in both if value not in (None, "")),
+            *keeps,
+        ]
 
 
 class TransportError(PyblockError):
     """The VMM could not be asked.
 
-    :ivar sent: the request, or part of it, may have reached the VMM, so nobody knows whether it was carried out.
+    :ivar sent: the request, or part of it, may have reached the VMM, so nobody knows whether it was
+        carried out.
     """
 
     code = "transport-error"
@@ -600,22 +660,26 @@ class ConnectionLost(TransportError):
 
 
 class DeadlinePassed(PyblockError, TimeoutError):
-    """The deadline that the caller gave passed before anything was changed. Whether it was too short or the VMM hangs cannot be told."""
+    """The deadline that the caller gave passed before anything was changed. Whether it was too
+    short or the VMM hangs cannot be told."""
 
     code = "deadline-passed"
     retryable = True
 
 
 class ClosedMeanwhile(PyblockError):
-    """The sandbox was closed while the work was under way. What had been done is undone; what could not be is pending."""
+    """The sandbox was closed while the work was under way. What had been done is undone; what could
+    not be is pending."""
 
     code = "closed-meanwhile"
 
 
 class AttachPending(PyblockError):
-    """The outcome of an attach is unknown. Index, ID, slot and address stay taken until it is settled.
+    """The outcome of an attach is unknown. Index, ID, slot and address stay taken until it is
+    settled.
 
-    Attaching the same image again has the machine asked what it has, where that can be told: it succeeds when that has settled it.
+    Attaching the same image again has the machine asked what it has, where that can be told: it
+    succeeds when that has settled it.
     """
 
     code = "attach-pending"
@@ -625,7 +689,8 @@ class AttachPending(PyblockError):
 class DetachPending(PyblockError):
     """The VMM did not confirm a removal before the deadline.
 
-    Index, ID, slot and address stay taken. Calling detach again is safe, and a late confirmation finishes the job by itself.
+    Index, ID, slot and address stay taken. Calling detach again is safe, and a late confirmation
+    finishes the job by itself.
     """
 
     code = "detach-pending"

@@ -1,4 +1,5 @@
-"""A module that is imported when it is first needed: inside a call, where no file can be opened perhaps."""
+"""A module that is imported when it is first needed: inside a call, where no file can be opened
+perhaps."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from pyblock.errors import PyblockError, StoreError
 
 
 class loading:
-    """Around an import: has it raise a typed error when its file cannot be read. The import is tried again by the next call.
+    """Around an import: has it raise a typed error when its file cannot be read. The import is
+    tried again by the next call.
 
     A class, because a generator made a context manager takes as long as the import.
     """
@@ -22,7 +24,12 @@ class loading:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, trouble: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        trouble: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if isinstance(trouble, OSError):
             advice = "close files, or raise the limit (ulimit -n)"
             why = f"its code cannot be loaded: {trouble.strerror or trouble}; {advice}"

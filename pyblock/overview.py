@@ -99,8 +99,8 @@ class Host:
         return [known(sandbox, record) for record in stored.records()]
 
     async def holders(self, path: str | os.PathLike[str]) -> list[Holder]:
-        """Who has claimed the image at a path, what lies under it (the disk of a partition, the file of
-        a loop device), or what lies on it. One that is gone is looked for by its path.
+        """Who has claimed the image at a path, what lies under it (the disk of a partition, the
+        file of a loop device), or what lies on it. One that is gone is looked for by its path.
 
         Raises InvalidImage for what can be no path.
         """
@@ -125,11 +125,11 @@ class Host:
         await stored.export(self._store, sandbox, path)
 
     async def forget(self, sandbox: str) -> list[str]:
-        """Gives up everything that belongs to a machine which no longer exists: devices, indexes, claims,
-        also where a record cannot be read. Returns the devices' IDs.
+        """Gives up everything that belongs to a machine which no longer exists: devices, indexes,
+        claims, also where a record cannot be read. Returns the devices' IDs.
 
-        Raises UnknownSandbox; SandboxBusy while a process that lives has it open; MachineAnswers unless
-        the machine's socket is absent or nobody listens there.
+        Raises UnknownSandbox; SandboxBusy while a process that lives has it open; MachineAnswers
+        unless the machine's socket is absent or nobody listens there.
         """
         with loading("the store"):
             from pyblock import stored  # noqa: PLC0415
@@ -144,14 +144,18 @@ class Host:
                 continue  # it was closed, with nothing in it, since the store was asked
             for one in devices:
                 if one.drive is not None and one.info.path == path:
-                    found.append(Holder(one, sandbox.owner, "it", one.info.read_only, one.info.share))
+                    found.append(
+                        Holder(one, sandbox.owner, "it", one.info.read_only, one.info.share)
+                    )
         return found
 
 
 def known(sandbox: str, record: Record) -> KnownDevice:
     """A device out of its record."""
     info = record.info()
-    return KnownDevice(sandbox, record.id, info, record.drive(info), Phase(record.phase), record.attach_count)
+    return KnownDevice(
+        sandbox, record.id, info, record.drive(info), Phase(record.phase), record.attach_count
+    )
 
 
 def host(store: Store | None = None) -> Host:

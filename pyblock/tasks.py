@@ -29,7 +29,8 @@ TIMEOUT_MAX = 1e9  # seconds, 30 years: beyond it a clock's fractions are lost
 
 
 class Deadline(float):
-    """An event loop's time in seconds, which remembers how many seconds the caller gave: for errors.
+    """An event loop's time in seconds, which remembers how many seconds the caller gave: for
+    errors.
 
     :ivar given: those seconds.
     """
@@ -52,11 +53,20 @@ def passed(deadline: float | None, doing: str) -> DeadlinePassed:
 
 
 def deadline_after(timeout: float | None) -> float | None:
-    """The event loop's time that many seconds from now; None (no deadline) stays None. Raises InvalidTimeout unless 0 <= timeout <= 1e9."""
+    """The event loop's time that many seconds from now; None (no deadline) stays None. Raises
+    InvalidTimeout unless 0 <= timeout <= 1e9."""
     if timeout is None:
         return None
-    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 <= timeout <= TIMEOUT_MAX:
-        raise InvalidTimeout(f"timeout {timeout!r} is not a number of seconds that is 0 or more; None waits without end", value=timeout)
+    if (
+        isinstance(timeout, bool)
+        or not isinstance(timeout, (int, float))
+        or not 0 <= timeout <= TIMEOUT_MAX
+    ):
+        raise InvalidTimeout(
+            f"timeout {timeout!r} is not a number of seconds that is 0 or more; None waits "
+            "without end",
+            value=timeout,
+        )
     deadline = Deadline(asyncio.get_running_loop().time() + timeout)
     deadline.given = timeout
     return deadline
@@ -79,8 +89,8 @@ class Operation:
     """A task and who waits for it.
 
     :ivar waiters: who hears of its outcome.
-    :ivar undoing: nobody asked for a removal: abandoned, it undoes itself, and should be given the time
-        for that.
+    :ivar undoing: nobody asked for a removal: abandoned, it undoes itself, and should be given the
+        time for that.
     :ivar done: it is over.
     :ivar error: what it ended in, None where it succeeded.
     """
@@ -94,8 +104,8 @@ class Operation:
         self.error: BaseException | None = None
         self._waiting = 0
         self._wakers: list[asyncio.Future[None]] = []
-        # Made by whoever it belongs to, who keeps it until it is over: the event loop holds its tasks
-        # weakly. It may be over before that has returned (asyncio's eager tasks).
+        # Made by whoever it belongs to, who keeps it until it is over: the event loop holds its
+        # tasks weakly. It may be over before that has returned (asyncio's eager tasks).
         self._task: asyncio.Task[None] | None = None
 
     async def work(self) -> None:
@@ -133,10 +143,11 @@ class Operation:
         self._task.cancel()
 
     async def settled(self, deadline: float | None) -> None:
-        """Returns when the operation is over, however it ended. Raises TimeoutError when the deadline
-        passes first. A cancellation ends the waiting only."""
+        """Returns when the operation is over, however it ended. Raises TimeoutError when the
+        deadline passes first. A cancellation ends the waiting only."""
         if self.done:
-            return await asyncio.sleep(0)  # eager tasks: others have their turn, however many operations follow
+            # eager tasks: others have their turn, however many operations follow
+            return await asyncio.sleep(0)
         loop = asyncio.get_running_loop()
         waker = loop.create_future()
         self._wakers.append(waker)
@@ -200,14 +211,18 @@ class SharedWork(Generic[Result]):
         return self._task is None
 
     async def join(self, work: Callable[[], Coroutine[Any, Any, Result]]) -> Result:
-        """Starts `work` unless it is under way, and returns or raises what it does. Raises Ended when `end` cuts it off."""
+        """Starts `work` unless it is under way, and returns or raises what it does. Raises Ended
+        when `end` cuts it off."""
         if self._task is None or self._task.done():
             self._task, self._waiters = asyncio.create_task(work()), 0
-            self._task.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may be that all have left
+            # it may be that all have left
+            self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
         task = self._task
         self._waiters += 1
         try:
-            await asyncio.wait([task])  # no shield: from Python 3.14 on that reports an error after a cancelled wait to the event loop
+            # no shield: from Python 3.14 on that reports an error after a cancelled wait to the
+            # event loop
+            await asyncio.wait([task])
         finally:
             if self._task is task:
                 self._waiters -= 1

@@ -19,9 +19,12 @@ from pyblock import store as stores
 from pyblock.store.sqlite.store import SqliteStore
 from pyblock.vmm.memory.machine import MemoryHypervisor
 
-# Programs that tests start use the pyblock that is tested, not what lies in their working folder: that of an unpacked sdist has no core.
+# Programs that tests start use the pyblock that is tested, not what lies in their working folder:
+# that of an unpacked sdist has no core.
 os.environ["PYTHONSAFEPATH"] = "1"
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(pyblock.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(pyblock.__file__).parents[1]), os.environ.get("PYTHONPATH")])
+)
 
 
 @pytest.fixture
@@ -31,7 +34,9 @@ def anyio_backend() -> str | tuple[str, dict[str, Any]]:
 
 
 @pytest.fixture(autouse=True)
-def state_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def state_dir(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
     """Each test has a host's store of its own."""
     folder = tmp_path_factory.mktemp("state")
     monkeypatch.setenv("PYBLOCK_STATE_DIR", str(folder))
@@ -42,7 +47,8 @@ def state_dir(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.fixture
 def make_store(tmp_path: Path) -> Iterator[MakeStore]:
-    """Makes stores, in the test's folder or at a path; two of one path are as those of two processes."""
+    """Makes stores, in the test's folder or at a path; two of one path are as those of two
+    processes."""
     made: list[SqliteStore] = []
 
     def make(path: Path | None = None) -> SqliteStore:
@@ -69,7 +75,8 @@ def make_image(tmp_path: Path) -> MakeImage:
 
 @pytest.fixture
 async def busy(make_image: MakeImage) -> AsyncIterator[Busy]:
-    """A sandbox on a machine in memory with two disks in it, so that there is something that a refusal could spoil."""
+    """A sandbox on a machine in memory with two disks in it, so that there is something that a
+    refusal could spoil."""
     vm = MemoryHypervisor()
     async with Sandbox("s1", vm) as sandbox:
         scsi = await sandbox.attach(make_image("scsi.img"), device_id="scsi", serial="SCSI-1")

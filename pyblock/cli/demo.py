@@ -1,4 +1,5 @@
-"""`pyblock demo`: the main job on the in-memory VMM, on any machine. `make demo` shows it on a real guest."""
+"""`pyblock demo`: the main job on the in-memory VMM, on any machine. `make demo` shows it on a real
+guest."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ PLAN = (("virtio-scsi", 3), ("virtio-blk", 3), ("nvdimm", 1))
 SIZE = 16 << 20  # bytes
 
 
-WHAT = "This runs on the in-memory VMM: no guest boots, so names are predictions. `make demo` in a checkout uses a real guest."
+WHAT = (
+    "This runs on the in-memory VMM: no guest boots, so names are predictions. `make demo` in a "
+    "checkout uses a real guest."
+)
 
 
 @click.command()
@@ -35,7 +39,12 @@ async def demo() -> None:
                     with image.open("wb") as file:
                         file.truncate(SIZE)
                 devices += await sandbox.attach_many(images, driver=driver)
-            show.devices([show.record(sandbox.id, record_of(device)) for device in devices], as_json=False)
+            show.devices(
+                [show.record(sandbox.id, record_of(device)) for device in devices], as_json=False
+            )
             await sandbox.detach_many(devices)
-            left = f"{len(sandbox.devices)} devices, {len(sandbox.index)} indexes taken, {len(vm.backends)} backends left"
+            left = (
+                f"{len(sandbox.devices)} devices, {len(sandbox.index)} indexes taken, "
+                f"{len(vm.backends)} backends left"
+            )
             click.echo(f"detached all: {left}")

@@ -1,4 +1,5 @@
-"""What a command had begun and could not end, by its deadline or by Ctrl-C: the store knows it, and the command's last line says it."""
+"""What a command had begun and could not end, by its deadline or by Ctrl-C: the store knows it, and
+the command's last line says it."""
 
 from __future__ import annotations
 
@@ -31,11 +32,16 @@ class Interrupted(Exception):
 
 def pending(sandbox: Sandbox) -> str:
     """Which devices of a sandbox are pending, and what to do; "" for none."""
-    found = [f"{_PENDING[one.phase]} of {one.id}" for one in sandbox.devices if isinstance(one, BlockDevice) and one.phase in _PENDING]
+    found = [
+        f"{_PENDING[one.phase]} of {one.id}"
+        for one in sandbox.devices
+        if isinstance(one, BlockDevice) and one.phase in _PENDING
+    ]
     if not found:
         return ""
     more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
     return (
-        f"in sandbox {sandbox.id} is pending: {', '.join(found[:NAMED])}{more}; what they took stays taken until they are settled by: "
+        f"in sandbox {sandbox.id} is pending: {', '.join(found[:NAMED])}{more}; what they took "
+        "stays taken until they are settled by: "
         f"pyblock reconcile --sandbox {sandbox.id}"
     )

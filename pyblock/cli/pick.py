@@ -1,6 +1,8 @@
-"""Which devices of a sandbox somebody means: by ID, by a beginning that only one ID has, or by the path of an image.
+"""Which devices of a sandbox somebody means: by ID, by a beginning that only one ID has, or by the
+path of an image.
 
-A detach takes a disk from a guest, so nothing is guessed: whatever fits two devices is refused, and names them.
+A detach takes a disk from a guest, so nothing is guessed: whatever fits two devices is refused, and
+names them.
 """
 
 from __future__ import annotations
@@ -17,13 +19,18 @@ NAMED = 5  # candidates that an error names
 
 
 def pick(sandbox: Sandbox, words: Iterable[str]) -> list[Device]:
-    """The device that each word means. Raises UnknownDevice, and InvalidID for a word that fits several."""
+    """The device that each word means. Raises UnknownDevice, and InvalidID for a word that fits
+    several."""
     return [_one(sandbox, word) for word in words]
 
 
 def plugged(sandbox: Sandbox) -> list[Device]:
     """All devices that the machine has, or may have."""
-    return [device for device in sandbox.devices if isinstance(device, BlockDevice) and device.drive is not None]
+    return [
+        device
+        for device in sandbox.devices
+        if isinstance(device, BlockDevice) and device.drive is not None
+    ]
 
 
 def _one(sandbox: Sandbox, word: str) -> Device:
@@ -33,11 +40,15 @@ def _one(sandbox: Sandbox, word: str) -> Device:
     if len(found) > 1:
         named = ", ".join(_named(device) for device in found[:NAMED])
         more = f" and {len(found) - NAMED} more" if len(found) > NAMED else ""
-        text = f"{word!r} fits {len(found)} devices of sandbox {sandbox.id}: {named}{more}; say which by a longer ID"
+        text = (
+            f"{word!r} fits {len(found)} devices of sandbox {sandbox.id}: {named}{more}; say "
+            "which by a longer ID"
+        )
         raise InvalidID(text, sandbox=sandbox.id, value=word)
     if not found:
         raise UnknownDevice(
-            f"no device {word!r} in sandbox {sandbox.id}, which has {len(sandbox.manager)}: it is no ID, no beginning of one, and no path "
+            f"no device {word!r} in sandbox {sandbox.id}, which has {len(sandbox.manager)}: it is "
+            "no ID, no beginning of one, and no path "
             "of an image that is attached; see pyblock list",
             sandbox=sandbox.id,
             value=word,
@@ -50,7 +61,11 @@ def _candidates(devices: Collection[Device], word: str) -> list[Device]:
     if not word:
         return []
     path, identity = _as_kept(word), identity_of(word)
-    return [device for device in devices if device.id.startswith(word) or _is_of(device, word, path, identity)]
+    return [
+        device
+        for device in devices
+        if device.id.startswith(word) or _is_of(device, word, path, identity)
+    ]
 
 
 def _as_kept(word: str) -> str:
@@ -64,7 +79,9 @@ def _is_of(device: Device, word: str, path: str, identity: object) -> bool:
     """By what the path is now, or by its text: the image may be gone."""
     if not isinstance(device, BlockDevice) or not device.info.path:
         return False
-    return device.info.path in (word, path) or (identity is not None and device.identity == identity)
+    return device.info.path in (word, path) or (
+        identity is not None and device.identity == identity
+    )
 
 
 def _named(device: Device) -> str:

@@ -1,7 +1,8 @@
 """What the commands print: a table for people, JSON for programs, a progress bar on a terminal.
 
-Everything that is printed goes through here, and what others wrote (names of files, a VMM's words) through `shown`: it reaches no terminal
-as it is. Nothing that names a thing is cut: what does not fit on a terminal is left out as a whole column, or stands on lines of its own.
+Everything that is printed goes through here, and what others wrote (names of files, a VMM's words)
+through `shown`: it reaches no terminal as it is. Nothing that names a thing is cut: what does not
+fit on a terminal is left out as a whole column, or stands on lines of its own.
 """
 
 from __future__ import annotations
@@ -23,12 +24,25 @@ if TYPE_CHECKING:
     from pyblock.overview import Holder, KnownSandbox
     from pyblock.store.record import Record
 
-COLUMNS = ("device_id", "driver", "index", "predicted_name", "guest_match", "serial", "attach_count", "phase", "host_path")
-# What a narrow terminal goes without, and in this order: a serial is the device ID unless another was asked for, and so on.
+COLUMNS = (
+    "device_id",
+    "driver",
+    "index",
+    "predicted_name",
+    "guest_match",
+    "serial",
+    "attach_count",
+    "phase",
+    "host_path",
+)
+# What a narrow terminal goes without, and in this order: a serial is the device ID unless another
+# was asked for, and so on.
 DISPENSABLE = ("serial", "guest_match", "index", "driver", "attach_count")
 CELL_MAX = 40960  # characters: a path of PATH_MAX bytes, each of them escaped
 LINE_MAX = 16384
-_BORDER = 3  # columns of a terminal that each column of a table takes for its border and padding, and the table one more
+# columns of a terminal that each column of a table takes for its border and padding, and the table
+# one more
+_BORDER = 3
 
 
 def out(text: str) -> None:
@@ -51,7 +65,10 @@ def as_document(value: Any) -> None:
     click.echo(json.dumps(value, indent=2))
 
 
-UNNAMED = "?: it came together with others, and the guest may have named them in any order; guest_match and serial find it"
+UNNAMED = (
+    "?: it came together with others, and the guest may have named them in any order; guest_match "
+    "and serial find it"
+)
 
 
 def record(sandbox_id: str, device: Record) -> dict[str, Any]:
@@ -91,8 +108,14 @@ def devices(records: Iterable[dict[str, Any]], *, as_json: bool) -> None:
         say("nothing is attached")
     else:
         columns = [*(["sandbox"] if len({row["sandbox"] for row in records}) > 1 else []), *COLUMNS]
-        table(columns, [[_cell(column, row[column]) for column in columns] for row in records], DISPENSABLE)
-        if sys.stdout.isatty() and any(row["predicted_name"] is None and row["index"] is not None for row in records):
+        table(
+            columns,
+            [[_cell(column, row[column]) for column in columns] for row in records],
+            DISPENSABLE,
+        )
+        if sys.stdout.isatty() and any(
+            row["predicted_name"] is None and row["index"] is not None for row in records
+        ):
             say(UNNAMED)
 
 
@@ -104,9 +127,14 @@ def _cell(column: str, value: Any) -> str:
 
 def sandboxes(found: Sequence[KnownSandbox], *, as_json: bool) -> None:
     """Prints the sandboxes of a host."""
-    rows = [{"sandbox": one.id, "vm": one.vm, "owner": one.owner, "devices": one.devices} for one in found]
+    rows = [
+        {"sandbox": one.id, "vm": one.vm, "owner": one.owner, "devices": one.devices}
+        for one in found
+    ]
     if as_json:
-        as_document([{name: value if value != "" else None for name, value in row.items()} for row in rows])
+        as_document(
+            [{name: value if value != "" else None for name, value in row.items()} for row in rows]
+        )
     elif rows:
         table([*rows[0]], [[str(value) for value in row.values()] for row in rows], ("owner",))
     else:
@@ -133,7 +161,11 @@ def holders(path: str, found: Sequence[Holder], *, as_json: bool) -> None:
         as_document(rows)
     elif rows:
         cells = [
-            [_cell(name, "shared" if value is True else "" if value is False else value) for name, value in row.items()] for row in rows
+            [
+                _cell(name, "shared" if value is True else "" if value is False else value)
+                for name, value in row.items()
+            ]
+            for row in rows
         ]
         table([*rows[0]], cells, ("relation", "attach_count", "phase", "owner"))
     else:
@@ -141,7 +173,8 @@ def holders(path: str, found: Sequence[Holder], *, as_json: bool) -> None:
 
 
 def answers(given: Sequence[Answer], *, as_json: bool) -> None:
-    """Prints what differed in each sandbox, and why others could not be asked; the last line counts."""
+    """Prints what differed in each sandbox, and why others could not be asked; the last line
+    counts."""
     rows = [
         {
             "sandbox": answer.sandbox_id,
@@ -155,7 +188,9 @@ def answers(given: Sequence[Answer], *, as_json: bool) -> None:
         for answer in given
         for one in answer.findings
     ]
-    failed = {answer.sandbox_id: words(answer.error) for answer in given if answer.error is not None}
+    failed = {
+        answer.sandbox_id: words(answer.error) for answer in given if answer.error is not None
+    }
     if as_json:
         asked = [
             {
@@ -169,11 +204,19 @@ def answers(given: Sequence[Answer], *, as_json: bool) -> None:
         as_document({"sandboxes": asked, "findings": rows})
         return
     if rows:
-        table([*rows[0]], [["" if value is None else value for value in row.values()] for row in rows])
+        table(
+            [*rows[0]], [["" if value is None else value for value in row.values()] for row in rows]
+        )
     errors(failed)
-    differ, in_use = sum(bool(answer.findings) for answer in given), sum(answer.in_use for answer in given)
+    differ, in_use = (
+        sum(bool(answer.findings) for answer in given),
+        sum(answer.in_use for answer in given),
+    )
     differing = f"{differ} differ{'s' if differ == 1 else ''}" if differ else "nothing differs"
-    say(f"{_sandboxes(len(given) - in_use - len(failed))} asked, {differing}, {in_use} in use (not asked), {len(failed)} failed")
+    say(
+        f"{_sandboxes(len(given) - in_use - len(failed))} asked, {differing}, {in_use} in use "
+        f"(not asked), {len(failed)} failed"
+    )
 
 
 def _sandboxes(count: int) -> str:
@@ -186,14 +229,21 @@ def errors(failed: Mapping[str, str]) -> None:
         say(f"pyblock: sandbox {sandbox_id}: {text}")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], dispensable: Sequence[str] = ()) -> None:
-    """Prints a table. Without a terminal it is as wide as its text; on one that is too narrow it goes without the dispensable columns, in
-    their order, as far as is needed, and if that is not enough each row becomes lines of its own."""
-    from rich.cells import cell_len  # noqa: PLC0415 - rich is a quarter of the start-up time, and only needed here
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], dispensable: Sequence[str] = ()
+) -> None:
+    """Prints a table. Without a terminal it is as wide as its text; on one that is too narrow it
+    goes without the dispensable columns, in their order, as far as is needed, and if that is not
+    enough each row becomes lines of its own."""
+    # rich is a quarter of the start-up time, and only needed here
+    from rich.cells import cell_len  # noqa: PLC0415
     from rich.console import Console  # noqa: PLC0415
 
     cells = [[shown(cell, CELL_MAX) for cell in row] for row in rows]
-    widths = {name: max(map(cell_len, column)) for name, *column in zip(columns, columns, *cells, strict=True)}
+    widths = {
+        name: max(map(cell_len, column))
+        for name, *column in zip(columns, columns, *cells, strict=True)
+    }
 
     def needed(names: Iterable[str]) -> int:
         return sum(widths[name] + _BORDER for name in names) + 1
@@ -208,7 +258,11 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], dispensable: Se
     if needed(kept) > room:
         _lines(columns, cells)
         return
-    _table(Console(width=room), kept, [[cell for name, cell in zip(columns, row, strict=True) if name in kept] for row in cells])
+    _table(
+        Console(width=room),
+        kept,
+        [[cell for name, cell in zip(columns, row, strict=True) if name in kept] for row in cells],
+    )
     if left_out:
         say(f"left out for want of width: {', '.join(left_out)}; --json has all")
 
@@ -225,7 +279,14 @@ def _table(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str
 
 def _lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     width = max(map(len, columns))
-    click.echo("\n\n".join("\n".join(f"{name:{width}}  {cell}" for name, cell in zip(columns, row, strict=True) if cell) for row in rows))
+    click.echo(
+        "\n\n".join(
+            "\n".join(
+                f"{name:{width}}  {cell}" for name, cell in zip(columns, row, strict=True) if cell
+            )
+            for row in rows
+        )
+    )
 
 
 @contextmanager
@@ -235,7 +296,13 @@ def progress(total: int) -> Iterator[Callable[[object], None]]:
         yield lambda _: None
         return
     from rich.console import Console  # noqa: PLC0415
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (TextColumn("attaching"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

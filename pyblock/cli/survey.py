@@ -13,7 +13,8 @@ from pyblock.life.recovery import Finding, Outcome
 from pyblock.store import host_store
 from pyblock.tasks import deadline_after
 
-AT_ONCE = 32  # machines: each takes a descriptor, and one that does not answer shall hold up few others
+# machines: each takes a descriptor, and one that does not answer shall hold up few others
+AT_ONCE = 32
 
 
 class Answer(NamedTuple):
@@ -32,7 +33,9 @@ class Answer(NamedTuple):
     @property
     def settled(self) -> bool:
         """Whether nothing is left to be done by whoever asked."""
-        return self.error is None and all(one.outcome is not Outcome.PENDING for one in self.findings)
+        return self.error is None and all(
+            one.outcome is not Outcome.PENDING for one in self.findings
+        )
 
 
 class Survey(NamedTuple):
@@ -53,23 +56,33 @@ class Survey(NamedTuple):
         async def in_turn(sandbox_id: str) -> Answer | None:
             async with turns:
                 try:
-                    return await self._answer(await session.by_sandbox(sandbox_id, deadline_after(self.timeout)), 0)
+                    return await self._answer(
+                        await session.by_sandbox(sandbox_id, deadline_after(self.timeout)), 0
+                    )
                 except UnknownSandbox:
                     return None  # it was closed, with nothing in it, since the store was asked
                 except PyblockError as error:
                     return _without(sandbox_id, error)
 
-        answers = await asyncio.gather(*map(in_turn, await host_store().sandboxes(deadline_after(self.timeout))))
+        answers = await asyncio.gather(
+            *map(in_turn, await host_store().sandboxes(deadline_after(self.timeout)))
+        )
         return [answer for answer in answers if answer is not None]
 
     async def _answer(self, target: Target, wait: float) -> Answer:
         deadline = deadline_after(self.timeout)
         try:
             async with session.opened(target, deadline, wait=wait) as sandbox:
-                found = await sandbox.reconcile(dry_run=self.dry_run, orphans=self.orphans, timeout=session.left(deadline))
+                found = await sandbox.reconcile(
+                    dry_run=self.dry_run, orphans=self.orphans, timeout=session.left(deadline)
+                )
                 return Answer(sandbox.id, found)
         except PyblockError as error:
-            return Answer(target.sandbox_id, error=error) if wait else _without(target.sandbox_id, error)
+            return (
+                Answer(target.sandbox_id, error=error)
+                if wait
+                else _without(target.sandbox_id, error)
+            )
 
 
 def _without(sandbox_id: str, error: PyblockError) -> Answer:

@@ -1,4 +1,5 @@
-# The functions of lib are declared in csrc/pyblock.h and nowhere else; _native gives each its Python type.
+# The functions of lib are declared in csrc/pyblock.h and nowhere else; _native gives each its
+# Python type.
 from typing import Any
 
 ffi: Any

@@ -1,9 +1,11 @@
 """The C core as typed Python functions; the only module that touches ffi and lib.
 
-Each function here crosses once, and turns a negative status into the exception that one table names. What goes in is checked by the
-core itself: Python looks closer only after the core has refused, so that a call that succeeds pays for no check.
+Each function here crosses once, and turns a negative status into the exception that one table
+names. What goes in is checked by the core itself: Python looks closer only after the core has
+refused, so that a call that succeeds pays for no check.
 
-Buffers are made anew for every call. The core runs without the GIL, so one that threads share would mix up their results.
+Buffers are made anew for every call. The core runs without the GIL, so one that threads share would
+mix up their results.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from pyblock.errors import (
 )
 
 Handle = NewType("Handle", object)
-"""A pb_index. BlockIndex frees it when it goes itself: an owning cdata would cost 80 bytes and a third of the time to make one."""
+"""A pb_index. BlockIndex frees it when it goes itself: an owning cdata would cost 80 bytes and a
+third of the time to make one."""
 
 CAPACITY_MAX: Final[int] = lib.PB_CAPACITY_MAX
 CAPACITY_DEFAULT: Final[int] = lib.PB_CAPACITY_DEFAULT
@@ -44,14 +47,39 @@ EFREE: Final[int] = lib.PB_EFREE
 ENOMEM: Final[int] = lib.PB_ENOMEM
 ETOOLONG: Final[int] = lib.PB_ETOOLONG
 
-# --- statuses to exceptions ---------------------------------------------------------------------------------------------------------
+# --- statuses to exceptions
+# --------------------------------------------------------------------------------------------------
 
-_FULL = (IndexesExhausted, f"{{n}} indexes needed, {{free}} of {{capacity}} free: release some, or use a capacity up to {CAPACITY_MAX}")
+_FULL = (
+    IndexesExhausted,
+    (
+        f"{{n}} indexes needed, {{free}} of {{capacity}} free: release some, or use a capacity up "
+        "to "
+        f"{CAPACITY_MAX}"
+    ),
+)
 _NO_MEMORY = (MemoryError, "no memory for the block index to grow")
-_OUTSIDE = (InvalidIndex, "index {value} is outside 0 ... {last}: give one in that range, or use an index of a larger capacity")
+_OUTSIDE = (
+    InvalidIndex,
+    (
+        "index {value} is outside 0 ... {last}: give one in that range, or use an index of a "
+        "larger "
+        "capacity"
+    ),
+)
 _COUNT = (InvalidIndex, "count {n} is negative: give 0 or more")
-_NAME_LONG = (InvalidName, f"prefix {{prefix}} and the letters of number {{number}} exceed {NAME_MAX} bytes: shorten the prefix")
-_ADDRESS_ROOM = (InvalidValue, f"a SCSI address needs {SCSI_ADDRESS_MAX} bytes: give a larger buffer")
+_NAME_LONG = (
+    InvalidName,
+    (
+        f"prefix {{prefix}} and the letters of number {{number}} exceed {NAME_MAX} bytes: shorten "
+        "the "
+        "prefix"
+    ),
+)
+_ADDRESS_ROOM = (
+    InvalidValue,
+    f"a SCSI address needs {SCSI_ADDRESS_MAX} bytes: give a larger buffer",
+)
 _SAME = (InvalidValue, "index and ordinals are one object: give two BlockIndexes")
 
 FAULTS: Final[dict[str, dict[int, tuple[type[Exception], str]]]] = {
@@ -64,45 +92,106 @@ FAULTS: Final[dict[str, dict[int, tuple[type[Exception], str]]]] = {
     },
     "pb_index_reserve_many": {
         ERANGE: _OUTSIDE,
-        ETAKEN: (IndexTaken, "index {value}, at position {position}, is taken or named twice: leave it out, none was reserved"),
+        ETAKEN: (
+            IndexTaken,
+            (
+                "index {value}, at position {position}, is taken or named twice: leave it out, "
+                "none "
+                "was reserved"
+            ),
+        ),
         ENOMEM: _NO_MEMORY,
     },
-    "pb_index_release": {ERANGE: _OUTSIDE, EFREE: (IndexFree, "index {value} is free: release each index once")},
+    "pb_index_release": {
+        ERANGE: _OUTSIDE,
+        EFREE: (IndexFree, "index {value} is free: release each index once"),
+    },
     "pb_index_list": {ERANGE: _COUNT},
     "pb_drive_name": {
-        ERANGE: (InvalidIndex, f"number {{number}} has no drive name: give one of 0 ... {INT64_MAX}"),
+        ERANGE: (
+            InvalidIndex,
+            f"number {{number}} has no drive name: give one of 0 ... {INT64_MAX}",
+        ),
         ETOOLONG: _NAME_LONG,
     },
     "pb_drive_names": {
-        ERANGE: (InvalidIndex, f"the {{n}} numbers from {{first}} on are not a count >= 0 within 0 ... {INT64_MAX}: correct either"),
+        ERANGE: (
+            InvalidIndex,
+            (
+                f"the {{n}} numbers from {{first}} on are not a count >= 0 within 0 ... "
+                f"{INT64_MAX}: "
+                "correct either"
+            ),
+        ),
         EINVAL: (InvalidName, "prefix {prefix} holds a newline: give one without"),
         ETOOLONG: _NAME_LONG,
     },
     "pb_drive_index": {
-        EINVAL: (InvalidName, f"{{name}} is no drive name: give {{prefix}} and letters a-z behind it, {NAME_MAX} bytes at most"),
-        ERANGE: (InvalidName, f"drive name {{name}} stands for a number above {INT64_MAX}: give a shorter one"),
+        EINVAL: (
+            InvalidName,
+            (
+                f"{{name}} is no drive name: give {{prefix}} and letters a-z behind it, {NAME_MAX} "
+                "bytes at most"
+            ),
+        ),
+        ERANGE: (
+            InvalidName,
+            f"drive name {{name}} stands for a number above {INT64_MAX}: give a shorter one",
+        ),
     },
     "pb_scsi_address": {
-        ERANGE: (InvalidIndex, f"index {{value}} has no SCSI address: give one of 0 ... {SCSI_INDEX_MAX}"),
+        ERANGE: (
+            InvalidIndex,
+            f"index {{value}} has no SCSI address: give one of 0 ... {SCSI_INDEX_MAX}",
+        ),
         ETOOLONG: _ADDRESS_ROOM,
     },
     "pb_scsi_addresses": {
-        ERANGE: (InvalidIndex, f"the {{n}} indexes from {{first}} on are not a count >= 0 within 0 ... {SCSI_INDEX_MAX}: correct either"),
+        ERANGE: (
+            InvalidIndex,
+            (
+                f"the {{n}} indexes from {{first}} on are not a count >= 0 within 0 ... "
+                f"{SCSI_INDEX_MAX}: correct either"
+            ),
+        ),
         ETOOLONG: _ADDRESS_ROOM,
     },
     "pb_scsi_index": {
-        EINVAL: (InvalidAddress, "{address} is no SCSI address: give 'id:lun' in decimal digits without leading zeros, such as '2:191'"),
-        ERANGE: (InvalidAddress, "SCSI address {address} has a part above 255: give an ID and a LUN of 0 ... 255 each"),
+        EINVAL: (
+            InvalidAddress,
+            (
+                "{address} is no SCSI address: give 'id:lun' in decimal digits without leading "
+                "zeros, "
+                "such as '2:191'"
+            ),
+        ),
+        ERANGE: (
+            InvalidAddress,
+            "SCSI address {address} has a part above 255: give an ID and a LUN of 0 ... 255 each",
+        ),
     },
     "pb_make_id": {
-        EINVAL: (InvalidID, "kind {kind} and ID {id} must not be empty: give at least one character each"),
-        ERANGE: (InvalidValue, f"limit {{limit}} must be 1 or more, and salt {{salt}} in 0 ... {INT64_MAX}"),
-        ETOOLONG: (InvalidID, "kind {kind} and ID {id} cannot be shortened to {limit} bytes: give a limit >= {least}, or a shorter kind"),
+        EINVAL: (
+            InvalidID,
+            "kind {kind} and ID {id} must not be empty: give at least one character each",
+        ),
+        ERANGE: (
+            InvalidValue,
+            f"limit {{limit}} must be 1 or more, and salt {{salt}} in 0 ... {INT64_MAX}",
+        ),
+        ETOOLONG: (
+            InvalidID,
+            (
+                "kind {kind} and ID {id} cannot be shortened to {limit} bytes: give a limit >= "
+                "{least}, or a shorter kind"
+            ),
+        ),
     },
     "pb_plan": {EFULL: _FULL, ENOMEM: _NO_MEMORY, EINVAL: _SAME},
     "pb_plan_many": {EFULL: _FULL, ENOMEM: _NO_MEMORY, EINVAL: _SAME, ERANGE: _COUNT},
 }
-"""What each function of the core may answer besides a result: the exception, and the text that says what to do."""
+"""What each function of the core may answer besides a result: the exception, and the text that says
+what to do."""
 
 _SHOWN = 80
 
@@ -112,7 +201,11 @@ def _show(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 256:
         return f"of {value.bit_length()} bits"
     text = repr(value[:_SHOWN] if isinstance(value, str) else value)
-    return f"{text} and {len(value) - _SHOWN} characters more" if isinstance(value, str) and len(value) > _SHOWN else text
+    return (
+        f"{text} and {len(value) - _SHOWN} characters more"
+        if isinstance(value, str) and len(value) > _SHOWN
+        else text
+    )
 
 
 def _fail(function: str, status: int, **facts: object) -> NoReturn:
@@ -122,15 +215,28 @@ def _fail(function: str, status: int, **facts: object) -> NoReturn:
     if not issubclass(error, PyblockError):
         raise error(text)
     index = facts.get("value")
-    raise error(text, index=index if isinstance(index, int) else None, value=next(iter(facts.values()), None))
+    raise error(
+        text,
+        index=index if isinstance(index, int) else None,
+        value=next(iter(facts.values()), None),
+    )
 
 
 def _fail_index(function: str, status: int, handle: Handle, **facts: object) -> NoReturn:
     capacity = index_capacity(handle)
-    _fail(function, status, **facts, capacity=capacity, last=capacity - 1, free=capacity - index_count(handle))
+    _fail(
+        function,
+        status,
+        **facts,
+        capacity=capacity,
+        last=capacity - 1,
+        free=capacity - index_count(handle),
+    )
 
 
-def plan_refused(function: str, status: int, handle: Handle, ordinals: Handle, **facts: object) -> NoReturn:
+def plan_refused(
+    function: str, status: int, handle: Handle, ordinals: Handle, **facts: object
+) -> NoReturn:
     """Speaks of the fuller of the two indexes, which is the one that was found full."""
     room = [(index_capacity(each) - index_count(each), each) for each in (ordinals, handle)]
     _fail_index(function, status, min(room, key=lambda pair: pair[0])[1], **facts)
@@ -145,16 +251,19 @@ def _encode(text: str, error: type[InvalidValue]) -> bytes:
 
 
 def _count(n: int, most: int) -> int:
-    """A count that fits an int64 and a buffer, with the same answer from the core: negative, or more than there can be."""
+    """A count that fits an int64 and a buffer, with the same answer from the core: negative, or
+    more than there can be."""
     return max(-1, min(n, most + 1))
 
 
 def _int64(value: int) -> int:
-    """A number that fits an int64; one that does not becomes the -1 that the core refuses as it would refuse the number."""
+    """A number that fits an int64; one that does not becomes the -1 that the core refuses as it
+    would refuse the number."""
     return value if -INT64_MAX <= value <= INT64_MAX else -1
 
 
-# Buffers that are written before they are read need no zeroes first. A type that is looked up by its text takes as long as the call.
+# Buffers that are written before they are read need no zeroes first. A type that is looked up by
+# its text takes as long as the call.
 _new_raw: Any = ffi.new_allocator(should_clear_after_alloc=False)
 _CHARS: Any = ffi.typeof("char[]")
 _UINT32S: Any = ffi.typeof("uint32_t[]")
@@ -172,10 +281,12 @@ def _text(out: Any, length: int) -> str:
     return text
 
 
-# --- the block index ----------------------------------------------------------------------------------------------------------------
+# --- the block index
+# --------------------------------------------------------------------------------------------------
 
-# Bound once: looking a function up in lib costs a fifth of a call. The raw ones are hot, and BlockIndex calls them itself, for
-# another Python function between would cost half a crossing; a negative status goes to index_refused.
+# Bound once: looking a function up in lib costs a fifth of a call. The raw ones are hot, and
+# BlockIndex calls them itself, for another Python function between would cost half a crossing; a
+# negative status goes to index_refused.
 raw_acquire: Callable[[Handle], int] = lib.pb_index_acquire
 raw_release: Callable[[Handle, int], int] = lib.pb_index_release
 _new: Any = lib.pb_index_new
@@ -229,7 +340,13 @@ def index_reserve_many(handle: Handle, values: Sequence[int]) -> None:
         got = _reserve_many(handle, len(values), [_int64(value) for value in values], bad)
     if got < 0:
         position = bad[0]
-        _fail_index("pb_index_reserve_many", got, handle, value=values[position] if position >= 0 else None, position=position)
+        _fail_index(
+            "pb_index_reserve_many",
+            got,
+            handle,
+            value=values[position] if position >= 0 else None,
+            position=position,
+        )
 
 
 def index_test(handle: Handle, value: int) -> bool:
@@ -263,7 +380,8 @@ def index_list(handle: Handle, start: int, n: int) -> list[int]:
     return _numbers(out, got)
 
 
-# --- names, addresses, IDs ----------------------------------------------------------------------------------------------------------
+# --- names, addresses, IDs
+# --------------------------------------------------------------------------------------------------
 
 
 def drive_name(number: int, prefix: str) -> str:
@@ -282,8 +400,11 @@ def drive_names(first: int, count: int, prefix: str) -> list[str]:
     start = _encode(prefix, InvalidName)
     room = max(count, 0) * (NAME_MAX + 1)
     try:
-        # The last name is asked for first: it tells whether the batch can be made before a buffer is.
-        got: int = lib.pb_drive_name(first + max(count, 1) - 1, start, len(start), _new_raw(_CHARS, NAME_MAX), NAME_MAX)
+        # The last name is asked for first: it tells whether the batch can be made before a buffer
+        # is.
+        got: int = lib.pb_drive_name(
+            first + max(count, 1) - 1, start, len(start), _new_raw(_CHARS, NAME_MAX), NAME_MAX
+        )
         if got >= 0:
             out = _new_raw(_CHARS, room)
             got = lib.pb_drive_names(first, count, start, len(start), out, room)
@@ -342,11 +463,20 @@ def make_id(kind: str, device_id: str, salt: int, limit: int) -> str:
     except OverflowError:
         got = ERANGE
     if got < 0:
-        _fail("pb_make_id", got, id=device_id, kind=kind, salt=salt, limit=limit, least=len(head) + ID_DIGEST + 2)
+        _fail(
+            "pb_make_id",
+            got,
+            id=device_id,
+            kind=kind,
+            salt=salt,
+            limit=limit,
+            least=len(head) + ID_DIGEST + 2,
+        )
     return _text(out, got)
 
 
-# --- plans --------------------------------------------------------------------------------------------------------------------------
+# --- plans
+# --------------------------------------------------------------------------------------------------
 
 
 raw_plan: Callable[[Handle, Handle], int] = lib.pb_plan

@@ -1,7 +1,8 @@
-"""The block index: hands out the lowest free of the integers 0 … capacity - 1, at the same price however many are taken.
+"""The block index: hands out the lowest free of the integers 0 … capacity - 1, at the same price
+however many are taken.
 
-The work is done by the core (csrc/index.c), which locks itself: any number of threads may use one BlockIndex at the same time,
-and a child that is forked meanwhile may use it too.
+The work is done by the core (csrc/index.c), which locks itself: any number of threads may use one
+BlockIndex at the same time, and a child that is forked meanwhile may use it too.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ _release = _native.raw_release
 class BlockIndex:
     """The integers 0 … capacity - 1, each of them free or taken.
 
-    Supports `in`, `len()` (how many are taken) and iteration over those that are taken, in ascending order. An iteration reads in
-    chunks of 1,024: each chunk is one consistent picture, but an index that is acquired or released meanwhile may or may not come.
+    Supports `in`, `len()` (how many are taken) and iteration over those that are taken, in
+    ascending order. An iteration reads in chunks of 1,024: each chunk is one consistent picture,
+    but an index that is acquired or released meanwhile may or may not come.
 
     Every method may be called from many threads. A method that raises has changed nothing.
     """
@@ -37,7 +39,8 @@ class BlockIndex:
     __slots__ = ("_handle",)
 
     def __init__(self, capacity: int = CAPACITY_DEFAULT) -> None:
-        """An index with everything free. Raises `InvalidIndex` unless the capacity is 1 … 2^20 (`CAPACITY_MAX`)."""
+        """An index with everything free. Raises `InvalidIndex` unless the capacity is 1 … 2^20
+        (`CAPACITY_MAX`)."""
         self._handle = _native.index_new(capacity)
 
     def __del__(self, free: Callable[[_native.Handle], None] = _native.raw_free) -> None:
@@ -49,7 +52,8 @@ class BlockIndex:
         raise TypeError("a BlockIndex cannot be copied or pickled: its memory is the core's")
 
     def acquire(self) -> int:
-        """Takes the lowest free index and returns it. Raises `IndexesExhausted` when all are taken."""
+        """Takes the lowest free index and returns it. Raises `IndexesExhausted` when all are
+        taken."""
         got = _acquire(self._handle)
         if got < 0:
             _native.index_refused("pb_index_acquire", got, self._handle, n=1)
@@ -58,24 +62,27 @@ class BlockIndex:
     def acquire_many(self, n: int) -> list[int]:
         """Takes the `n` lowest free indexes, all or none, and returns them in ascending order.
 
-        Raises `IndexesExhausted` when fewer than `n` are free, and `InvalidIndex` for a negative `n`.
+        Raises `IndexesExhausted` when fewer than `n` are free, and `InvalidIndex` for a negative
+        `n`.
         """
         return _native.index_acquire_many(self._handle, n)
 
     def reserve(self, index: int) -> None:
-        """Takes this very index. Raises `IndexTaken`, or `InvalidIndex` when it is not in 0 … capacity - 1."""
+        """Takes this very index. Raises `IndexTaken`, or `InvalidIndex` when it is not in 0 …
+        capacity - 1."""
         _native.index_reserve(self._handle, index)
 
     def reserve_many(self, indexes: Iterable[int]) -> None:
         """Takes these very indexes, in any order, all or none.
 
-        Raises `IndexTaken` when one is taken already or is named twice, `InvalidIndex` when one is not in 0 … capacity - 1; the message
-        names the first such.
+        Raises `IndexTaken` when one is taken already or is named twice, `InvalidIndex` when one is
+        not in 0 … capacity - 1; the message names the first such.
         """
         _native.index_reserve_many(self._handle, list(indexes))
 
     def release(self, index: int) -> None:
-        """Gives an index back. Raises `IndexFree` when it is free already, `InvalidIndex` when it is not in 0 … capacity - 1."""
+        """Gives an index back. Raises `IndexFree` when it is free already, `InvalidIndex` when it
+        is not in 0 … capacity - 1."""
         try:
             got = _release(self._handle, index)
         except OverflowError:
@@ -109,8 +116,9 @@ class BlockIndex:
 
     @property
     def memory(self) -> int:
-        """Bytes that the core holds for this index: 88 while all that were ever taken are below 64, then two bits or less for each
-        up to the highest. Memory is not given back before the index itself is."""
+        """Bytes that the core holds for this index: 88 while all that were ever taken are below 64,
+        then two bits or less for each up to the highest. Memory is not given back before the index
+        itself is."""
         return _native.index_memory(self._handle)
 
     def __repr__(self) -> str:

@@ -1,8 +1,9 @@
 """Plans: the numbers that a drive is given before it is plugged in, taken in one crossing.
 
-A plan takes a block index and an ordinal. The index is the sandbox's, one for all drivers; SCSI addresses and slots follow from it.
-The ordinal belongs to one family of names (sd, vd, pmem), since the guest counts each family for itself; the predicted name follows
-from it. Both are the lowest that are free, and either both are taken or neither. They are given back with `BlockIndex.release`.
+A plan takes a block index and an ordinal. The index is the sandbox's, one for all drivers; SCSI
+addresses and slots follow from it. The ordinal belongs to one family of names (sd, vd, pmem), since
+the guest counts each family for itself; the predicted name follows from it. Both are the lowest
+that are free, and either both are taken or neither. They are given back with `BlockIndex.release`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ _plan = _native.raw_plan
 def plan(index: BlockIndex, ordinals: BlockIndex) -> tuple[int, int]:
     """Takes one index and one ordinal; returns both.
 
-    Raises `IndexesExhausted` when either is used up (nothing is taken then), `InvalidValue` when both are one object.
+    Raises `IndexesExhausted` when either is used up (nothing is taken then), `InvalidValue` when
+    both are one object.
     """
     got = _plan(index._handle, ordinals._handle)
     if got < 0:

@@ -1,7 +1,7 @@
 """The block drivers, as data: how each presents a drive to the guest.
 
-A driver here is what Kata calls `block-driver`. A new one is a row of this table, a recipe in every adapter that offers it,
-and a row in the tests that go over DRIVERS.
+A driver here is what Kata calls `block-driver`. A new one is a row of this table, a recipe in every
+adapter that offers it, and a row in the tests that go over DRIVERS.
 """
 
 from __future__ import annotations
@@ -23,8 +23,13 @@ class Family(msgspec.Struct, frozen=True):
     letters: bool = True
 
     def path(self, number: int) -> str:
-        """The guest's path of the disk with this number (>= 0). Raises InvalidName where the name passes 31 bytes."""
-        return "/dev/" + drive_name(number, self.prefix) if self.letters else f"/dev/{self.prefix}{number}"
+        """The guest's path of the disk with this number (>= 0). Raises InvalidName where the name
+        passes 31 bytes."""
+        return (
+            "/dev/" + drive_name(number, self.prefix)
+            if self.letters
+            else f"/dev/{self.prefix}{number}"
+        )
 
 
 SD = Family("sd")
@@ -39,8 +44,10 @@ class Driver(msgspec.Struct, frozen=True):
     :ivar name: the text that callers and the saved state use.
     :ivar family: the guest's names for it.
     :ivar scsi: True when its address is `id:lun`, which follows from the block index.
-    :ivar guest_path: True when `virt_path` is filled; Kata leaves it empty where the guest finds the disk by address.
-    :ivar offset: the block offset it starts with when the VMM says nothing: Firecracker's root disk is vda.
+    :ivar guest_path: True when `virt_path` is filled; Kata leaves it empty where the guest finds
+        the disk by address.
+    :ivar offset: the block offset it starts with when the VMM says nothing: Firecracker's root disk
+        is vda.
     """
 
     name: str
@@ -56,7 +63,9 @@ VIRTIO_BLK_CCW = Driver("virtio-blk-ccw", VD)
 VIRTIO_MMIO = Driver("virtio-mmio", VD, offset=1)
 NVDIMM = Driver("nvdimm", PMEM, guest_path=False)
 
-DRIVERS = {driver.name: driver for driver in (VIRTIO_SCSI, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_MMIO, NVDIMM)}
+DRIVERS = {
+    driver.name: driver for driver in (VIRTIO_SCSI, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_MMIO, NVDIMM)
+}
 
 
 def driver_named(name: str) -> Driver:
@@ -65,4 +74,6 @@ def driver_named(name: str) -> Driver:
         return DRIVERS[name]
     except (KeyError, TypeError):
         text = f"unknown block driver {name!r}; known are {', '.join(DRIVERS)}"
-        raise UnknownDriver(text, driver=name if isinstance(name, str) else None, value=name) from None
+        raise UnknownDriver(
+            text, driver=name if isinstance(name, str) else None, value=name
+        ) from None

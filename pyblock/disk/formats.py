@@ -1,8 +1,8 @@
-"""What an image that is no raw disk begins with. pyblock plugs in raw images only; a container plugged in as raw shows the guest the
-container, and what the guest writes there destroys it.
+"""What an image that is no raw disk begins with. pyblock plugs in raw images only; a container
+plugged in as raw shows the guest the container, and what the guest writes there destroys it.
 
-A guest may write any of these to its own raw disk, and one that encrypts the whole of it does. So it is a reason to ask, and none to
-believe: whoever says that the image is raw is believed.
+A guest may write any of these to its own raw disk, and one that encrypts the whole of it does. So
+it is a reason to ask, and none to believe: whoever says that the image is raw is believed.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ def format_of(head: bytes) -> str | None:
 
 
 def check_format(text: object) -> None:
-    """Raises InvalidValue unless it is "raw", or None: whatever does not look like something else."""
+    """Raises InvalidValue unless it is "raw", or None: whatever does not look like something
+    else."""
     if text is not None and text != RAW:
         raise InvalidValue(
-            f"format {text!r} cannot be plugged in: only raw images can, so it is 'raw' or left out (qemu-img convert makes one)",
+            f"format {text!r} cannot be plugged in: only raw images can, so it is 'raw' or left "
+            "out (qemu-img convert makes one)",
             value=text,
         )
 
@@ -50,7 +52,9 @@ def check_format(text: object) -> None:
 def not_raw(path: str, name: str) -> InvalidImage:
     """The error for an image that begins like another format."""
     return InvalidImage(
-        f"image {path!r} begins like {name}, and would be plugged in as raw: the guest would see the container, not what is in it. Make it "
-        f"raw (qemu-img convert -O raw), or say format='raw' if it is: a guest can write this to its own disk",
+        f"image {path!r} begins like {name}, and would be plugged in as raw: the guest would see "
+        "the container, not what is in it. Make it "
+        "raw (qemu-img convert -O raw), or say format='raw' if it is: a guest can write this to "
+        "its own disk",
         path=path,
     )

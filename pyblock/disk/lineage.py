@@ -1,12 +1,14 @@
-"""What lies under a block device: the file behind a loop device, the disk of a partition, the parts of a device-mapper or md node.
+"""What lies under a block device: the file behind a loop device, the disk of a partition, the parts
+of a device-mapper or md node.
 
-Who writes to one of them writes to the other. So a claim on an image holds against what lies under it and what lies on it; two that only
-have something under them in common (two partitions of a disk) do not meet. A loop device over the whole of something *is* that thing, under
-another name.
+Who writes to one of them writes to the other. So a claim on an image holds against what lies under
+it and what lies on it; two that only have something under them in common (two partitions of a disk)
+do not meet. A loop device over the whole of something *is* that thing, under another name.
 
-Sysfs tells it by number. Of a loop device it tells a path only, in whoever's mount namespace, perhaps of a deleted file; the device itself
-tells device and inode (LOOP_GET_STATUS64). Where that may not be asked, what the path leads to is taken to lie under it, which holds
-against others and makes nothing the same.
+Sysfs tells it by number. Of a loop device it tells a path only, in whoever's mount namespace,
+perhaps of a deleted file; the device itself tells device and inode (LOOP_GET_STATUS64). Where that
+may not be asked, what the path leads to is taken to lie under it, which holds against others and
+makes nothing the same.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ SYSFS_BLOCK = "/sys/dev/block"
 USED_UP = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 
 _LOOP_GET_STATUS64 = 0x4C05
-_LOOP_INFO64 = struct.Struct("=QQQQQ192x")  # struct loop_info64: lo_device, lo_inode, lo_rdevice, lo_offset, lo_sizelimit, and more
+# struct loop_info64: lo_device, lo_inode, lo_rdevice, lo_offset, lo_sizelimit, and more
+_LOOP_INFO64 = struct.Struct("=QQQQQ192x")
 _DELETED = " (deleted)"
 
 
@@ -52,7 +55,8 @@ class Lineage(NamedTuple):
 def lineage_of(identity: Identity, node: str = "", *, sysfs: str = SYSFS_BLOCK) -> Lineage:
     """The lineage of what has this number.
 
-    :param node: a path of it; a loop device is opened there, or under its name in /dev, for reading only and where it may be.
+    :param node: a path of it; a loop device is opened there, or under its name in /dev, for reading
+        only and where it may be.
     :param sysfs: the folder with a link for each block device.
     Raises DescriptorsExhausted.
     """
@@ -68,14 +72,19 @@ def lineage_of(identity: Identity, node: str = "", *, sysfs: str = SYSFS_BLOCK) 
             below, whole = _below(identity, "", sysfs)
         for one in below:
             _collect(one, under, sysfs)
-    except OSError as error:  # what cannot be looked at for this reason is not taken to be nothing; other reasons do not come here
+    except OSError as error:
+        # what cannot be looked at for this reason is not taken to be nothing; other reasons do not
+        # come here
         why = f"{error.strerror}; raise the limit of open files (ulimit -n)"
-        raise DescriptorsExhausted(f"{in_words(identity)} cannot be looked at now: {why}", path=node or None) from error
+        raise DescriptorsExhausted(
+            f"{in_words(identity)} cannot be looked at now: {why}", path=node or None
+        ) from error
     return Lineage(identity, tuple(under), tuple(names))
 
 
 def identity_from(status: os.stat_result) -> Identity | None:
-    """What stat says: the number of a block special, the device and inode of a file; None for anything else."""
+    """What stat says: the number of a block special, the device and inode of a file; None for
+    anything else."""
     if stat.S_ISBLK(status.st_mode):
         return _block(status.st_rdev)
     return ("file", status.st_dev, status.st_ino) if stat.S_ISREG(status.st_mode) else None
@@ -84,7 +93,11 @@ def identity_from(status: os.stat_result) -> Identity | None:
 def in_words(identity: Identity) -> str:
     """What errors call it; a file's device as `stat` shows it (Device, in hex)."""
     kind, major, minor = identity
-    return f"block device {major}:{minor}" if kind == "block" else f"inode {minor} of device {major:#x}"
+    return (
+        f"block device {major}:{minor}"
+        if kind == "block"
+        else f"inode {minor} of device {major:#x}"
+    )
 
 
 def _block(number: int) -> Identity:
@@ -105,7 +118,8 @@ def _below(identity: Identity, node: str, sysfs: str) -> tuple[list[Identity], b
     if kind != "block":
         return [], False
     folder = f"{sysfs}/{major}:{minor}"
-    if os.path.exists(f"{folder}/partition"):  # first: a partition of a loop device answers what is asked of its disk  # noqa: PTH110
+    if os.path.exists(f"{folder}/partition"):  # noqa: PTH110
+        # first: a partition of a loop device answers what is asked of its disk
         disk = _number(f"{os.path.realpath(folder)}/..")
         return [disk] if disk is not None else [], False
     if os.path.exists(f"{folder}/loop/backing_file"):  # noqa: PTH110
@@ -160,7 +174,8 @@ def _opened(identity: Identity, node: str) -> int:
 
 
 def _name(folder: str) -> str:
-    """Of the block device with this folder in sysfs, as it is under /dev; "" where that is not told."""
+    """Of the block device with this folder in sysfs, as it is under /dev; "" where that is not
+    told."""
     lines = _read(f"{folder}/uevent").splitlines()
     return next((line[len("DEVNAME=") :] for line in lines if line.startswith("DEVNAME=")), "")
 
@@ -181,5 +196,6 @@ def _raise_if_used_up(error: Exception) -> None:
 
 
 def _read(path: str) -> str:
-    with open(path, errors="surrogateescape") as file:  # noqa: PTH123 - pathlib would be a tenth of the time to import pyblock
+    # pathlib would be a tenth of the time to import pyblock
+    with open(path, errors="surrogateescape") as file:  # noqa: PTH123
         return file.read()

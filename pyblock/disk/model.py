@@ -1,6 +1,8 @@
-"""Plain data, no I/O: what the caller wants (DeviceInfo) and how it is presented to one sandbox (BlockDrive).
+"""Plain data, no I/O: what the caller wants (DeviceInfo) and how it is presented to one sandbox
+(BlockDrive).
 
-A BlockDrive keeps integers and what the VMM reported; text that follows from them is computed when it is asked for.
+A BlockDrive keeps integers and what the VMM reported; text that follows from them is computed when
+it is asked for.
 """
 
 from __future__ import annotations
@@ -20,13 +22,25 @@ _ID_CHARACTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz
 
 
 def check_device_id(text: Any) -> str:
-    """The ID itself, or InvalidID: 1 to 255 of A-Z a-z 0-9 - . _, which is what QEMU takes inside an ID."""
-    if isinstance(text, str) and 0 < len(text) <= DEVICE_ID_MAX and text.isalnum() and text.isascii():
+    """The ID itself, or InvalidID: 1 to 255 of A-Z a-z 0-9 - . _, which is what QEMU takes inside
+    an ID."""
+    if (
+        isinstance(text, str)
+        and 0 < len(text) <= DEVICE_ID_MAX
+        and text.isalnum()
+        and text.isascii()
+    ):
         return text  # nearly all are plain
     if not isinstance(text, str) or not text:
-        raise InvalidID(f"device ID {text!r} is empty or not text; leave it out to have one chosen", value=text)
+        raise InvalidID(
+            f"device ID {text!r} is empty or not text; leave it out to have one chosen", value=text
+        )
     if len(text) > DEVICE_ID_MAX:
-        raise InvalidID(f"device ID {text[:40]!r}… has {len(text)} characters; at most {DEVICE_ID_MAX} are taken", value=text)
+        raise InvalidID(
+            f"device ID {text[:40]!r}… has {len(text)} characters; at most {DEVICE_ID_MAX} are "
+            "taken",
+            value=text,
+        )
     if not _ID_CHARACTERS.issuperset(text):
         bad = next(character for character in text if character not in _ID_CHARACTERS)
         why = f"holds {bad!r}; QEMU takes letters, digits, '-', '.' and '_' only"
@@ -37,20 +51,24 @@ def check_device_id(text: Any) -> str:
 class DeviceInfo(msgspec.Struct, frozen=True, gc=False):
     """What the caller wants in the guest.
 
-    :ivar path: a disk image or a host block special. May be empty when `dev_type` is "b": it is then found by `major`:`minor`.
-    :ivar driver: a name out of `pyblock.DRIVERS`; None takes `options["block-driver"]`, then the manager's (virtio-scsi unless set).
+    :ivar path: a disk image or a host block special. May be empty when `dev_type` is "b": it is
+        then found by `major`:`minor`.
+    :ivar driver: a name out of `pyblock.DRIVERS`; None takes `options["block-driver"]`, then the
+        manager's (virtio-scsi unless set).
     :ivar read_only: the guest may not write.
-    :ivar serial: what the guest reads as the disk's serial: printable ASCII, at most 20 bytes with virtio-blk, 36 with virtio-scsi.
-        None: the device ID, where the driver can carry it whole.
+    :ivar serial: what the guest reads as the disk's serial: printable ASCII, at most 20 bytes with
+        virtio-blk, 36 with virtio-scsi. None: the device ID, where the driver can carry it whole.
     :ivar id: the device ID: 1 to 255 of A-Z a-z 0-9 - . _; None has one chosen.
-    :ivar dev_type: "" for a path, "b" for a block special, "c" or "u" for a character special (a generic device).
+    :ivar dev_type: "" for a path, "b" for a block special, "c" or "u" for a character special (a
+        generic device).
     :ivar major: of a special, -1 where none is given.
     :ivar minor: likewise.
-    :ivar options: Kata's DriverOptions, kept in the saved state. A disk's are `block-driver`, and `fstype`, which is only passed on; no
-        others are taken. A generic device's are only kept.
-    :ivar share: others of this host may write the image as well, if they say so too; what guards its contents is then the guests' business.
-    :ivar format: "raw": it is plugged in whatever it begins with; None: an image that begins like a container (qcow2, vmdk, LUKS…) is
-        refused. It has nothing to do with BlockDrive's `format`.
+    :ivar options: Kata's DriverOptions, kept in the saved state. A disk's are `block-driver`, and
+        `fstype`, which is only passed on; no others are taken. A generic device's are only kept.
+    :ivar share: others of this host may write the image as well, if they say so too; what guards
+        its contents is then the guests' business.
+    :ivar format: "raw": it is plugged in whatever it begins with; None: an image that begins like a
+        container (qcow2, vmdk, LUKS…) is refused. It has nothing to do with BlockDrive's `format`.
     """
 
     path: str = ""
@@ -90,10 +108,10 @@ class Options(DiskOptions, total=False):
 class Place(msgspec.Struct, frozen=True, gc=False):
     """Where in the machine a drive sits, as its adapter chose it.
 
-    :ivar text: the adapter's own words for it, which only the adapter reads, also after a restart; None where nothing is taken, or the
-        VMM has not chosen yet.
-    :ivar number: the number behind the guest's name, where the place has had its name since boot; None where the name follows from the
-        drive's ordinal.
+    :ivar text: the adapter's own words for it, which only the adapter reads, also after a restart;
+        None where nothing is taken, or the VMM has not chosen yet.
+    :ivar number: the number behind the guest's name, where the place has had its name since boot;
+        None where the name follows from the drive's ordinal.
     :ivar pci_path: see BlockDrive.
     """
 
@@ -107,20 +125,27 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
 
     :ivar id: the drive ID, at most 31 bytes; also the name of what the VMM was given.
     :ivar index: the block index.
-    :ivar ordinal: the number behind the name among the drives of the same family, without the offset.
+    :ivar ordinal: the number behind the name among the drives of the same family, without the
+        offset.
     :ivar offset: how many names of the family the guest used before ordinal 0.
     :ivar kind: the driver, with all that follows from it.
     :ivar info: what was asked for: the image, the driver by name, and the options.
-    :ivar pci_path: slots from the root bus down in two hex digits, as Kata writes them: "02/00" is slot 0 behind the port in slot 2 (a
-        function other than 0 is added: "02.1/00"). None where the drive is not on PCI.
+    :ivar pci_path: slots from the root bus down in two hex digits, as Kata writes them: "02/00" is
+        slot 0 behind the port in slot 2 (a function other than 0 is added: "02.1/00"). None where
+        the drive is not on PCI.
     :ivar dev_no: the CCW device number as the guest has it: "0.0.0002".
-    :ivar guest_match: what the target of the guest's `/sys/block/<name>` link contains for this disk and for no other.
+    :ivar guest_match: what the target of the guest's `/sys/block/<name>` link contains for this
+        disk and for no other.
     :ivar place: where in the machine it sits, in its adapter's words; see Place.
-    :ivar verified: False where the VMM was given a path, and what it opened there could not be compared with what was claimed.
-    :ivar known_name: a guest path that came from elsewhere (an imported state, its place) and stands in for the computed one.
+    :ivar verified: False where the VMM was given a path, and what it opened there could not be
+        compared with what was claimed.
+    :ivar known_name: a guest path that came from elsewhere (an imported state, its place) and
+        stands in for the computed one.
     :ivar imported: another program plugged it in, under names that may not be ours.
-    :ivar crowded: it was on its way while another of its family was, so that the guest may have seen either first.
-    :ivar fresh: its ID was made up for this attach, so nobody else can have anything of that name; False once the VMM has it.
+    :ivar crowded: it was on its way while another of its family was, so that the guest may have
+        seen either first.
+    :ivar fresh: its ID was made up for this attach, so nobody else can have anything of that name;
+        False once the VMM has it.
     """
 
     id: str
@@ -148,7 +173,13 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
     @property
     def facts(self) -> Facts:
         """What an error about it knows of it."""
-        return Facts(device=self.info.id, drive=self.id, path=self.info.path or None, index=self.index, driver=self.kind.name)
+        return Facts(
+            device=self.info.id,
+            drive=self.id,
+            path=self.info.path or None,
+            index=self.index,
+            driver=self.kind.name,
+        )
 
     @property
     def driver(self) -> str:
@@ -197,16 +228,18 @@ class BlockDrive(msgspec.Struct, gc=False, eq=False):
 
     @property
     def guess(self) -> str:
-        """`/dev/sdX`, `/dev/vdX` or `/dev/pmemN`: where it is if the guest saw the drives in the order of their ordinals."""
+        """`/dev/sdX`, `/dev/vdX` or `/dev/pmemN`: where it is if the guest saw the drives in the
+        order of their ordinals."""
         return self.known_name or self.kind.family.path(self.ordinal + self.offset)
 
     @property
     def predicted_name(self) -> str | None:
-        """The guess, or None where it is no better than chance, since the drive was plugged in together with others of its family.
-        `guest_match` is the fact that finds the disk."""
+        """The guess, or None where it is no better than chance, since the drive was plugged in
+        together with others of its family. `guest_match` is the fact that finds the disk."""
         return self.guess if not self.crowded or self.known_name else None
 
     @property
     def virt_path(self) -> str | None:
-        """The predicted name where the original fills it (virtio-blk, virtio-blk-ccw, virtio-mmio), else None."""
+        """The predicted name where the original fills it (virtio-blk, virtio-blk-ccw, virtio-mmio),
+        else None."""
         return self.predicted_name if self.kind.guest_path else None

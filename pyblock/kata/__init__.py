@@ -1,1 +1,2 @@
-"""The original's JSON: its schema, the translation, the file. Import and export, and nothing else."""
+"""The original's JSON: its schema, the translation, the file. Import and export, and nothing
+else."""

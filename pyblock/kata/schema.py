@@ -1,6 +1,7 @@
 """The saved form of a sandbox: the JSON of the Kata Containers runtime, as data, and nothing else.
 
-What pyblock adds stands under the key `Pyblock`, which the original skips. Keys that are not known are carried along as `extra`.
+What pyblock adds stands under the key `Pyblock`, which the original skips. Keys that are not known
+are carried along as `extra`.
 """
 
 from __future__ import annotations
@@ -36,16 +37,19 @@ class DriveNotes(msgspec.Struct, kw_only=True, omit_defaults=True, rename="pasca
     guest_match: str | None = None
     slot: str | None = None
     known_name: str | None = None
-    imported: bool = False  # another program plugged it in: the keys of that program's are written back as they were read
+    # another program plugged it in: the keys of that program's are written back as they were read
+    imported: bool = False
     unverified: bool = False
     crowded: bool = False
 
 
 class DriveState(_Kept):
-    """The original's BlockDrive. Keys that only some of its versions write are unset where they were absent.
+    """The original's BlockDrive. Keys that only some of its versions write are unset where they
+    were absent.
 
-    A PCI address is `PCIAddr`, a text, for the original of 2020, which knows no PCIPath. For that of today PCIPath is an object without
-    keys, and a text there has it refuse the whole file; pyblock wrote one once, so it is still read.
+    A PCI address is `PCIAddr`, a text, for the original of 2020, which knows no PCIPath. For that
+    of today PCIPath is an object without keys, and a text there has it refuse the whole file;
+    pyblock wrote one once, so it is still read.
     """
 
     file: str = msgspec.field(name="File", default="")
@@ -98,7 +102,9 @@ class DeviceState(_Kept):
 class HypervisorState(_Kept):
     """Of the original's HypervisorState, the one key that concerns drives."""
 
-    block_index_map: dict[str, dict[str, Any]] | None = msgspec.field(name="BlockIndexMap", default=None)
+    block_index_map: dict[str, dict[str, Any]] | None = msgspec.field(
+        name="BlockIndexMap", default=None
+    )
 
 
 class SandboxNotes(msgspec.Struct, kw_only=True, rename="pascal", gc=False):
@@ -114,7 +120,9 @@ class SandboxState(_Kept):
 
     notes: SandboxNotes | UnsetType = msgspec.field(name="Pyblock", default=UNSET)
     devices: list[DeviceState] | None = msgspec.field(name="Devices", default=None)
-    hypervisor_state: HypervisorState | UnsetType | None = msgspec.field(name="HypervisorState", default=UNSET)
+    hypervisor_state: HypervisorState | UnsetType | None = msgspec.field(
+        name="HypervisorState", default=UNSET
+    )
 
 
 class _Version(msgspec.Struct):
@@ -132,10 +140,12 @@ _peek = msgspec.json.Decoder(_Peek)
 def decode(text: bytes, *, where: str) -> SandboxState:
     """Reads a sandbox's file. `where` is what errors call it.
 
-    Raises NewerState when a newer pyblock wrote it, InvalidState when it is cut off, not JSON, or of the wrong shape.
+    Raises NewerState when a newer pyblock wrote it, InvalidState when it is cut off, not JSON, or
+    of the wrong shape.
     """
     try:
-        state = _strict.decode(text)  # the common case: every key is known, nothing else need be looked at
+        # the common case: every key is known, nothing else need be looked at
+        state = _strict.decode(text)
         if state.notes is UNSET or state.notes.version <= VERSION:
             return state
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -144,14 +154,17 @@ def decode(text: bytes, *, where: str) -> SandboxState:
         notes = _peek.decode(text).notes
         if notes is not UNSET and notes.version > VERSION:
             raise NewerState(
-                f"{where} was written by a newer pyblock (version {notes.version}, this one reads up to {VERSION}); it is left as it is"
+                f"{where} was written by a newer pyblock (version {notes.version}, this one reads "
+                f"up to {VERSION}); it is left as it is"
             )
         data = msgspec.json.decode(text)
         state = msgspec.convert(_known(data, SandboxState), SandboxState)
         _remember(state, data)
         return state
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidState(f"{where} is not a saved sandbox: {error}; it is left as it is") from error
+        raise InvalidState(
+            f"{where} is not a saved sandbox: {error}; it is left as it is"
+        ) from error
 
 
 def decode_device(text: bytes, *, where: str) -> DeviceState:
@@ -183,7 +196,11 @@ _CHILDREN: dict[type[_Kept], dict[str, type[_Kept]]] = {
     DeviceState: {"BlockDrive": DriveState},
 }
 _FIELDS: dict[type[_Kept], dict[str, str]] = {
-    kind: {field.encode_name: field.name for field in msgspec.structs.fields(kind) if field.encode_name != _EXTRA}
+    kind: {
+        field.encode_name: field.name
+        for field in msgspec.structs.fields(kind)
+        if field.encode_name != _EXTRA
+    }
     for kind in (SandboxState, DeviceState, DriveState, HypervisorState)
 }
 

@@ -1,6 +1,8 @@
-"""What a sandbox has given out: block indexes, ordinals of each family of names, drive IDs. Plain bookkeeping, no I/O.
+"""What a sandbox has given out: block indexes, ordinals of each family of names, drive IDs. Plain
+bookkeeping, no I/O.
 
-A drive takes one of each, or nothing. The machine's own disks have theirs as well, so that no drive is given the same.
+A drive takes one of each, or nothing. The machine's own disks have theirs as well, so that no drive
+is given the same.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ NOTHING: Mapping[str, int] = {}
 
 class Allotment:
     """:param capacity: how many indexes there are, 1 to 2^20. Raises InvalidIndex.
-    :param offsets: names of a family ("vd", "sd", "pmem") that the guest uses before the first drive; for others the machine is asked.
+    :param offsets: names of a family ("vd", "sd", "pmem") that the guest uses before the first
+        drive; for others the machine is asked.
 
     :ivar index: the block index.
     :ivar capacity: as it was given.
@@ -68,8 +71,10 @@ class Allotment:
         self._watches: tuple[set[str], ...] = ()
         self._planned: dict[str, Place] = {}  # device ID to what a batch took for it
         self._imported: Sequence[BlockDrive] = ()  # whose names wait for the offset of their family
-        self._crowds: dict[str, Crowd] = {}  # by the prefix of a family; most of the time there is none
-        self._counts: Mapping[str, int] | None = None  # of the machine's own disks, by prefix, when it was last asked
+        # by the prefix of a family; most of the time there is none
+        self._crowds: dict[str, Crowd] = {}
+        # of the machine's own disks, by prefix, when it was last asked
+        self._counts: Mapping[str, int] | None = None
         self._moved = NO_IDS  # prefixes of which that number has changed
 
     @property
@@ -88,7 +93,8 @@ class Allotment:
 
     @contextmanager
     def watched(self) -> Iterator[set[str]]:
-        """The drive IDs that are given out, and those that are given out meanwhile, whatever becomes of them."""
+        """The drive IDs that are given out, and those that are given out meanwhile, whatever
+        becomes of them."""
         seen = set(self._drive_ids)
         self._watches = (*self._watches, seen)
         try:
@@ -97,17 +103,27 @@ class Allotment:
             self._watches = tuple(one for one in self._watches if one is not seen)
 
     def learn(self, found: Inventory, ours: Collection[str] = NO_IDS) -> list[BlockDrive]:
-        """Takes what the machine's own disks use: IDs, indexes of SCSI addresses, and names, unless their offset is known already. What
-        they used when it was last asked, and do not use now, is free, but for names: the guest does not name its disks anew. Where their
-        number has changed, nobody knows which names are free there, and none is predicted any more.
+        """Takes what the machine's own disks use: IDs, indexes of SCSI addresses, and names, unless
+        their offset is known already. What they used when it was last asked, and do not use now, is
+        free, but for names: the guest does not name its disks anew. Where their number has changed,
+        nobody knows which names are free there, and none is predicted any more.
 
-        Returns the imported drives whose predicted names have changed by it: the original does not count the machine's own disks.
+        Returns the imported drives whose predicted names have changed by it: the original does not
+        count the machine's own disks.
 
         :param ours: drive IDs that were given out when the machine was asked.
         """
         self.unused = False
-        disks = [disk for disk in found.disks if not disk.id or (disk.id not in ours and disk.id not in self._drive_ids)]
-        at = {disk.occupies for disk in disks if disk.occupies is not None and 0 <= disk.occupies < self.capacity}
+        disks = [
+            disk
+            for disk in found.disks
+            if not disk.id or (disk.id not in ours and disk.id not in self._drive_ids)
+        ]
+        at = {
+            disk.occupies
+            for disk in disks
+            if disk.occupies is not None and 0 <= disk.occupies < self.capacity
+        }
         for index in self._foreign - at:
             self.index.release(index)
         kept = self._foreign & at
@@ -116,13 +132,21 @@ class Allotment:
             self.index.reserve(index)
         self._foreign = kept.union(taken) or NO_INDEXES
         names = (*(disk.id for disk in disks if disk.id), *found.held)
-        self._foreign_ids = frozenset(name for name in names if name not in ours and name not in self._drive_ids) or NO_IDS
+        self._foreign_ids = (
+            frozenset(name for name in names if name not in ours and name not in self._drive_ids)
+            or NO_IDS
+        )
         counts: dict[str, int] = {}
         for disk in disks:
             counts[disk.family.prefix] = counts.get(disk.family.prefix, 0) + 1
-        before = counts if self._counts is None else self._counts  # a saved offset is no count: it may have been given
+        # a saved offset is no count: it may have been given
+        before = counts if self._counts is None else self._counts
         if before != counts:
-            self._moved |= {prefix for prefix in {*before, *counts} if before.get(prefix, 0) != counts.get(prefix, 0)}
+            self._moved |= {
+                prefix
+                for prefix in {*before, *counts}
+                if before.get(prefix, 0) != counts.get(prefix, 0)
+            }
         self._counts = counts or NOTHING
         if counts:
             self._offsets = {**counts, **self._offsets}
@@ -130,11 +154,13 @@ class Allotment:
         return [drive for drive in imported if self._shift(drive)]
 
     def _shift(self, drive: BlockDrive) -> bool:
-        """Has an imported drive's name come after those of the machine's own disks; whether that changed it."""
+        """Has an imported drive's name come after those of the machine's own disks; whether that
+        changed it."""
         family = drive.kind.family
         offset = self._offsets.get(family.prefix, drive.offset)
         before = drive.offset, drive.ordinal
-        if drive.kind is NVDIMM and drive.known_name is not None:  # its number counts the machine's own
+        if drive.kind is NVDIMM and drive.known_name is not None:
+            # its number counts the machine's own
             ordinals, likely = self._ordinals[family.prefix], _number(drive) - offset
             if likely != drive.ordinal and 0 <= likely < self.capacity and likely not in ordinals:
                 ordinals.release(drive.ordinal)
@@ -145,9 +171,11 @@ class Allotment:
         return before != (drive.offset, drive.ordinal)
 
     def plan(self, devices: Sequence[BlockDevice]) -> None:
-        """Takes the places of many devices in one crossing, in their order; `reserve` then finds them, `unplan` gives back the rest.
+        """Takes the places of many devices in one crossing, in their order; `reserve` then finds
+        them, `unplan` gives back the rest.
 
-        Devices of several families are left to `reserve`. Raises IndexesExhausted, having taken nothing.
+        Devices of several families are left to `reserve`. Raises IndexesExhausted, having taken
+        nothing.
         """
         devices = [device for device in devices if device.id not in self._planned]
         kinds = {_kind(device) for device in devices}
@@ -166,9 +194,11 @@ class Allotment:
                 self._give_back(_kind(device).family, place)
 
     def reserve(self, device: BlockDevice) -> BlockDrive:
-        """The drive of a device: lowest free index and ordinal, and an ID that no other drive of the machine has.
+        """The drive of a device: lowest free index and ordinal, and an ID that no other drive of
+        the machine has.
 
-        Raises IndexesExhausted, or DeviceConflict when the ID cannot be made unique; nothing is then taken.
+        Raises IndexesExhausted, or DeviceConflict when the ID cannot be made unique; nothing is
+        then taken.
         """
         self.unused = False
         kind = DRIVERS[device.info.driver or ""]
@@ -177,14 +207,23 @@ class Allotment:
         planned = place is not None
         if place is None:
             ordinals = self._ordinals.get(prefix)
-            place = plan(self.index, ordinals if ordinals is not None else self._family(kind.family))
+            place = plan(
+                self.index, ordinals if ordinals is not None else self._family(kind.family)
+            )
         index, ordinal = place
         try:
             if kind.scsi and index > SCSI_INDEX_MAX:
-                text = f"index {index} has no SCSI address: the last is {SCSI_INDEX_MAX}, ID 255 and LUN 255"
+                text = (
+                    f"index {index} has no SCSI address: the last is {SCSI_INDEX_MAX}, ID 255 and "
+                    "LUN 255"
+                )
                 raise IndexesExhausted(text, index=index)
             drive_id = f"drive-{device.id}"  # as make_name_id has it where it fits
-            if len(drive_id) > ID_MAX or drive_id in self._drive_ids or drive_id in self._foreign_ids:
+            if (
+                len(drive_id) > ID_MAX
+                or drive_id in self._drive_ids
+                or drive_id in self._foreign_ids
+            ):
                 drive_id = self._new_id(device.id)
         except BaseException:
             self._give_back(kind.family, place)
@@ -193,11 +232,20 @@ class Allotment:
         for seen in self._watches:
             seen.add(drive_id)
         fresh, device.fresh = device.fresh, False
-        drive = BlockDrive(drive_id, index, ordinal, self._offsets.get(prefix, kind.offset), kind, device.info, fresh=fresh)
+        drive = BlockDrive(
+            drive_id,
+            index,
+            ordinal,
+            self._offsets.get(prefix, kind.offset),
+            kind,
+            device.info,
+            fresh=fresh,
+        )
         crowd = self._crowds.get(prefix)
         if crowd is None:
             crowd = self._crowds[prefix] = Crowd(prefix)
-        crowd.comes(drive, unsure=planned or prefix in self._moved)  # what comes alone is not planned
+        # what comes alone is not planned
+        crowd.comes(drive, unsure=planned or prefix in self._moved)
         return drive
 
     def comes(self, drive: BlockDrive) -> None:
@@ -211,8 +259,8 @@ class Allotment:
             del self._crowds[crowd.prefix]
 
     def leaves(self, drive: BlockDrive) -> bool:
-        """Takes note that the guest is asked to let go of a drive: one that comes meanwhile may get its name. False when it was asked
-        before."""
+        """Takes note that the guest is asked to let go of a drive: one that comes meanwhile may get
+        its name. False when it was asked before."""
         if drive.id not in self._drive_ids:  # an orphan has none of ours
             return False
         return self._crowd(drive).leaves(drive)
@@ -240,18 +288,24 @@ class Allotment:
         self._ordinals[prefix].release(drive.ordinal)
         self._drive_ids.discard(drive.id)
 
-    def restore(self, drives: Sequence[BlockDrive], others: Collection[int], offsets: Mapping[str, int]) -> None:
-        """Takes what the drives of a saved state have, and other indexes that the state says are taken. The allotment must be unused.
+    def restore(
+        self, drives: Sequence[BlockDrive], others: Collection[int], offsets: Mapping[str, int]
+    ) -> None:
+        """Takes what the drives of a saved state have, and other indexes that the state says are
+        taken. The allotment must be unused.
 
-        An ordinal that the state does not tell (-1) is found: the original wrote none; names of imported drives are those beside none of
-        the machine's own disks until `learn` has heard of them. Raises IndexTaken, DeviceConflict or InvalidIndex
-        when the state contradicts itself; nothing is then taken.
+        An ordinal that the state does not tell (-1) is found: the original wrote none; names of
+        imported drives are those beside none of the machine's own disks until `learn` has heard of
+        them. Raises IndexTaken, DeviceConflict or InvalidIndex when the state contradicts itself;
+        nothing is then taken.
         """
         drive_ids = {drive.id for drive in drives}
         if len(drive_ids) != len(drives):
             raise DeviceConflict("two drives have one ID")
         indexes = [drive.index for drive in drives]
-        imported = [drive for drive in drives if drive.imported and drive.offset == drive.kind.offset]
+        imported = [
+            drive for drive in drives if drive.imported and drive.offset == drive.kind.offset
+        ]
         if others:
             indexes += set(others).difference(indexes)
         ordinals = self._restored_ordinals(drives)
@@ -266,7 +320,10 @@ class Allotment:
             if drive.crowded:
                 self._crowd(drive).restore(drive)
         if offsets:
-            self._offsets = {**self._offsets, **{name: offset for name, offset in offsets.items() if name in FAMILIES}}
+            self._offsets = {
+                **self._offsets,
+                **{name: offset for name, offset in offsets.items() if name in FAMILIES},
+            }
 
     def _restored_ordinals(self, drives: Sequence[BlockDrive]) -> dict[str, BlockIndex]:
         told: dict[str, list[int]] = {}
@@ -310,7 +367,10 @@ class Allotment:
         while drive_id in self._drive_ids or drive_id in self._foreign_ids:
             salt += 1  # it changes an ID that was shortened, and none that fits
             if salt > len(self._drive_ids) + len(self._foreign_ids) + 1:
-                text = f"drive ID {drive_id!r} is taken in this machine; give device {device_id} another ID"
+                text = (
+                    f"drive ID {drive_id!r} is taken in this machine; give device {device_id} "
+                    "another ID"
+                )
                 raise DeviceConflict(text, device=device_id, drive=drive_id)
             drive_id = make_name_id(DRIVE, device_id, salt=salt)
         return drive_id
@@ -330,11 +390,14 @@ class _Below:
             self._families.setdefault(drive.kind.family.prefix, []).append(drive.index)
 
     def others(self, drive: BlockDrive) -> int:
-        return bisect_left(self._all, drive.index) - bisect_left(self._families[drive.kind.family.prefix], drive.index)
+        return bisect_left(self._all, drive.index) - bisect_left(
+            self._families[drive.kind.family.prefix], drive.index
+        )
 
 
 def _likely_ordinal(drive: BlockDrive, below: _Below) -> int:
-    """The ordinal behind a drive that the original wrote: by its name, or the index, which is the same number while all have one family."""
+    """The ordinal behind a drive that the original wrote: by its name, or the index, which is the
+    same number while all have one family."""
     family = drive.kind.family
     if drive.known_name is not None and drive.kind is NVDIMM:
         return _number(drive)

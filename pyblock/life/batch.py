@@ -42,12 +42,17 @@ class Batch:
         self._progress = progress
         self._attached: dict[int, AttachedDevice] = {}
         self._failed: dict[int, BaseException] = {}  # in the order in which they failed
-        self._undoing: dict[int, BaseException] = {}  # what of the attached could not be detached again
+        # what of the attached could not be detached again
+        self._undoing: dict[int, BaseException] = {}
 
     async def run(self) -> list[AttachedDevice]:
-        """The devices, attached; or what the first that failed raised, with the others as its notes."""
-        # The tasks start in this order, and an attach reserves before it first waits: so the indexes follow the positions.
-        tasks = [asyncio.ensure_future(self._one(position)) for position in range(len(self._devices))]
+        """The devices, attached; or what the first that failed raised, with the others as its
+        notes."""
+        # The tasks start in this order, and an attach reserves before it first waits: so the
+        # indexes follow the positions.
+        tasks = [
+            asyncio.ensure_future(self._one(position)) for position in range(len(self._devices))
+        ]
         try:
             try:
                 await asyncio.sleep(0)
@@ -77,18 +82,25 @@ class Batch:
                 self._progress(device)
 
     async def take_back(self, tasks: Sequence[asyncio.Future[None]] = ()) -> None:
-        """Undoes what was attached when the tasks are over. What does not end in time is pending."""
+        """Undoes what was attached when the tasks are over. What does not end in time is
+        pending."""
 
         async def undo() -> None:
             if tasks:
                 await asyncio.wait(tasks)
-            done = await asyncio.gather(*(self._detach(device) for device in self._attached.values()), return_exceptions=True)
+            done = await asyncio.gather(
+                *(self._detach(device) for device in self._attached.values()),
+                return_exceptions=True,
+            )
             self._undoing = {
-                position: error for position, error in zip(self._attached, done, strict=True) if isinstance(error, BaseException)
+                position: error
+                for position, error in zip(self._attached, done, strict=True)
+                if isinstance(error, BaseException)
             }
 
-        # In a task of its own: another cancellation must not leave what was attached without an owner. The first one waits for it, too:
-        # the sandbox, which is perhaps being closed, must not cut off what is half undone.
+        # In a task of its own: another cancellation must not leave what was attached without an
+        # owner. The first one waits for it, too: the sandbox, which is perhaps being closed, must
+        # not cut off what is half undone.
         undoing = asyncio.ensure_future(undo())
         try:
             await over(undoing)
@@ -104,14 +116,23 @@ class Batch:
         device = self._attached.get(position, device)
         error = self._failed.get(position)
         if isinstance(error, asyncio.CancelledError):
-            text = f"device {device.id}: its attach was cut off; it is undone, or pending until it is"
+            text = (
+                f"device {device.id}: its attach was cut off; it is undone, or pending until it is"
+            )
             error = ClosedMeanwhile(text, device=device.id, path=device.info.path)
         undoing = self._undoing.get(position)
-        return DeviceOutcome(device.id, device.info.path, error, position in self._attached and undoing is None, undoing)
+        return DeviceOutcome(
+            device.id,
+            device.info.path,
+            error,
+            position in self._attached and undoing is None,
+            undoing,
+        )
 
 
 def raise_first(errors: Sequence[BaseException], outcomes: tuple[DeviceOutcome, ...]) -> None:
-    """Raises the first of the errors with the others as its notes, and all outcomes; returns when there is none."""
+    """Raises the first of the errors with the others as its notes, and all outcomes; returns when
+    there is none."""
     if not errors:
         return
     first = errors[0]

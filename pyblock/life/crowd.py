@@ -1,7 +1,9 @@
-"""Which names of a family can be told. The guest gives each disk its lowest free name, in the order in which it sees disks come and go.
+"""Which names of a family can be told. The guest gives each disk its lowest free name, in the order
+in which it sees disks come and go.
 
-It may see first whichever it likes of drives that come together, and of one that comes while another leaves. Which name such a drive has is
-not known; nor is it known which name is free when one of them has gone while others are still there.
+It may see first whichever it likes of drives that come together, and of one that comes while
+another leaves. Which name such a drive has is not known; nor is it known which name is free when
+one of them has gone while others are still there.
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ from pyblock.disk.model import BlockDrive
 
 
 class Crowd(msgspec.Struct, gc=False, eq=False):
-    """The drives of one family that come, leave, or were crowded. It is forgotten when it holds nothing.
+    """The drives of one family that come, leave, or were crowded. It is forgotten when it holds
+    nothing.
 
     :ivar prefix: of the family's names.
     :ivar crowded: how many of the drives that are there are crowded.
-    :ivar restored: some are of a saved state; which of their companions left before, it does not tell.
+    :ivar restored: some are of a saved state; which of their companions left before, it does not
+        tell.
     :ivar coming: by ID.
     :ivar leaving: likewise.
     :ivar met: IDs of leaving drives during whose leaving another came.
@@ -38,11 +42,17 @@ class Crowd(msgspec.Struct, gc=False, eq=False):
         self.restored = True
 
     def comes(self, drive: BlockDrive, *, unsure: bool) -> None:
-        """Takes note that a drive is on its way. `unsure`: its name is not known, whatever the crowd knows."""
-        met = [one.id for one in self.leaving.values() if _may_leave_its_name(one, drive)] if self.leaving else ()
+        """Takes note that a drive is on its way. `unsure`: its name is not known, whatever the
+        crowd knows."""
+        met = (
+            [one.id for one in self.leaving.values() if _may_leave_its_name(one, drive)]
+            if self.leaving
+            else ()
+        )
         if unsure or self.coming or met or self.restored or drive.ordinal in self.vague:
             self._crowd(drive)
-        for other in self.coming.values() if len(self.coming) == 1 else ():  # of more than one all are crowded already
+        # of more than one all are crowded already
+        for other in self.coming.values() if len(self.coming) == 1 else ():
             self._crowd(other)
         self.met.update(met)
         self.vague.discard(drive.ordinal)
@@ -70,7 +80,8 @@ class Crowd(msgspec.Struct, gc=False, eq=False):
         return not (self.coming or self.leaving or self.crowded)
 
     def gone(self, drive: BlockDrive) -> bool:
-        """Takes note that the machine has it no more, or never had it. Returns whether there is nothing left to remember."""
+        """Takes note that the machine has it no more, or never had it. Returns whether there is
+        nothing left to remember."""
         unsure = drive.crowded or drive.id in self.met
         self.coming.pop(drive.id, None)
         self.leaving.pop(drive.id, None)

@@ -24,17 +24,17 @@ class BlockDevice:
 
     :ivar id: the device ID.
     :ivar info: what the caller asked for.
-    :ivar identity: what makes two devices the same; None for one out of a saved state whose image was
-        not looked at.
+    :ivar identity: what makes two devices the same; None for one out of a saved state whose image
+        was not looked at.
     :ivar under: what lies under it, and its other names.
     :ivar drive: how it is presented to the guest; None while it is detached.
     :ivar phase: where it stands in table.LIFE.
     :ivar attach_count: attaches that no detach stands against yet.
     :ivar ref_count: how many users the manager has given it to.
     :ivar kata: what the original wrote of it, kept for what pyblock does not know; b"" for nothing.
-    :ivar said_count: the count that is written down, where what is written says that it is attached:
-        before a removal is asked for, it must not. It may have been written along with another
-        device's row.
+    :ivar said_count: the count that is written down, where what is written says that it is
+        attached: before a removal is asked for, it must not. It may have been written along with
+        another device's row.
     :ivar fresh: its ID was made up here, and no VMM has been told it yet.
     :ivar operation: the attach, detach or count of it that is under way, if there is one.
     """
@@ -93,14 +93,18 @@ class BlockDevice:
         what = DetachPending if self.phase in GOING else AttachPending
         drive = f" (index {self.drive.index}, drive {self.drive.id})" if self.drive else ""
         stands = "attached, but not written down yet" if self.attached else str(self.phase)
-        return what(f"device {self.id}{drive} is {stands}, and what it took stays taken: {why}", **self.facts)
+        return what(
+            f"device {self.id}{drive} is {stands}, and what it took stays taken: {why}",
+            **self.facts,
+        )
 
 
 if TYPE_CHECKING:
 
     class AttachedDevice(BlockDevice):
-        """What `attach` returns: a BlockDevice, whose drive is there until it is detached. So a type
-        checker asks nobody to look whether it is; when the program runs, both are one class."""
+        """What `attach` returns: a BlockDevice, whose drive is there until it is detached. So a
+        type checker asks nobody to look whether it is; when the program runs, both are one
+        class."""
 
         drive: BlockDrive
 

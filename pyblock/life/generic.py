@@ -1,4 +1,5 @@
-"""A device that needs no plugging: a host device node that is only counted, as the original's GenericDevice is."""
+"""A device that needs no plugging: a host device node that is only counted, as the original's
+GenericDevice is."""
 
 from __future__ import annotations
 
@@ -31,12 +32,18 @@ class GenericDevice:
         self.kata = b""
 
     def __repr__(self) -> str:
-        return f"<GenericDevice {self.id} count={self.attach_count} {self.info.dev_type} {self.info.major}:{self.info.minor}>"
+        return (
+            f"<GenericDevice {self.id} count={self.attach_count} {self.info.dev_type} "
+            f"{self.info.major}:{self.info.minor}>"
+        )
 
     def attach(self) -> None:
         """Counts one attach. Raises AttachCountExhausted."""
         if self.attach_count >= ATTACH_COUNT_MAX:
-            text = f"device {self.id} is attached {self.attach_count} times, which is all the count can hold"
+            text = (
+                f"device {self.id} is attached {self.attach_count} times, which is all the count "
+                "can hold"
+            )
             raise AttachCountExhausted(text, device=self.id)
         self.attach_count += 1
 

@@ -1,5 +1,6 @@
-"""One virtual machine: its VMM's adapter, the numbers that are given out, the registry of its devices,
-and its part of the store. What a sandbox has, and what the road of its devices goes through.
+"""One virtual machine: its VMM's adapter, the numbers that are given out, the registry of its
+devices, and its part of the store. What a sandbox has, and what the road of its devices goes
+through.
 
 What it takes up from a store, it gives up again when it is closed.
 """
@@ -44,10 +45,12 @@ Error = TypeVar("Error", bound=BaseException)
 log = logging.getLogger(__name__)
 spoken = logging.getLogger("pyblock.life.voice")
 
-# What only a saved state and a store need is imported there: its typed schema is a tenth of the time to import pyblock.
+# What only a saved state and a store need is imported there: its typed schema is a tenth of the
+# time to import pyblock.
 
 GRACE = 5.0  # seconds for what is undone or written when nobody waits for it any more
-LATE_MAX = 1024  # devices that are remembered for callers who were told "pending" and may call again
+# devices that are remembered for callers who were told "pending" and may call again
+LATE_MAX = 1024
 
 
 class Machine:
@@ -65,11 +68,19 @@ class Machine:
     """
 
     __slots__ = (
-        "_doubts", "_lanes", "_loading", "_met", "allotment", "asked_at", "id", "kata", "late", "ledger", "loop",
+        "_doubts", "_lanes", "_loading", "_met", "allotment", "asked_at", "id", "kata", "late",
+        "ledger", "loop",
         "manager", "opened", "vmm", "voice",
     )  # fmt: skip
 
-    def __init__(self, sandbox_id: str, vmm: Hypervisor, manager: DeviceManager, allotment: Allotment, voice: Voice | None = None) -> None:
+    def __init__(
+        self,
+        sandbox_id: str,
+        vmm: Hypervisor,
+        manager: DeviceManager,
+        allotment: Allotment,
+        voice: Voice | None = None,
+    ) -> None:
         self.id = sandbox_id
         self.vmm = vmm
         self.manager = manager
@@ -91,25 +102,41 @@ class Machine:
             voice.close()
         if (ledger := getattr(self, "ledger", None)) is not None and ledger.abandon():
             # Not its repr: what it consists of may have been deleted before it.
-            warnings.warn(f"unclosed sandbox {self.id}: use 'async with', or close it", ResourceWarning, stacklevel=2, source=self)
+            warnings.warn(
+                f"unclosed sandbox {self.id}: use 'async with', or close it",
+                ResourceWarning,
+                stacklevel=2,
+                source=self,
+            )
 
     @property
     def running(self) -> list[Operation]:
         """The attaches and detaches that are under way."""
-        return [device.operation for device in self.manager if isinstance(device, BlockDevice) and device.operation is not None]
+        return [
+            device.operation
+            for device in self.manager
+            if isinstance(device, BlockDevice) and device.operation is not None
+        ]
 
     def check(self) -> None:
-        """Raises SandboxClosed unless it takes anything on, WrongEventLoop in another event loop."""
+        """Raises SandboxClosed unless it takes anything on, WrongEventLoop in another event
+        loop."""
         if not self.opened:
-            raise SandboxClosed(f"sandbox {self.id} is not open; use it inside 'with'", sandbox=self.id)
+            raise SandboxClosed(
+                f"sandbox {self.id} is not open; use it inside 'with'", sandbox=self.id
+            )
         if self.loop is not asyncio._get_running_loop():
             self.check_loop()
 
     def check_loop(self) -> None:
-        """What its operations wait for happens in the event loop that it was opened in. To look at it from outside of any is harmless."""
+        """What its operations wait for happens in the event loop that it was opened in. To look at
+        it from outside of any is harmless."""
         loop = asyncio._get_running_loop()
         if loop is not self.loop and loop is not None and self.loop is not None:
-            text = f"sandbox {self.id} was opened in another event loop; use it there, or share a pyblock.blocking.Sandbox between threads"
+            text = (
+                f"sandbox {self.id} was opened in another event loop; use it there, or share a "
+                "pyblock.blocking.Sandbox between threads"
+            )
             raise WrongEventLoop(text, sandbox=self.id)
 
     def about(self, error: Error, device: BlockDevice | None = None) -> Error:
@@ -123,7 +150,8 @@ class Machine:
     # The gate: whatever changes a device's phase.
 
     def move(self, device: BlockDevice, event: Event, error: BaseException | None = None) -> None:
-        """Moves the device on, has its row written with the next flush, and whoever listens told when that is done. Raises IllegalEvent.
+        """Moves the device on, has its row written with the next flush, and whoever listens told
+        when that is done. Raises IllegalEvent.
 
         :param error: why, where something failed.
         """
@@ -139,15 +167,21 @@ class Machine:
             voice.moved(device, was, event, error, stored=self.ledger is not None)
 
     def take(self, device: BlockDevice) -> None:
-        """Takes index, ordinal and drive ID for a device that is to be attached. No I/O. Raises a CapacityError or CallerError, having
-        taken nothing."""
+        """Takes index, ordinal and drive ID for a device that is to be attached. No I/O. Raises a
+        CapacityError or CallerError, having taken nothing."""
         try:
             if device.info.driver not in self.vmm.offers:
-                raise UnknownDriver(f"this VMM has no driver {device.info.driver!r}; it has {', '.join(sorted(self.vmm.offers))}")
+                raise UnknownDriver(
+                    f"this VMM has no driver {device.info.driver!r}; it has "
+                    f"{', '.join(sorted(self.vmm.offers))}"
+                )
             if not self.opened or self.loop is not asyncio._get_running_loop():
                 self.check()  # it may have waited for its turn
             if self._loading:
-                raise CallerError(f"a saved state is being loaded into sandbox {self.id}; attach when that is done")
+                raise CallerError(
+                    f"a saved state is being loaded into sandbox {self.id}; attach when that is "
+                    "done"
+                )
             device.drive = self.allotment.reserve(device)
         except PyblockError as error:
             self.about(error, device)
@@ -155,10 +189,12 @@ class Machine:
         self.late.pop(device.id, None)
         self.move(device, Event.ATTACH)
 
-    def give_back(self, device: BlockDevice, event: Event, end: End, error: BaseException | None = None) -> None:
-        """Gives back all that a device holds, which the VMM has nothing of; without users it is then forgotten. Whoever was told
-        "pending" may call again with the same object: so a LATE end is the object's own, and who waits to attach its image gets a new
-        one."""
+    def give_back(
+        self, device: BlockDevice, event: Event, end: End, error: BaseException | None = None
+    ) -> None:
+        """Gives back all that a device holds, which the VMM has nothing of; without users it is
+        then forgotten. Whoever was told "pending" may call again with the same object: so a LATE
+        end is the object's own, and who waits to attach its image gets a new one."""
         drive = device.held
         self.move(device, event, error)
         device.drive, device.attach_count = None, 0
@@ -187,9 +223,11 @@ class Machine:
         self.manager.drop(device)
 
     async def count(self, device: GenericDevice, more: int, deadline: float | None) -> None:
-        """Counts an attach (1) or a detach (-1) of what is no disk, and writes that down. Raises NotAttached, AttachCountExhausted,
-        StoreError; nothing is then counted."""
-        change, undo = (device.attach, device.detach) if more > 0 else (device.detach, device.attach)
+        """Counts an attach (1) or a detach (-1) of what is no disk, and writes that down. Raises
+        NotAttached, AttachCountExhausted, StoreError; nothing is then counted."""
+        change, undo = (
+            (device.attach, device.detach) if more > 0 else (device.detach, device.attach)
+        )
         change()
         self.touch(device)
         try:
@@ -199,16 +237,20 @@ class Machine:
             raise
 
     async def intend(self, device: BlockDevice, deadline: float | None) -> None:
-        """Chooses the drive's place, writes down that the device is to be attached, and claims its image.
+        """Chooses the drive's place, writes down that the device is to be attached, and claims its
+        image.
 
-        Raises SlotsExhausted, ImageInUse, StoreError (StoreBusy past the deadline), TransportError, having changed nothing.
+        Raises SlotsExhausted, ImageInUse, StoreError (StoreBusy past the deadline), TransportError,
+        having changed nothing.
         """
         try:
             async with asyncio.timeout_at(deadline):
                 assert device.drive is not None
                 device.drive.sit(await self.vmm.place(device.drive))
         except TimeoutError:
-            raise passed(deadline, f"the VMM of sandbox {self.id} was being asked which places are free") from None
+            raise passed(
+                deadline, f"the VMM of sandbox {self.id} was being asked which places are free"
+            ) from None
         except PyblockError:
             raise
         except Exception as error:
@@ -217,19 +259,22 @@ class Machine:
             await self.ledger.write(device.id, deadline)
 
     async def write(self, device: Device, deadline: float | None = None) -> None:
-        """Returns when it is written down how the device stands, which sets its `said_count`. Raises StoreError."""
+        """Returns when it is written down how the device stands, which sets its `said_count`.
+        Raises StoreError."""
         if self.ledger is not None:
             await self.ledger.write(device.id, deadline)
 
     async def write_soon(self, *devices: BlockDevice) -> None:
-        """The same for what need not be waited for: tries once, and else has it written in the background. Raises nothing."""
+        """The same for what need not be waited for: tries once, and else has it written in the
+        background. Raises nothing."""
         if self.ledger is not None:
             for device in devices:
                 self.ledger.touch(device.id)
             await self.ledger.flush_soon()
 
     async def meet(self, machine: str) -> None:
-        """Takes note of which machine answers. Raises SandboxConflict when the same one answers for another sandbox of the store."""
+        """Takes note of which machine answers. Raises SandboxConflict when the same one answers for
+        another sandbox of the store."""
         if self.ledger is not None and machine and machine != self._met:
             await self.ledger.meet(machine)
             self._met = machine
@@ -241,7 +286,8 @@ class Machine:
     # What the VMM is asked.
 
     def doubt(self, error: BaseException | None = None) -> None:
-        """Has the VMM asked what it has before it is next changed, and what is then found pending settled.
+        """Has the VMM asked what it has before it is next changed, and what is then found pending
+        settled.
 
         :param error: what the VMM was asked in vain ended in.
         """
@@ -253,7 +299,8 @@ class Machine:
 
     @property
     def happened(self) -> int:
-        """Counts what has the VMM asked anew what it has: doubts, and connections that were lost. It never grows less."""
+        """Counts what has the VMM asked anew what it has: doubts, and connections that were lost.
+        It never grows less."""
         return self._doubts + self.vmm.losses
 
     @property
@@ -262,10 +309,11 @@ class Machine:
         return self.asked_at != self._doubts + self.vmm.losses
 
     async def plug(self, device: BlockDevice) -> None:
-        """Opens what was claimed for the device, plugs its drive in and fills in the addresses really used. On an error nothing is left in
-        the VMM, except on Unsettled.
+        """Opens what was claimed for the device, plugs its drive in and fills in the addresses
+        really used. On an error nothing is left in the VMM, except on Unsettled.
 
-        Raises InvalidImage, DescriptorsExhausted; ImageReplaced when the path leads to something else by now.
+        Raises InvalidImage, DescriptorsExhausted; ImageReplaced when the path leads to something
+        else by now.
         """
         drive, info, lanes = device.drive, device.info, self._lanes
         assert drive is not None
@@ -275,7 +323,13 @@ class Machine:
             await lanes.acquire()  # an image that waits for its turn is not open yet
         image = None
         try:
-            image = open_claimed(info.path, device.identity, device.under, read_only=info.read_only, raw=info.format == RAW)
+            image = open_claimed(
+                info.path,
+                device.identity,
+                device.under,
+                read_only=info.read_only,
+                raw=info.format == RAW,
+            )
             await self.vmm.plug(drive, image)
         except PyblockError as error:
             if isinstance(error, TransportError):
@@ -295,8 +349,8 @@ class Machine:
         self.allotment.came(drive)
 
     async def unplug(self, drive: BlockDrive) -> None:
-        """Removes whatever the VMM has of a drive; returns when the VMM says that it is gone. Unsettled: not known; other errors: it is
-        kept."""
+        """Removes whatever the VMM has of a drive; returns when the VMM says that it is gone.
+        Unsettled: not known; other errors: it is kept."""
         first = self.allotment.leaves(drive)
         try:
             await self.vmm.unplug(drive)
@@ -323,14 +377,21 @@ class Machine:
         try:
             self.vmm.nudge(drive)
         except Exception as error:
-            log.warning("sandbox %s: drive %s was not asked for again: %r", self.id, drive.id, error)
+            log.warning(
+                "sandbox %s: drive %s was not asked for again: %r", self.id, drive.id, error
+            )
 
     def _vacate(self, drive: BlockDrive) -> None:
         """Whatever an adapter makes of it, what is gone is free."""
         try:
             self.vmm.give_back(drive)
         except Exception as error:
-            log.warning("sandbox %s: the place of drive %s may stay taken in the adapter: %r", self.id, drive.id, error)
+            log.warning(
+                "sandbox %s: the place of drive %s may stay taken in the adapter: %r",
+                self.id,
+                drive.id,
+                error,
+            )
 
     # The past and the end of a sandbox.
 
@@ -350,14 +411,21 @@ class Machine:
         except BaseException:
             await store.close_sandbox(self.id)
             raise
-        self.ledger, self._met = Ledger(store, self.id, self.manager, stored.opening, self.voice), ""
+        self.ledger, self._met = (
+            Ledger(store, self.id, self.manager, stored.opening, self.voice),
+            "",
+        )
         self.voice.owned(stored.owner)
 
     async def load(self, own: SandboxRecord, records: list[Record], *, where: str) -> None:
-        """Takes in the records of a saved state, and has the store keep them; all of it or nothing. See Sandbox.restore."""
+        """Takes in the records of a saved state, and has the store keep them; all of it or nothing.
+        See Sandbox.restore."""
         self.check()
         if len(self.manager) or self._loading:
-            text = f"sandbox {self.id} has {len(self.manager)} devices; a state is loaded into one without"
+            text = (
+                f"sandbox {self.id} has {len(self.manager)} devices; a state is loaded into one "
+                "without"
+            )
             raise CallerError(text, sandbox=self.id)
         devices, allotment = self.restored(own, records, where=where)
         kata = bytes(own.kata)
@@ -377,19 +445,32 @@ class Machine:
             self._loading = False
         self.take_in(devices, allotment, kata)
 
-    def restored(self, own: SandboxRecord, records: list[Record], *, where: str) -> tuple[list[Device], Allotment]:
-        """What records say. Raises StateError; nothing is changed by it but the allotment, if that was unused."""
+    def restored(
+        self, own: SandboxRecord, records: list[Record], *, where: str
+    ) -> tuple[list[Device], Allotment]:
+        """What records say. Raises StateError; nothing is changed by it but the allotment, if that
+        was unused."""
         with loading("a saved state"):
             from pyblock.life.recorded import device_of  # noqa: PLC0415
 
-        allotment = self.allotment if self.allotment.unused else Allotment(self.allotment.capacity, self.allotment.given)
+        allotment = (
+            self.allotment
+            if self.allotment.unused
+            else Allotment(self.allotment.capacity, self.allotment.given)
+        )
         devices = [device_of(record) for record in records]
-        drives = [device.drive for device in devices if isinstance(device, BlockDevice) and device.drive is not None]
+        drives = [
+            device.drive
+            for device in devices
+            if isinstance(device, BlockDevice) and device.drive is not None
+        ]
         try:
             self.manager.check_new(devices)
             allotment.restore(drives, own.taken, own.offsets)
         except PyblockError as error:
-            raise InvalidState(f"{where} contradicts itself: {error}; it is left as it is") from error
+            raise InvalidState(
+                f"{where} contradicts itself: {error}; it is left as it is"
+            ) from error
         return devices, allotment
 
     def take_in(self, devices: list[Device], allotment: Allotment, kata: bytes) -> None:
@@ -406,7 +487,8 @@ class Machine:
                     allotment.leaves(device.drive)
 
     def _adopt(self, devices: list[Device], *, where: str) -> list[BlockDrive]:
-        """Has the adapter take the places of drives that were plugged in before; all of them or none. Raises InvalidState."""
+        """Has the adapter take the places of drives that were plugged in before; all of them or
+        none. Raises InvalidState."""
         adopted: list[BlockDrive] = []
         for device in devices:
             drive = device.drive if isinstance(device, BlockDevice) else None
@@ -421,17 +503,26 @@ class Machine:
             except Exception as error:
                 for one in adopted:
                     self._vacate(one)
-                text = f"{where}: device {device.id} cannot be at {drive.place!r}: {error}; it is left as it is"
+                text = (
+                    f"{where}: device {device.id} cannot be at {drive.place!r}: {error}; it is "
+                    "left as it is"
+                )
                 raise InvalidState(text, **drive.facts) from error
             adopted.append(drive)
         return adopted
 
-    def own_record(self, devices: Iterable[Device], allotment: Allotment, kata: bytes) -> SandboxRecord:
+    def own_record(
+        self, devices: Iterable[Device], allotment: Allotment, kata: bytes
+    ) -> SandboxRecord:
         """What there is to be known of the sandbox beside its devices."""
         with loading("a saved state"):
             from pyblock.life.recorded import sandbox_record  # noqa: PLC0415
 
-        held = {device.drive.index for device in devices if isinstance(device, BlockDevice) and device.drive is not None}
+        held = {
+            device.drive.index
+            for device in devices
+            if isinstance(device, BlockDevice) and device.drive is not None
+        }
         taken = [index for index in allotment.own_indexes() if index not in held]
         return sandbox_record(allotment.offsets, taken, kata)
 
@@ -451,7 +542,8 @@ class Machine:
 
     async def cut_off(self) -> None:
         """Ends what is under way where it stands."""
-        await asyncio.sleep(0)  # an operation that was made just now marks its device before it can be ended
+        # an operation that was made just now marks its device before it can be ended
+        await asyncio.sleep(0)
         operations = self.running
         for operation in operations:
             operation.cancel()
@@ -465,7 +557,11 @@ class Machine:
                 with typed(f"sandbox {self.id}: ending the connection to its VMM"):
                     await self.vmm.close()
         except (PyblockError, TimeoutError) as error:
-            log.warning("sandbox %s: the connection to its VMM did not end as it should: %s", self.id, error or "its time was up")
+            log.warning(
+                "sandbox %s: the connection to its VMM did not end as it should: %s",
+                self.id,
+                error or "its time was up",
+            )
 
     async def close_ledger(self, deadline: float | None) -> None:
         """Writes what is not written yet, and has the sandbox be nobody's."""
@@ -477,4 +573,6 @@ class Machine:
             await ledger.close(deadline)
             self.voice.owned("")
         except PyblockError as error:
-            log.warning("sandbox %s: what was not written yet, recovery will find: %s", self.id, error)
+            log.warning(
+                "sandbox %s: what was not written yet, recovery will find: %s", self.id, error
+            )

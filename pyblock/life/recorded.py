@@ -38,10 +38,16 @@ def record_of(device: BlockDevice | GenericDevice) -> Record:
         record = _new(
             *asked, identity=device.identity, phase=_SAVED[device.phase],
             drive_id=drive.id, index=drive.index, ordinal=drive.ordinal, offset=drive.offset,
-            place=drive.place, pci_path=drive.pci_path, dev_no=drive.dev_no, guest_match=drive.guest_match,
-            known_name=drive.known_name, imported=drive.imported, unverified=not drive.verified, crowded=drive.crowded,
+            place=drive.place, pci_path=drive.pci_path, dev_no=drive.dev_no,
+            guest_match=drive.guest_match,
+            known_name=drive.known_name, imported=drive.imported, unverified=not drive.verified,
+            crowded=drive.crowded,
         )  # fmt: skip
-    record.id, record.driver, record.attach_count = device.id, record.driver or "", device.attach_count
+    record.id, record.driver, record.attach_count = (
+        device.id,
+        record.driver or "",
+        device.attach_count,
+    )
     if device.ref_count != device.attach_count:
         record.users = device.ref_count
     if device.kata:
@@ -50,7 +56,8 @@ def record_of(device: BlockDevice | GenericDevice) -> Record:
 
 
 def device_of(record: Record) -> BlockDevice | GenericDevice:
-    """The device of a record; of a block device it is looked at what lies under it. Raises DescriptorsExhausted."""
+    """The device of a record; of a block device it is looked at what lies under it. Raises
+    DescriptorsExhausted."""
     info = record.info()
     device: BlockDevice | GenericDevice
     if record.generic:

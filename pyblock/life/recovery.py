@@ -1,6 +1,8 @@
-"""What a sandbox knows against what its VMM has: found differences are settled in favour of the VMM, and nothing is settled by guessing.
+"""What a sandbox knows against what its VMM has: found differences are settled in favour of the
+VMM, and nothing is settled by guessing.
 
-The VMM is asked before a sandbox first changes it, when a sandbox with a past is opened, and again after a connection was lost.
+The VMM is asked before a sandbox first changes it, when a sandbox with a past is opened, and again
+after a connection was lost.
 """
 
 from __future__ import annotations
@@ -15,7 +17,13 @@ from typing import NamedTuple
 import msgspec
 
 from pyblock.disk.model import BlockDrive, DeviceInfo
-from pyblock.errors import DeadlinePassed, PyblockError, SandboxClosed, TransportError, VmmUnreachable
+from pyblock.errors import (
+    DeadlinePassed,
+    PyblockError,
+    SandboxClosed,
+    TransportError,
+    VmmUnreachable,
+)
 from pyblock.life import road
 from pyblock.life.device import BlockDevice
 from pyblock.life.machine import Machine
@@ -26,7 +34,8 @@ from pyblock.vmm.base import CONNECT_TIMEOUT, Held, Inventory, Unsettled, typed
 
 log = logging.getLogger(__name__)
 
-SETTLE_TIME = 2.0  # seconds that opening waits for removals; those that take longer go on by themselves
+# seconds that opening waits for removals; those that take longer go on by themselves
+SETTLE_TIME = 2.0
 
 
 class Found(StrEnum):
@@ -71,7 +80,8 @@ NONE: tuple[Finding, ...] = ()
 
 
 class Seen(NamedTuple):
-    """A device as it stood before the VMM was asked. One that moved meanwhile is not judged by an answer that is older."""
+    """A device as it stood before the VMM was asked. One that moved meanwhile is not judged by an
+    answer that is older."""
 
     device: BlockDevice
     drive: BlockDrive
@@ -80,11 +90,16 @@ class Seen(NamedTuple):
     @property
     def stands(self) -> bool:
         """Whether it stands so still, and nothing of it is under way."""
-        return self.device.drive is self.drive and self.device.phase is self.phase and self.device.operation is None
+        return (
+            self.device.drive is self.drive
+            and self.device.phase is self.phase
+            and self.device.operation is None
+        )
 
 
 class Difference(NamedTuple):
-    """A device, or an orphan, that does not stand as it should, and what the VMM has of it (None: nothing)."""
+    """A device, or an orphan, that does not stand as it should, and what the VMM has of it (None:
+    nothing)."""
 
     found: Found
     drive: BlockDrive | None
@@ -101,7 +116,8 @@ class Difference(NamedTuple):
 
 
 def _found(device: BlockDevice) -> Found:
-    """What a device is that does not stand as it should. One that nobody has is to be undone, whatever is pending."""
+    """What a device is that does not stand as it should. One that nobody has is to be undone,
+    whatever is pending."""
     if device.phase is Phase.ATTACHED:
         return Found.LOST
     return Found.DETACH if device.attach_count else Found.ATTACH
@@ -110,14 +126,20 @@ def _found(device: BlockDevice) -> Found:
 def at_rest(manager: DeviceManager) -> list[Seen]:
     """The devices that hold a drive and have nothing under way."""
     devices = (device for device in manager if isinstance(device, BlockDevice))
-    return [Seen(device, device.drive, device.phase) for device in devices if device.drive is not None and device.operation is None]
+    return [
+        Seen(device, device.drive, device.phase)
+        for device in devices
+        if device.drive is not None and device.operation is None
+    ]
 
 
-def differences(before: Collection[Seen], ours: Collection[str], inventory: Inventory) -> list[Difference]:
+def differences(
+    before: Collection[Seen], ours: Collection[str], inventory: Inventory
+) -> list[Difference]:
     """Where `before`, as far as it still holds, and the VMM's inventory differ; nothing is changed.
 
-    :param ours: the drive IDs that are, or were while the VMM was asked, the sandbox's own, and those that other sandboxes of the store
-        may have in this machine.
+    :param ours: the drive IDs that are, or were while the VMM was asked, the sandbox's own, and
+        those that other sandboxes of the store may have in this machine.
     """
     found: list[Difference] = []
     for seen in before:
@@ -132,14 +154,16 @@ def differences(before: Collection[Seen], ours: Collection[str], inventory: Inve
             continue
         found.append(Difference(_found(device), drive, drive.id, device, held, elsewhere, seen))
     found += [
-        Difference(Found.ORPHAN, None, name, None, held) for name, held in inventory.held.items() if name not in ours and not held.cold
+        Difference(Found.ORPHAN, None, name, None, held)
+        for name, held in inventory.held.items()
+        if name not in ours and not held.cold
     ]
     return found
 
 
 def _is_another(device: BlockDevice, held: Held) -> bool:
-    """Whether what is there under a device's drive ID has another image open than the device is. Of files alone: a block device may be
-    known by the number of what it is a loop over."""
+    """Whether what is there under a device's drive ID has another image open than the device is. Of
+    files alone: a block device may be known by the number of what it is a loop over."""
     has, is_ = held.image, device.identity
     return has is not None and is_ is not None and has[0] == is_[0] == "file" and has != is_
 
@@ -155,7 +179,8 @@ class Recovery:
         self._ended = False
         self._questions: list[asyncio.Task[list[Difference]]] = []
         self._settling: list[asyncio.Task[Finding]] = []
-        self._renamed: Sequence[BlockDrive] = ()  # imported drives whose names were learnt, and are not written down yet
+        # imported drives whose names were learnt, and are not written down yet
+        self._renamed: Sequence[BlockDrive] = ()
         self.findings: tuple[Finding, ...] = NONE  # of the last time that somebody waited for them
 
     def begin(self) -> None:
@@ -164,9 +189,11 @@ class Recovery:
         self.findings = NONE
 
     async def ask(self, deadline: float | None) -> None:
-        """Asks the machine, unless that was done, and begins to settle what differs. All who wait for it share one question.
+        """Asks the machine, unless that was done, and begins to settle what differs. All who wait
+        for it share one question.
 
-        Raises TransportError when it does not answer, DeadlinePassed (nothing is then changed), SandboxClosed.
+        Raises TransportError when it does not answer, DeadlinePassed (nothing is then changed),
+        SandboxClosed.
         """
         if not self._machine.doubtful:
             return
@@ -183,7 +210,8 @@ class Recovery:
                 self._asking = None
 
     async def end(self) -> None:
-        """Ends questions that are under way, and the wait for what is being settled; removals that were begun belong to their devices."""
+        """Ends questions that are under way, and the wait for what is being settled; removals that
+        were begun belong to their devices."""
         self._ended = True
         if self._asking is not None:
             await self._asking.end()
@@ -194,7 +222,12 @@ class Recovery:
             await asyncio.wait(tasks)
 
     async def reconcile(
-        self, deadline: float | None, *, patience: float | None = None, dry_run: bool = False, orphans: bool = False
+        self,
+        deadline: float | None,
+        *,
+        patience: float | None = None,
+        dry_run: bool = False,
+        orphans: bool = False,
     ) -> list[Finding]:
         """Asks the machine now, settles what differs, and returns what it found.
 
@@ -202,7 +235,8 @@ class Recovery:
         :param patience: seconds that removals are waited for at most.
         :param dry_run: settles nothing.
         :param orphans: removes what is named as ours and is known to nobody.
-        Raises TransportError when the machine does not answer, DeadlinePassed; nothing is then changed.
+        Raises TransportError when the machine does not answer, DeadlinePassed; nothing is then
+        changed.
         """
         now = self._machine.happened
         try:
@@ -215,8 +249,13 @@ class Recovery:
         tasks = self._settle_all(found, now, orphans=orphans)
         await self._recognize()
         if tasks:
-            left = None if deadline is None else max(0.0, deadline - asyncio.get_running_loop().time())
-            await asyncio.wait(tasks, timeout=min((each for each in (left, patience) if each is not None), default=None))
+            left = (
+                None if deadline is None else max(0.0, deadline - asyncio.get_running_loop().time())
+            )
+            await asyncio.wait(
+                tasks,
+                timeout=min((each for each in (left, patience) if each is not None), default=None),
+            )
         findings = [
             task.result()
             if task.done() and not task.cancelled()
@@ -232,7 +271,8 @@ class Recovery:
         await self._recognize()
 
     async def _recognize(self) -> None:
-        """Has the machine tell where drives are that another program plugged in, and what was learnt of them be written down."""
+        """Has the machine tell where drives are that another program plugged in, and what was
+        learnt of them be written down."""
         machine = self._machine
         renamed, self._renamed = {drive.id for drive in self._renamed}, ()
         learnt: list[BlockDevice] = []
@@ -248,7 +288,9 @@ class Recovery:
                     self._machine.doubt()
                     break
                 except PyblockError as error:
-                    log.info("sandbox %s: drive %s cannot be located: %s", machine.id, drive.id, error)
+                    log.info(
+                        "sandbox %s: drive %s cannot be located: %s", machine.id, drive.id, error
+                    )
             if drive.id in renamed or before != (drive.guest_match, drive.pci_path):
                 learnt.append(device)
         if learnt:
@@ -271,7 +313,10 @@ class Recovery:
 
     def _passed(self, deadline: float | None) -> DeadlinePassed:
         waits = f" (it waits for {why})" if (why := self._machine.vmm.waits_for) else ""
-        error = passed(deadline, f"the VMM of sandbox {self._machine.id} was being asked which disks it has{waits}")
+        error = passed(
+            deadline,
+            f"the VMM of sandbox {self._machine.id} was being asked which disks it has{waits}",
+        )
         self._machine.about(error)
         return error
 
@@ -284,20 +329,27 @@ class Recovery:
         before = at_rest(machine.manager)
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT):
-                with machine.allotment.watched() as ours:  # what comes and goes while the VMM is being asked may be in its answer
+                # what comes and goes while the VMM is being asked may be in its answer
+                with machine.allotment.watched() as ours:
                     with typed(f"sandbox {machine.id}: asking the VMM which disks it has"):
                         inventory = await machine.vmm.inventory([seen.drive for seen in before])
                         if not isinstance(inventory, Inventory):
                             raise TypeError(f"{inventory!r:.100} is no Inventory")
                     await machine.meet(inventory.machine)
-                    others = await machine.drives_of_others(inventory.machine) if inventory.held.keys() - ours else set()
+                    others = (
+                        await machine.drives_of_others(inventory.machine)
+                        if inventory.held.keys() - ours
+                        else set()
+                    )
         except PyblockError as error:
             machine.about(error)
             if isinstance(error, TransportError):
                 machine.voice.vmm_lost(error)
             raise
         except TimeoutError:
-            silent = VmmUnreachable(f"the VMM of sandbox {machine.id} did not answer within {CONNECT_TIMEOUT:g} s")
+            silent = VmmUnreachable(
+                f"the VMM of sandbox {machine.id} did not answer within {CONNECT_TIMEOUT:g} s"
+            )
             machine.about(silent)
             machine.voice.vmm_lost(silent)
             raise silent from None
@@ -305,35 +357,53 @@ class Recovery:
         self._renamed = machine.allotment.learn(inventory, ours) or self._renamed
         return differences(before, ours | others, inventory)
 
-    def _settle_all(self, found: list[Difference], asked_at: int, *, orphans: bool) -> list[asyncio.Task[Finding]]:
-        """Begins to settle all of it; what can be settled at once is. What somebody else settles meanwhile is taken out of `found`."""
-        self._machine.asked_at = asked_at  # it is asked again if a connection was lost while the answer was on its way
+    def _settle_all(
+        self, found: list[Difference], asked_at: int, *, orphans: bool
+    ) -> list[asyncio.Task[Finding]]:
+        """Begins to settle all of it; what can be settled at once is. What somebody else settles
+        meanwhile is taken out of `found`."""
+        # it is asked again if a connection was lost while the answer was on its way
+        self._machine.asked_at = asked_at
         found[:] = [one for one in found if one.stands]
-        tasks = [asyncio.create_task(self._settle(one, self._step(one, orphans=orphans))) for one in found]
+        tasks = [
+            asyncio.create_task(self._settle(one, self._step(one, orphans=orphans)))
+            for one in found
+        ]
         self._settling += tasks
         for task in tasks:
             task.add_done_callback(self._settling.remove)
         return tasks
 
     def _step(self, one: Difference, *, orphans: bool) -> Callable[[], Awaitable[Outcome]] | None:
-        """What there is to wait for, begun where it belongs to a device: nobody else may have a go at it in between."""
+        """What there is to wait for, begun where it belongs to a device: nobody else may have a go
+        at it in between."""
         device = one.device
         if device is None:
             return partial(self._remove_orphan, one) if orphans else None
         if one.held is None and not one.elsewhere:
             road.free(self._machine, device)
-            self._machine.doubt()  # what is there under its ID all the same, or at its place, is somebody else's
+            # what is there under its ID all the same, or at its place, is somebody else's
+            self._machine.doubt()
             return partial(self._freed, device)
-        return partial(self._removed, road.reclaim(self._machine, device, whole=one.held is not None and one.held.whole))
+        return partial(
+            self._removed,
+            road.reclaim(self._machine, device, whole=one.held is not None and one.held.whole),
+        )
 
-    async def _settle(self, one: Difference, step: Callable[[], Awaitable[Outcome]] | None) -> Finding:
+    async def _settle(
+        self, one: Difference, step: Callable[[], Awaitable[Outcome]] | None
+    ) -> Finding:
         try:
             return _finding(one, await step() if step is not None else Outcome.LEFT)
         except PyblockError as error:
             device = one.device
             if device is not None and device.phase is Phase.ATTACHED:
                 if one.found is not Found.LOST:
-                    return _finding(one, Outcome.FINISHED if one.found is Found.ATTACH else Outcome.KEPT, str(error))
+                    return _finding(
+                        one,
+                        Outcome.FINISHED if one.found is Found.ATTACH else Outcome.KEPT,
+                        str(error),
+                    )
                 self._machine.doubt()  # it is not there, whatever kept it from being taken down
             return _finding(one, Outcome.PENDING, str(error))
 
@@ -348,7 +418,9 @@ class Recovery:
     async def _remove_orphan(self, one: Difference) -> Outcome:
         assert one.held is not None  # an orphan is something that is there
         try:
-            await self._machine.unplug(BlockDrive(one.drive_id, 0, 0, 0, one.held.driver, DeviceInfo()))
+            await self._machine.unplug(
+                BlockDrive(one.drive_id, 0, 0, 0, one.held.driver, DeviceInfo())
+            )
         except Unsettled as unsettled:
             raise unsettled.error.about(sandbox=self._machine.id, drive=one.drive_id) from unsettled
         self._machine.doubt()  # its ID and place are free, which asking again tells
@@ -357,4 +429,11 @@ class Recovery:
 
 def _finding(one: Difference, outcome: Outcome, note: str = "") -> Finding:
     device = one.device
-    return Finding(one.found, outcome, device.id if device else "", one.drive_id, device.info.path if device else "", note)
+    return Finding(
+        one.found,
+        outcome,
+        device.id if device else "",
+        one.drive_id,
+        device.info.path if device else "",
+        note,
+    )

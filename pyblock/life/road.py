@@ -1,9 +1,9 @@
-"""The one road of every operation: what is intended is written down, the VMM is asked, the outcome is
-written down.
+"""The one road of every operation: what is intended is written down, the VMM is asked, the outcome
+is written down.
 
-Each operation runs in a task of its own, so that its caller may go away at any moment. Cut off before
-the VMM was touched it has changed nothing; after, nobody knows, and everything stays taken. What
-follows a failure stands in table.FOLLOWS.
+Each operation runs in a task of its own, so that its caller may go away at any moment. Cut off
+before the VMM was touched it has changed nothing; after, nobody knows, and everything stays taken.
+What follows a failure stands in table.FOLLOWS.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from pyblock.life.table import (
 from pyblock.tasks import SANDBOX, Operation, Waiters, given, over
 from pyblock.vmm.base import Unsettled
 
-# Seconds that a cancelled call waits for what it leaves behind to be written down, before its caller
-# goes on.
+# Seconds that a cancelled call waits for what it leaves behind to be written down, before its
+# caller goes on.
 CORRECTING = 1.0
 
 _LATER = "the deadline passed; it will be undone as soon as the VMM answers"
@@ -53,7 +53,8 @@ async def attach(machine: Machine, device: BlockDevice, deadline: float | None) 
 
     :param deadline: event-loop time in seconds, or None.
     Raises what the machine raises, having undone everything; AttachPending when the deadline passes
-    (the attach is then undone by itself as soon as the VMM answers) or the connection breaks half-way;
+    (the attach is then undone by itself as soon as the VMM answers) or the connection breaks
+    half-way;
     AttachPending or DetachPending when an earlier outcome is not known yet; AttachCountExhausted;
     ImageInUse or StoreError before the VMM was touched. Cancelled, it is undone.
     """
@@ -71,20 +72,24 @@ async def attach(machine: Machine, device: BlockDevice, deadline: float | None) 
     try:
         await operation.outcome(deadline, _LATER)
     except asyncio.CancelledError:
-        if operation.succeeded and not operation.abandoned:  # in the very moment of the cancellation
+        if operation.succeeded and not operation.abandoned:
+            # in the very moment of the cancellation
             await over(asyncio.ensure_future(_take_back(machine, device)))
         raise
     return True
 
 
-async def detach(machine: Machine, device: BlockDevice, deadline: float | None, *, released: bool = False) -> bool:
-    """Takes one attach back; the last unplugs the device. Returns when the VMM says that it is gone;
+async def detach(
+    machine: Machine, device: BlockDevice, deadline: float | None, *, released: bool = False
+) -> bool:
+    """Takes one attach back; the last unplugs the device. Returns when the VMM says that it is
+    gone;
     True when others are left.
 
     :param released: the guest has let go of it, which some VMMs cannot tell.
-    Raises NotAttached, NotReleased; what the machine raises when the device is kept (it stays attached);
-    DetachPending when the deadline passes or the connection breaks: everything stays taken, calling
-    again resumes, and a late confirmation finishes the job by itself.
+    Raises NotAttached, NotReleased; what the machine raises when the device is kept (it stays
+    attached); DetachPending when the deadline passes or the connection breaks: everything stays
+    taken, calling again resumes, and a late confirmation finishes the job by itself.
     """
     operation = device.operation
     removing = isinstance(operation, Road) and operation.stage is Stage.REMOVING
@@ -116,16 +121,19 @@ async def detach(machine: Machine, device: BlockDevice, deadline: float | None, 
 
 def _not_released(device: BlockDevice) -> NotReleased:
     text = (
-        f"device {device.id}: this VMM takes a disk away without a word from the guest; have the guest "
+        f"device {device.id}: this VMM takes a disk away without a word from the guest; have the "
+        "guest "
         "unmount and close it, then detach it with released=True"
     )
     return NotReleased(text, **device.facts)
 
 
 def free(machine: Machine, device: BlockDevice) -> None:
-    """Takes note that the VMM has nothing of it; nothing may be under way. What it took is given back,
-    and the device ends."""
-    machine.give_back(device, Event.LOST if device.phase is Phase.ATTACHED else Event.GONE, End.LATE)
+    """Takes note that the VMM has nothing of it; nothing may be under way. What it took is given
+    back, and the device ends."""
+    machine.give_back(
+        device, Event.LOST if device.phase is Phase.ATTACHED else Event.GONE, End.LATE
+    )
 
 
 def reclaim(machine: Machine, device: BlockDevice, *, whole: bool) -> Operation:
@@ -140,8 +148,8 @@ def reclaim(machine: Machine, device: BlockDevice, *, whole: bool) -> Operation:
 class Road(Operation):
     """An operation of one device, which begins with the object.
 
-    :ivar stage: how far it got. Until ACTING it keeps to its caller's deadline by itself, and changes
-        nothing when it fails.
+    :ivar stage: how far it got. Until ACTING it keeps to its caller's deadline by itself, and
+        changes nothing when it fails.
     """
 
     __slots__ = ("_deadline", "_device", "_machine", "stage")
@@ -164,16 +172,21 @@ class Road(Operation):
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def outcome(self, deadline: float | None, why: str) -> None:
-        """Waits for it. When the deadline passes, or the caller goes away, while the VMM has it in hand,
-        it is pending: AttachPending or DetachPending, saying `why`."""
+        """Waits for it. When the deadline passes, or the caller goes away, while the VMM has it in
+        hand, it is pending: AttachPending or DetachPending, saying `why`."""
         while True:
             try:
                 return await self.result(deadline)
             except TimeoutError:
                 if self.done:  # in the very moment of the deadline
                     return await self.result(None)
-                if self.undoing and self._device.phase is Phase.ATTACHED and self._device.said_count:
-                    return None  # it is written down, with another device: what it waits for changes nothing
+                if (
+                    self.undoing
+                    and self._device.phase is Phase.ATTACHED
+                    and self._device.said_count
+                ):
+                    # it is written down, with another device: what it waits for changes nothing
+                    return None
                 if self.stage >= Stage.ACTING:
                     _give_up(self._machine, self._device)
                     raise self._pending(why).about(timeout=given(deadline)) from None
@@ -186,8 +199,8 @@ class Road(Operation):
                 raise
 
     async def _step(self, aim: Aim, deadline: float | None) -> bool:
-        """Writes down what is intended, and has the VMM do it. False: nobody waits for it any more, so
-        the VMM was not touched, and all is as before."""
+        """Writes down what is intended, and has the VMM do it. False: nobody waits for it any more,
+        so the VMM was not touched, and all is as before."""
         machine, device = self._machine, self._device
         SANDBOX.set(machine.id)
         begun = False
@@ -198,7 +211,11 @@ class Road(Operation):
                 await machine.write(device, deadline)
             abandoned = self.waiters is Waiters.ABANDONED
             if not (aim is Aim.PLUG and abandoned):
-                if machine.ledger is not None and deadline is not None and deadline <= asyncio.get_running_loop().time():
+                if (
+                    machine.ledger is not None
+                    and deadline is not None
+                    and deadline <= asyncio.get_running_loop().time()
+                ):
                     raise self._too_late(deadline)
                 if abandoned:
                     _unsure(machine, device)
@@ -216,7 +233,8 @@ class Road(Operation):
                 _unsure(machine, device, why)
                 if failure is Failure.UNSENT:
                     machine.doubt()  # else nothing would settle it
-                    await machine.write_soon(device)  # what is written for others may have taken this along
+                    # what is written for others may have taken this along
+                    await machine.write_soon(device)
             self._raise(error, failure, event)
         if not begun:
             await self._follow(Event.UNDONE, None)
@@ -232,7 +250,8 @@ class Road(Operation):
             self._machine.give_back(self._device, event, End.UNDONE, error)
         else:
             self._machine.move(self._device, event, error)
-        await self._machine.write_soon(self._device)  # what is written for others may have taken this along
+        # what is written for others may have taken this along
+        await self._machine.write_soon(self._device)
 
     def _raise(self, error: BaseException, failure: Failure, event: Event) -> None:
         """Raises what the caller is to see of an error."""
@@ -247,10 +266,14 @@ class Road(Operation):
         raise error
 
     def _unknown(self, error: PyblockError) -> PyblockError:
-        """A refusal stays what it is, since its caller asks for it; of what else happened, that the outcome is open says more."""
+        """A refusal stays what it is, since its caller asks for it; of what else happened, that the
+        outcome is open says more."""
         if not isinstance(error, VmmRefused):
             return self._pending(str(error))
-        text = f"the VMM may still hold part of device {self._device.id}; what it took stays taken until detach has settled it"
+        text = (
+            f"the VMM may still hold part of device {self._device.id}; what it took stays taken "
+            "until detach has settled it"
+        )
         error.add_note(text)
         return error
 
@@ -258,7 +281,10 @@ class Road(Operation):
         return self._machine.about(self._device.pending(why))
 
     def _unwritten(self) -> PyblockError:
-        text = f"device {self._device.id}: the sandbox was closed before the VMM was touched; nothing was changed"
+        text = (
+            f"device {self._device.id}: the sandbox was closed before the VMM was touched; "
+            "nothing was changed"
+        )
         return self._machine.about(SandboxClosed(text), self._device)
 
     async def _take_out(self, aim: Aim, deadline: float | None) -> None:
@@ -282,21 +308,23 @@ class Attach(Road):
             if not await self._step(Aim.PLUG, self._deadline):
                 return
             trouble = await self._written() if device.phase is Phase.ATTACHING else None
-            if device.phase is not Phase.ATTACHED:  # its caller gave it up, or it could not be written down
+            if device.phase is not Phase.ATTACHED:
+                # its caller gave it up, or it could not be written down
                 await self._undo(trouble)
         finally:
             device.operation = None
 
     async def _written(self) -> Exception | None:
-        """Writes down that it is attached; the trouble with that, if there is any: should this process
-        die then, nobody would know of it."""
+        """Writes down that it is attached; the trouble with that, if there is any: should this
+        process die then, nobody would know of it."""
         machine, device = self._machine, self._device
         machine.move(device, Event.PLUGGED)
         device.attach_count = 1
         try:
             if machine.ledger is not None:
                 await machine.ledger.write(device.id)
-        except asyncio.CancelledError:  # the sandbox is being closed; whoever opens it next may find the intent only
+        except asyncio.CancelledError:
+            # the sandbox is being closed; whoever opens it next may find the intent only
             _give_up(machine, device)
             await machine.write_soon(device)
             raise self._pending("it was cut off before it was written down") from None
@@ -364,7 +392,9 @@ class Count(Road):
 
     __slots__ = ("_more",)
 
-    def __init__(self, machine: Machine, device: BlockDevice, deadline: float | None, more: int) -> None:
+    def __init__(
+        self, machine: Machine, device: BlockDevice, deadline: float | None, more: int
+    ) -> None:
         self._more = more
         super().__init__(machine, device, deadline)
 
@@ -377,7 +407,8 @@ class Count(Road):
                 await machine.write(device, self._deadline)
             except BaseException as error:
                 cut_off = isinstance(error, asyncio.CancelledError)
-                if cut_off or device.said_count != device.attach_count:  # else it was written along with another
+                if cut_off or device.said_count != device.attach_count:
+                    # else it was written along with another
                     device.attach_count -= self._more
                     await machine.write_soon(device)
                     if cut_off:
@@ -394,21 +425,30 @@ class Count(Road):
 
 
 async def turn(machine: Machine, device: BlockDevice, deadline: float | None) -> None:
-    """Returns when nothing is under way on the device. Raises StoreBusy, AttachPending or DetachPending past the deadline."""
+    """Returns when nothing is under way on the device. Raises StoreBusy, AttachPending or
+    DetachPending past the deadline."""
     while (operation := device.operation) is not None and not operation.done:
         try:
             await operation.settled(deadline)
         except TimeoutError:
             if device.phase is Phase.ATTACHED:
-                text = "the deadline passed while its count was being written for another; nothing was changed"
-                raise machine.about(StoreBusy(f"device {device.id}: {text}", timeout=given(deadline)), device) from None
+                text = (
+                    "the deadline passed while its count was being written for another; nothing "
+                    "was changed"
+                )
+                raise machine.about(
+                    StoreBusy(f"device {device.id}: {text}", timeout=given(deadline)), device
+                ) from None
             why = "the deadline passed while an earlier operation on it was under way"
             raise machine.about(device.pending(why)).about(timeout=given(deadline)) from None
 
 
 async def _count(machine: Machine, device: BlockDevice, more: int, deadline: float | None) -> None:
     if more > 0 and device.attach_count >= ATTACH_COUNT_MAX:
-        text = f"device {device.id} is attached {device.attach_count} times, which is all the count can hold"
+        text = (
+            f"device {device.id} is attached {device.attach_count} times, which is all the count "
+            "can hold"
+        )
         raise machine.about(AttachCountExhausted(text), device)
     machine.check()
     if machine.ledger is None:
@@ -420,19 +460,22 @@ async def _count(machine: Machine, device: BlockDevice, more: int, deadline: flo
     try:
         await operation.result(None)  # it keeps to the deadline
     except asyncio.CancelledError:
-        if more > 0 and not operation.done:  # it takes the count back, and the row may have it already
+        if more > 0 and not operation.done:
+            # it takes the count back, and the row may have it already
             with contextlib.suppress(TimeoutError):
                 await operation.settled(asyncio.get_running_loop().time() + 2 * CORRECTING)
-        elif more > 0 and operation.succeeded and not operation.abandoned:  # in the very moment of the cancellation
+        elif more > 0 and operation.succeeded and not operation.abandoned:
+            # in the very moment of the cancellation
             await over(asyncio.ensure_future(_take_back(machine, device)))
         raise
 
 
 async def _take_back(machine: Machine, device: BlockDevice) -> None:
-    """Takes back an attach that succeeded when nobody was there any more to hear of it; returns when that
-    is written down, or will be.
+    """Takes back an attach that succeeded when nobody was there any more to hear of it; returns
+    when that is written down, or will be.
 
-    Others may have had their turn since: a detach of theirs may be counting, and the disk may be lost.
+    Others may have had their turn since: a detach of theirs may be counting, and the disk may be
+    lost.
     """
     await turn(machine, device, None)
     if device.phase is not Phase.ATTACHED:
@@ -447,8 +490,8 @@ async def _take_back(machine: Machine, device: BlockDevice) -> None:
 
 
 def _give_up(machine: Machine, device: BlockDevice, error: BaseException | None = None) -> None:
-    """Takes note that its caller was told that the outcome is open, or has gone: an attach is then to be
-    undone, not to be finished."""
+    """Takes note that its caller was told that the outcome is open, or has gone: an attach is then
+    to be undone, not to be finished."""
     _unsure(machine, device, error)
     if device.phase is Phase.ATTACH_PENDING:
         device.attach_count = 0
@@ -462,9 +505,9 @@ def _unsure(machine: Machine, device: BlockDevice, error: BaseException | None =
 
 
 async def _correct(machine: Machine, device: BlockDevice) -> None:
-    """Has a row that says more than is so say it no more, before its caller is told: should this process
-    die then, nobody would have what it says. Waits a moment for the store's lock, and else has it written
-    later."""
+    """Has a row that says more than is so say it no more, before its caller is told: should this
+    process die then, nobody would have what it says. Waits a moment for the store's lock, and else
+    has it written later."""
     try:
         await machine.write(device, asyncio.get_running_loop().time() + CORRECTING)
     except PyblockError:

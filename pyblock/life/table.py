@@ -2,13 +2,14 @@
 
 Five small state machines drive a device, and each has one place where its state lives:
 
-- Phase, where a device stands: `BlockDevice.phase`. LIFE says where an Event leads; what it does not
-  say cannot be. The phase changes in `Machine.move` and nowhere else.
+- Phase, where a device stands: `BlockDevice.phase`. LIFE says where an Event leads; what it does
+  not say cannot be. The phase changes in `Machine.move` and nowhere else.
 - Stage, how far an operation got: `Road.stage`. It only grows.
 - tasks.Waiters, who hears of an operation's outcome: `Operation.waiters`.
-- Failure, how a step of it failed; with Aim, what the step was for, FOLLOWS says which Event that is.
-- End, how a device came to hold nothing: an argument of `Machine.give_back`, which forgets the device
-  or not.
+- Failure, how a step of it failed; with Aim, what the step was for, FOLLOWS says which Event that
+  is.
+- End, how a device came to hold nothing: an argument of `Machine.give_back`, which forgets the
+  device or not.
 
 docs/recovery.md draws its diagram from LIFE.
 """
@@ -87,7 +88,8 @@ class IllegalEvent(RuntimeError):
 
 
 class Stage(IntEnum):
-    """How far an operation got. Cut off before ACTING it has changed nothing; after, nobody knows."""
+    """How far an operation got. Cut off before ACTING it has changed nothing; after, nobody
+    knows."""
 
     WRITING = 0  # what is intended is being written down
     ACTING = 1  # the VMM is asked, or may be

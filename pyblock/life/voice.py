@@ -1,9 +1,9 @@
 """What a sandbox says of what happened to its disks: to whoever iterates over its events, to its
 `on_event`, and to the log.
 
-The one gate for phases (`Machine.move`) tells it of each change. What is an outcome is said when the
-store has it: a listener never knows more than the store. Nobody who listens holds anything up: what a
-slow one has not taken is dropped, the oldest first, and counted.
+The one gate for phases (`Machine.move`) tells it of each change. What is an outcome is said when
+the store has it: a listener never knows more than the store. Nobody who listens holds anything up:
+what a slow one has not taken is dropped, the oldest first, and counted.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class EventKind(StrEnum):
 
     ATTACHED = "attached"
     DETACHED = "detached"
-    DETACHED_LATE = "detached-late"  # what was pending is gone: a detach is done, or an attach undone
+    # what was pending is gone: a detach is done, or an attach undone
+    DETACHED_LATE = "detached-late"
     PENDING = "pending"  # the outcome is unknown, or its caller was told so: everything stays taken
     REFUSED = "refused"  # an attach or a detach came to nothing: all is as before
     LOST = "lost"  # the machine has it no more, and nobody asked for that
@@ -47,7 +48,8 @@ class EventKind(StrEnum):
 
 
 class SandboxEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """Something that happened to a sandbox, or to a disk of it. What is not known, or does not apply, is None.
+    """Something that happened to a sandbox, or to a disk of it. What is not known, or does not
+    apply, is None.
 
     :ivar kind: what.
     :ivar sandbox: the sandbox ID.
@@ -57,9 +59,11 @@ class SandboxEvent(msgspec.Struct, frozen=True, kw_only=True):
     :ivar path: of the image on the host.
     :ivar index: the block index.
     :ivar seconds: since the attach or detach began in this process.
-    :ivar error: why it is pending, refused, or the VMM is lost; None where its caller went away, or had no more time.
+    :ivar error: why it is pending, refused, or the VMM is lost; None where its caller went away, or
+        had no more time.
     :ivar owner: who has the sandbox open from now on, in words; "" for nobody.
-    :ivar lost_events: how many events this listener lost right before this one, since he took them too slowly.
+    :ivar lost_events: how many events this listener lost right before this one, since he took them
+        too slowly.
     """
 
     kind: EventKind
@@ -75,10 +79,18 @@ class SandboxEvent(msgspec.Struct, frozen=True, kw_only=True):
     lost_events: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """What of it is known, as JSON has it; texts of others are escaped as in PyblockError.to_dict."""
+        """What of it is known, as JSON has it; texts of others are escaped as in
+        PyblockError.to_dict."""
         # Its words are those of the errors' facts; one road to JSON is enough.
-        told = {name: value for name in self.__struct_fields__ if (value := getattr(self, name)) is not None}
-        return {name: value.to_dict() if isinstance(value, PyblockError) else plain(value) for name, value in told.items()}
+        told = {
+            name: value
+            for name in self.__struct_fields__
+            if (value := getattr(self, name)) is not None
+        }
+        return {
+            name: value.to_dict() if isinstance(value, PyblockError) else plain(value)
+            for name, value in told.items()
+        }
 
 
 # What is said of a change of phase; of what is not here, nothing is.
@@ -103,8 +115,8 @@ class Events:
     """The events of a sandbox for one listener, from when it was made until the sandbox closes: an
     async iterator, which may be waited on in the event loop that the sandbox is open in.
 
-    At most WAITING_MAX wait for their listener; beyond that the oldest are dropped, and the next one
-    that he gets says how many. Closing it, or having no reference to it any more, ends it.
+    At most WAITING_MAX wait for their listener; beyond that the oldest are dropped, and the next
+    one that he gets says how many. Closing it, or having no reference to it any more, ends it.
 
     :ivar ended: nothing comes any more; what waits may still be taken.
     """
@@ -163,10 +175,12 @@ class Events:
         self._waiting.appendleft(msgspec.structs.replace(event, lost_events=0))
 
     def close(self) -> None:
-        """Ends it, from whatever thread: what waits may still be taken, and nothing comes any more."""
+        """Ends it, from whatever thread: what waits may still be taken, and nothing comes any
+        more."""
         self.ended = True
         for waker in list(self._wakers):
-            with contextlib.suppress(RuntimeError):  # its event loop is closed, and nobody waits there any more
+            # its event loop is closed, and nobody waits there any more
+            with contextlib.suppress(RuntimeError):
                 waker.get_loop().call_soon_threadsafe(_wake, waker)
 
 
@@ -179,13 +193,16 @@ class Voice:
     """:param sandbox: the sandbox ID.
     :param on_event: is called with each event, in the event loop; what it raises is logged.
 
-    :ivar listeners: without any, and without `on_event` and a log that takes INFO, nobody hears it: then it need be told nothing.
+    :ivar listeners: without any, and without `on_event` and a log that takes INFO, nobody hears it:
+        then it need be told nothing.
     :ivar unsaid: by device ID: what the store does not have yet.
     """
 
     __slots__ = ("_began", "_down", "_owner", "_sandbox", "listeners", "on_event", "unsaid")
 
-    def __init__(self, sandbox: str, on_event: Callable[[SandboxEvent], None] | None = None) -> None:
+    def __init__(
+        self, sandbox: str, on_event: Callable[[SandboxEvent], None] | None = None
+    ) -> None:
         self.listeners: list[weakref.ref[Events]] = []
         self.unsaid: dict[str, list[SandboxEvent]] = {}
         self._sandbox = sandbox
@@ -210,12 +227,20 @@ class Voice:
             if (events := listener()) is not None:
                 events.close()
 
-    def moved(self, device: BlockDevice, was: Phase, event: Event, error: BaseException | None, *, stored: bool) -> None:
+    def moved(
+        self,
+        device: BlockDevice,
+        was: Phase,
+        event: Event,
+        error: BaseException | None,
+        *,
+        stored: bool,
+    ) -> None:
         """A device's phase has changed.
 
         :param error: why, where something failed.
-        :param stored: there is a store. It has been told of what is begun before, and not yet of what came of it: that is said when
-            `written` is told so.
+        :param stored: there is a store. It has been told of what is begun before, and not yet of
+            what came of it: that is said when `written` is told so.
         """
         if event in (Event.ATTACH, Event.DETACH):
             self._began[device.id] = time.monotonic()
@@ -262,17 +287,33 @@ class Voice:
             self._owner = owner
             self._say(self._event(EventKind.OWNER_CHANGED, owner=owner, error=_alone(error)))
 
-    def _of(self, kind: EventKind, device: BlockDevice, seconds: float | None = None, error: BaseException | None = None) -> SandboxEvent:
+    def _of(
+        self,
+        kind: EventKind,
+        device: BlockDevice,
+        seconds: float | None = None,
+        error: BaseException | None = None,
+    ) -> SandboxEvent:
         drive = device.drive
         where = {} if drive is None else {"drive": drive.id, "index": drive.index}
-        return self._event(kind, device=device.id, path=device.info.path or None, seconds=seconds, error=_alone(error), **where)
+        return self._event(
+            kind,
+            device=device.id,
+            path=device.info.path or None,
+            seconds=seconds,
+            error=_alone(error),
+            **where,
+        )
 
     def _event(self, kind: EventKind, **facts: Any) -> SandboxEvent:
         return SandboxEvent(kind=kind, sandbox=self._sandbox, time=time.time(), **facts)
 
     def _say(self, event: SandboxEvent) -> None:
         if log.isEnabledFor(logging.INFO):
-            facts = {name: getattr(event, name) for name in ("sandbox", "device", "drive", "path", "seconds")}
+            facts = {
+                name: getattr(event, name)
+                for name in ("sandbox", "device", "drive", "path", "seconds")
+            }
             log.info("%s", _in_words(event), extra=facts | {"event": event.kind.value})
         for listener in list(self.listeners):
             if (events := listener()) is not None:
@@ -285,7 +326,8 @@ class Voice:
 
 
 def _alone(error: BaseException | None) -> PyblockError | None:
-    """An error as an event has it: what waits for a slow listener is to hold no frames, and nobody's notes."""
+    """An error as an event has it: what waits for a slow listener is to hold no frames, and
+    nobody's notes."""
     if not isinstance(error, PyblockError):
         return None
     twin = copy.copy(error).with_traceback(None)
@@ -296,7 +338,10 @@ def _alone(error: BaseException | None) -> PyblockError | None:
 def _in_words(event: SandboxEvent) -> str:
     words = [f"sandbox {event.sandbox}:"]
     if event.device is not None:
-        words.append(f"device {event.device}" + (f" (drive {event.drive})" if event.drive is not None else ""))
+        words.append(
+            f"device {event.device}"
+            + (f" (drive {event.drive})" if event.drive is not None else "")
+        )
     words.append(event.kind.value)
     if event.owner is not None:
         words.append(f"to {event.owner or 'nobody'}")

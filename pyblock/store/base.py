@@ -1,7 +1,8 @@
-"""What a store keeps, and the few ways to change it: a row for each device, which also holds the claim on its image.
+"""What a store keeps, and the few ways to change it: a row for each device, which also holds the
+claim on its image.
 
-A row is written before the VMM is touched and again after. It exists from the first attach until the VMM says that the device is gone, so a
-claim cannot outlive its device, nor a device its claim.
+A row is written before the VMM is touched and again after. It exists from the first attach until
+the VMM says that the device is gone, so a claim cannot outlive its device, nor a device its claim.
 """
 
 from __future__ import annotations
@@ -57,9 +58,11 @@ class Stored(NamedTuple):
     :ivar vm: the VMM's address, "" where nothing finds the machine again.
     :ivar owner: who has it open, in words; "" for nobody who lives.
     :ivar own: the sandbox's own record as it is written, b"" for nothing.
-    :ivar devices: the IDs of its devices, in the order in which they came, and their records as they are written.
+    :ivar devices: the IDs of its devices, in the order in which they came, and their records as
+        they are written.
     :ivar where: what errors call it.
-    :ivar opening: which opening of a sandbox by this process it is, where it was opened; 0 where it was read.
+    :ivar opening: which opening of a sandbox by this process it is, where it was opened; 0 where it
+        was read.
     """
 
     sandbox_id: str
@@ -75,7 +78,8 @@ class Stored(NamedTuple):
         return decode_sandbox(self.own, where=self.where)
 
     def records(self) -> list[Record]:
-        """Those of its devices. Raises InvalidState, NewerState, for the first that cannot be read."""
+        """Those of its devices. Raises InvalidState, NewerState, for the first that cannot be
+        read."""
         return [decode(device_id, data, where=self.where) for device_id, data in self.devices]
 
 
@@ -121,24 +125,30 @@ class Claimant(NamedTuple):
 
 
 class Store(Protocol):
-    """Many processes use one at once, and survive each other's death. A deadline is an event-loop time in seconds, None for PATIENCE.
+    """Many processes use one at once, and survive each other's death. A deadline is an event-loop
+    time in seconds, None for PATIENCE.
 
-    Every method may raise StoreError, StoreBusy (the deadline passed), InvalidState and NewerState; nothing is then changed.
+    Every method may raise StoreError, StoreBusy (the deadline passed), InvalidState and NewerState;
+    nothing is then changed.
     """
 
     async def open_sandbox(self, sandbox_id: str, vm: str, deadline: float | None = None) -> Stored:
-        """Makes this process the owner of a sandbox, made where it is absent, and returns what the store has of it.
+        """Makes this process the owner of a sandbox, made where it is absent, and returns what the
+        store has of it.
 
-        Raises SandboxBusy when a process that lives owns it; SandboxConflict when it is there with another VMM, or the VMM belongs to
-        another sandbox.
+        Raises SandboxBusy when a process that lives owns it; SandboxConflict when it is there with
+        another VMM, or the VMM belongs to another sandbox.
         """
 
     async def close_sandbox(self, sandbox_id: str, deadline: float | None = None) -> None:
         """Gives the ownership up. A sandbox of which nothing is kept is forgotten."""
 
-    def abandon(self, sandbox_id: str, opening: int, loop: asyncio.AbstractEventLoop | None = None) -> bool:
-        """Gives the ownership up for one who was deleted without closing: at once in this process, and with the next write, or the loop's
-        next turn, for all others. Returns whether that opening still was the owner. Raises nothing, waits for nothing."""
+    def abandon(
+        self, sandbox_id: str, opening: int, loop: asyncio.AbstractEventLoop | None = None
+    ) -> bool:
+        """Gives the ownership up for one who was deleted without closing: at once in this process,
+        and with the next write, or the loop's next turn, for all others. Returns whether that
+        opening still was the owner. Raises nothing, waits for nothing."""
 
     async def write(
         self,
@@ -149,23 +159,29 @@ class Store(Protocol):
         own: bytes | None = None,
         all_or_none: bool = False,
     ) -> dict[str, ImageInUse]:
-        """Writes rows of a sandbox that this process owns, all in one transaction; `rows` is asked when that has begun.
+        """Writes rows of a sandbox that this process owns, all in one transaction; `rows` is asked
+        when that has begun.
 
-        Returns, by device ID, the rows that were left out because their claim does not fit one that is held: of the same image by another
-        sandbox, of what lies under it or on it by another device; the errors say so without a subject, since a store knows no path.
+        Returns, by device ID, the rows that were left out because their claim does not fit one that
+        is held: of the same image by another sandbox, of what lies under it or on it by another
+        device; the errors say so without a subject, since a store knows no path.
 
         :param own: the sandbox's own record, where it is to change.
         :param all_or_none: with a row that would be left out, nothing is written.
         """
 
     async def meet(self, sandbox_id: str, machine: str, deadline: float | None = None) -> None:
-        """Writes down which machine answers for a sandbox that this process owns: a text that two addresses of one machine have in common.
+        """Writes down which machine answers for a sandbox that this process owns: a text that two
+        addresses of one machine have in common.
 
         Raises SandboxConflict when the same one answers for another sandbox.
         """
 
-    async def drives_of_others(self, sandbox_id: str, machine: str, deadline: float | None = None) -> set[str]:
-        """The drive IDs of all other sandboxes whose machine may be this one: it is the same, or nobody knows ("")."""
+    async def drives_of_others(
+        self, sandbox_id: str, machine: str, deadline: float | None = None
+    ) -> set[str]:
+        """The drive IDs of all other sandboxes whose machine may be this one: it is the same, or
+        nobody knows ("")."""
 
     async def read(self, sandbox_id: str, deadline: float | None = None) -> Stored:
         """What it has of one sandbox. Raises UnknownSandbox."""
@@ -179,11 +195,15 @@ class Store(Protocol):
     async def standings(self, deadline: float | None = None) -> list[Standing]:
         """All its sandboxes, by their IDs."""
 
-    async def holders(self, image: Identity, under: Sequence[Identity] = (), deadline: float | None = None) -> list[Claimant]:
-        """The devices of all sandboxes that have claimed an image, what lies under it, or what lies on it.
+    async def holders(
+        self, image: Identity, under: Sequence[Identity] = (), deadline: float | None = None
+    ) -> list[Claimant]:
+        """The devices of all sandboxes that have claimed an image, what lies under it, or what lies
+        on it.
 
         :param under: what lies under the image, and its other names.
         """
 
     def close(self) -> None:
-        """Closes what it holds open. A later call opens it again; sandboxes that are open stay this process's only until then."""
+        """Closes what it holds open. A later call opens it again; sandboxes that are open stay this
+        process's only until then."""

@@ -1,9 +1,9 @@
-"""A device as a store keeps it: one flat object of JSON, in which only what follows from nothing else is
-written. The sandbox has a record of its own beside those of its devices.
+"""A device as a store keeps it: one flat object of JSON, in which only what follows from nothing
+else is written. The sandbox has a record of its own beside those of its devices.
 
-A record says all that pyblock knows of a device. What only the original has words for is `kata`: JSON
-that nothing but its translation looks into. A field is added to `Record`, and FORM is raised: a reader
-of an older version then refuses the record, and drops nothing of it.
+A record says all that pyblock knows of a device. What only the original has words for is `kata`:
+JSON that nothing but its translation looks into. A field is added to `Record`, and FORM is raised:
+a reader of an older version then refuses the record, and drops nothing of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pyblock.disk.model import BlockDrive, DeviceInfo, check_device_id
 from pyblock.errors import InvalidID, InvalidState, NewerState, StateError
 
 FORM = 1  # of what this version writes; it reads those up to it
-RECORD_MAX = 256 * 2**20  # bytes; as many as a saved file may have, whose leftovers may all be in one record
+# bytes; as many as a saved file may have, whose leftovers may all be in one record
+RECORD_MAX = 256 * 2**20
 COUNT_MAX = 2**64 - 1  # what the original's counts hold
 
 NO_DRIVE = -1  # an index
@@ -49,7 +50,8 @@ class Record(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, gc=
     :ivar index: NO_DRIVE where nothing is held; the rest of the drive's fields then say nothing.
     :ivar place: the adapter's own word for the place that the drive takes in the machine.
     :ivar generic: it is a device node that is only counted.
-    :ivar kata: what the original wrote of it; empty where that would be written again from the rest.
+    :ivar kata: what the original wrote of it; empty where that would be written again from the
+        rest.
     """
 
     # As in DeviceInfo, in its order.
@@ -102,12 +104,16 @@ class Record(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True, gc=
         if self.index == NO_DRIVE:
             return None
         return BlockDrive(
-            self.drive_id, self.index, self.ordinal, self.offset, DRIVERS[self.driver], info, self.pci_path, self.dev_no,
-            self.guest_match, self.place, self.known_name, self.imported, not self.unverified, self.crowded,
+            self.drive_id, self.index, self.ordinal, self.offset, DRIVERS[self.driver], info,
+            self.pci_path, self.dev_no,
+            self.guest_match, self.place, self.known_name, self.imported, not self.unverified,
+            self.crowded,
         )  # fmt: skip
 
 
-class SandboxRecord(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True, gc=False):
+class SandboxRecord(
+    msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True, gc=False
+):
     """What there is to be kept of a sandbox beside its devices.
 
     :ivar form: which fields there may be.
@@ -161,7 +167,9 @@ def encode_in_place(short: Record) -> bytes:
     if short.serial == short.id:
         short.serial = _AS_ID
     if short.index != NO_DRIVE:
-        if short.drive_id == f"{DRIVE}-{short.id}" or short.drive_id == make_name_id(DRIVE, short.id):
+        if short.drive_id == f"{DRIVE}-{short.id}" or short.drive_id == make_name_id(
+            DRIVE, short.id
+        ):
             short.drive_id = _AS_ID
         if short.ordinal == short.index:
             short.ordinal = _AS_INDEX
@@ -175,7 +183,8 @@ def decode(device_id: str, data: bytes, *, where: str) -> Record:
     """Reads a record.
 
     :param where: what errors call it.
-    Raises InvalidState when it is damaged, or says what cannot be; NewerState when a later version wrote it.
+    Raises InvalidState when it is damaged, or says what cannot be; NewerState when a later version
+    wrote it.
     """
     try:
         check_device_id(device_id)
@@ -217,13 +226,18 @@ def check(record: Record) -> None:
         raise InvalidState(f"it is {phase} with an attach count of {record.attach_count}")
     if not record.generic:
         if record.driver not in DRIVERS:
-            raise InvalidState(f"block driver {record.driver!r} is unknown; known are {', '.join(DRIVERS)}")
+            raise InvalidState(
+                f"block driver {record.driver!r} is unknown; known are {', '.join(DRIVERS)}"
+            )
         if (phase == "detached") != (index == NO_DRIVE):
-            raise InvalidState(f"it is {phase} and has {'no index' if index == NO_DRIVE else f'index {index}'}")
+            raise InvalidState(
+                f"it is {phase} and has {'no index' if index == NO_DRIVE else f'index {index}'}"
+            )
 
 
 def encode_sandbox(record: SandboxRecord) -> bytes:
-    """Writes a sandbox's own record; b"" for one whose offsets alone are known, which the machine is asked for."""
+    """Writes a sandbox's own record; b"" for one whose offsets alone are known, which the machine
+    is asked for."""
     record.form = FORM
     if not record.kata:
         record.kata = NOTHING
@@ -238,7 +252,9 @@ def decode_sandbox(data: bytes, *, where: str) -> SandboxRecord:
         return SandboxRecord()
     try:
         if len(data) > RECORD_MAX:
-            raise InvalidState(f"{where}: its own record has over {RECORD_MAX} bytes; it is left as it is")
+            raise InvalidState(
+                f"{where}: its own record has over {RECORD_MAX} bytes; it is left as it is"
+            )
         record = _decode_sandbox(data)
         if record.form <= FORM:
             return record
@@ -248,7 +264,8 @@ def decode_sandbox(data: bytes, *, where: str) -> SandboxRecord:
 
 
 def drive_id_of(device_id: str, data: bytes) -> str:
-    """The drive ID in a record, "" where it has none, or cannot be read: that is said by whoever takes the device up."""
+    """The drive ID in a record, "" where it has none, or cannot be read: that is said by whoever
+    takes the device up."""
     try:
         drive = _decode_drive(data)
         if drive.old is not None:
@@ -266,10 +283,14 @@ def _unreadable(data: bytes, what: str, error: Exception) -> StateError:
     except _UNREADABLE:
         form = 0
     if form > FORM:
-        return NewerState(f"{what} was written by a newer pyblock (form {form}, this one reads up to {FORM}); it is left as it is")
+        return NewerState(
+            f"{what} was written by a newer pyblock (form {form}, this one reads up to {FORM}); "
+            "it is left as it is"
+        )
     return InvalidState(f"{what} is damaged: {error}; it is left as it is")
 
 
 def decode_all(rows: Iterable[tuple[str, bytes]], *, where: str) -> list[Record]:
-    """Reads the records of a sandbox's devices, by their IDs, in their order. Raises as `decode`, for the first that cannot be read."""
+    """Reads the records of a sandbox's devices, by their IDs, in their order. Raises as `decode`,
+    for the first that cannot be read."""
     return [decode(device_id, data, where=where) for device_id, data in rows]

@@ -1,7 +1,8 @@
 """Waiting for what a VMM does not announce: all who wait share one question, asked again and again,
 less often as time passes.
 
-A question that fails says nothing about what it asked for, so it is asked again. Only closing ends it.
+A question that fails says nothing about what it asked for, so it is asked again. Only closing ends
+it.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Poller:
                 del self._waiting[name]
                 self._hurried.set()  # nobody waits any more, or fewer
         if waiters.error is not None:
-            raise copy.copy(waiters.error)  # each has its own: whoever it goes to adds what he knows
+            # each has its own: whoever it goes to adds what he knows
+            raise copy.copy(waiters.error)
 
     def hurry(self) -> None:
         """Has it asked at once: something says that the answer may be another now."""

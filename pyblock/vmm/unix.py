@@ -26,7 +26,9 @@ def check_socket(path: str, where: str, *, hint: str) -> None:
     :param hint: what they ask when nothing is there.
     """
     if len(os.fsencode(path)) > SOCKET_PATH_MAX:
-        raise VmmUnreachable(f"{where}: a unix socket's path has at most {SOCKET_PATH_MAX} bytes", path=path)
+        raise VmmUnreachable(
+            f"{where}: a unix socket's path has at most {SOCKET_PATH_MAX} bytes", path=path
+        )
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116
     except (OSError, ValueError) as error:
@@ -97,7 +99,8 @@ def is_open_as(pid: int, descriptor: int, image: OpenedImage) -> bool | None:
 
 
 def has_open(pid: int, image: OpenedImage) -> bool | None:
-    """Whether a process has the image open (True), or something else under the image's path (False); None where neither can be seen."""
+    """Whether a process has the image open (True), or something else under the image's path
+    (False); None where neither can be seen."""
     if pid in (0, os.getpid()):
         return None
     other, wanted = None, os.fstat(image.fd)

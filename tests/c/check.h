@@ -1,8 +1,8 @@
 /*
  * check.h - a test runner of one page.
  *
- * A test is a function that CHECKs; the first CHECK that does not hold ends it.  main.c runs every test named in TESTS
- * and prints how many passed and failed.
+ * A test is a function that CHECKs; the first CHECK that does not hold ends it.  main.c runs every
+ * test named in TESTS and prints how many passed and failed.
  */
 #ifndef CHECK_H
 #define CHECK_H

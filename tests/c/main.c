@@ -1,5 +1,6 @@
 /*
- * main.c - runs all tests, and stands between the core and calloc so that a test can make memory run out.
+ * main.c - runs all tests, and stands between the core and calloc so that a test can make memory
+ * run out.
  */
 #include <stdlib.h>
 

@@ -1,6 +1,6 @@
 /*
- * test_fork.c - a process forks while other threads are inside an index.  Its child has the index, but not the threads: it
- * must find no lock taken, and no step half done.
+ * test_fork.c - a process forks while other threads are inside an index.  Its child has the index,
+ * but not the threads: it must find no lock taken, and no step half done.
  */
 #define _POSIX_C_SOURCE 200809L
 #include <pthread.h>
@@ -30,7 +30,10 @@ static void *churn(void *number) {
     return NULL;
 }
 
-/* What a child does with what it inherited; 0 when all is well.  One that waits for ever is ended by SIGALRM. */
+/*
+ * What a child does with what it inherited; 0 when all is well.  One that waits for ever is ended
+ * by SIGALRM.
+ */
 static int look(void) {
     static uint32_t taken[PB_CAPACITY_DEFAULT];
     alarm(LATE);

@@ -49,7 +49,8 @@ bool test_index_reserve_and_release(void) {
     pb_index_free(index);
 
     index = pb_index_new(PB_CAPACITY_MAX);
-    CHECK(pb_index_release(index, PB_CAPACITY_MAX - 1) == PB_EFREE); /* where there is no word yet */
+    /* where there is no word yet */
+    CHECK(pb_index_release(index, PB_CAPACITY_MAX - 1) == PB_EFREE);
     pb_index_free(index);
     return true;
 }

@@ -22,7 +22,10 @@ bool test_plan_pairs(void) {
     return true;
 }
 
-/* More indexes than the core has locks: some two have the same one, and are planned with all the same. */
+/*
+ * More indexes than the core has locks: some two have the same one, and are planned with all the
+ * same.
+ */
 bool test_plan_any_two(void) {
     enum { MANY = 200 };
     pb_index *all[MANY];

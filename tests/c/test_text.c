@@ -1,6 +1,7 @@
 /*
- * test_text.c - names, SCSI addresses and IDs.  The naive Python oracle looks at every number; here are the edges,
- * and buffers of exactly the size needed, so that a sanitizer sees one byte too many.
+ * test_text.c - names, SCSI addresses and IDs.  The naive Python oracle looks at every number; here
+ * are the edges, and buffers of exactly the size needed, so that a sanitizer sees one byte too
+ * many.
  */
 #include <stdlib.h>
 

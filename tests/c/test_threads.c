@@ -1,6 +1,6 @@
 /*
- * test_threads.c - eight threads on the same indexes.  Meant for ThreadSanitizer, but whoever is given an index writes
- * that down, so that two owners of one index are seen without it too.
+ * test_threads.c - eight threads on the same indexes.  Meant for ThreadSanitizer, but whoever is
+ * given an index writes that down, so that two owners of one index are seen without it too.
  */
 #include <pthread.h>
 #include <stdatomic.h>
@@ -74,7 +74,10 @@ bool test_threads_never_share_an_index(void) {
     return true;
 }
 
-/* Half of the threads name the two indexes the other way round: with a careless lock order this never ends. */
+/*
+ * Half of the threads name the two indexes the other way round: with a careless lock order this
+ * never ends.
+ */
 static void *plan_and_release(void *number) {
     int me = *(int *)number;
     pb_index *index = me % 2 ? shared_index : shared_ordinals, *ordinals = me % 2 ? shared_ordinals : shared_index;

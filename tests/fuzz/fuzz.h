@@ -1,8 +1,10 @@
 /*
- * fuzz.h - what the targets share: reading choices out of the fuzzer's bytes, and buffers no larger than promised.
+ * fuzz.h - what the targets share: reading choices out of the fuzzer's bytes, and buffers no larger
+ * than promised.
  *
- * Every buffer is a heap block of exactly the size that the contract asks for, so that AddressSanitizer sees a single byte
- * too many.  The core's calloc is memory.c's, which runs out when a target wants it to.
+ * Every buffer is a heap block of exactly the size that the contract asks for, so that
+ * AddressSanitizer sees a single byte too many.  The core's calloc is memory.c's, which runs out
+ * when a target wants it to.
  */
 #ifndef FUZZ_H
 #define FUZZ_H
@@ -16,7 +18,10 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-/* A finding: says what does not hold and dies, which is how both libFuzzer and replay.c learn of it. */
+/*
+ * A finding: says what does not hold and dies, which is how both libFuzzer and replay.c learn of
+ * it.
+ */
 #define MUST(holds)                                                                \
     do {                                                                           \
         if (!(holds)) {                                                            \
@@ -37,7 +42,10 @@ static inline uint64_t fuzz_word(fuzz_input *in, int bytes) {
     return word;
 }
 
-/* Any 64 bits can be asked for, but small numbers and those beside a power of two, where bugs live, are near. */
+/*
+ * Any 64 bits can be asked for, but small numbers and those beside a power of two, where bugs live,
+ * are near.
+ */
 static inline int64_t fuzz_number(fuzz_input *in) {
     uint64_t how = fuzz_word(in, 1);
     switch (how % 4) {

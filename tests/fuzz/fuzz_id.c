@@ -1,11 +1,14 @@
 /*
  * fuzz_id.c - drive IDs from arbitrary bytes.
  *
- * An ID that fits is verbatim; one that does not keeps the longest beginning that cuts no character of valid UTF-8.
+ * An ID that fits is verbatim; one that does not keeps the longest beginning that cuts no character
+ * of valid UTF-8.
  */
 #include "fuzz.h"
 
-/* How many bytes the character at text has; 0 where no valid one begins.  RFC 3629, table by table. */
+/*
+ * How many bytes the character at text has; 0 where no valid one begins.  RFC 3629, table by table.
+ */
 static size_t character(const unsigned char *text, size_t len) {
     unsigned char a = text[0], low = 0x80, high = 0xBF;
     if (a < 0x80) return 1;
@@ -21,7 +24,10 @@ static size_t character(const unsigned char *text, size_t len) {
     return more + 1;
 }
 
-/* The end of the last character that ends at or before most, or len + 1 when the text is not valid UTF-8. */
+/*
+ * The end of the last character that ends at or before most, or len + 1 when the text is not valid
+ * UTF-8.
+ */
 static size_t whole_characters(const char *text, size_t len, size_t most) {
     size_t kept = 0;
     for (size_t at = 0; at < len;) {
@@ -33,7 +39,10 @@ static size_t whole_characters(const char *text, size_t len, size_t most) {
     return kept;
 }
 
-/* Makes the ID into a block of limit bytes, or of nothing when it is refused; checks all but the digest's value. */
+/*
+ * Makes the ID into a block of limit bytes, or of nothing when it is refused; checks all but the
+ * digest's value.
+ */
 static int64_t make(const char *kind, size_t kind_len, const char *id, size_t id_len, int64_t salt, int64_t limit, char *out, size_t room) {
     int64_t got = pb_make_id(kind, kind_len, id, id_len, salt, limit, out, room);
     if (kind_len == 0 || id_len == 0) {
@@ -63,7 +72,10 @@ static int64_t make(const char *kind, size_t kind_len, const char *id, size_t id
     return got;
 }
 
-/* A valid text of up to most bytes, a character for each of the fuzzer's bytes: arbitrary bytes seldom are one. */
+/*
+ * A valid text of up to most bytes, a character for each of the fuzzer's bytes: arbitrary bytes
+ * seldom are one.
+ */
 static char *valid_text(fuzz_input *in, size_t most, size_t *len) {
     static const char *const characters[] = {"x", "\xC3\xA9", "\xE2\x82\xAC", "\xF0\x9F\x92\xBE"};
     char text[256];
@@ -102,7 +114,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (got > 0) {
         MUST(memcmp(out, again, (size_t)got) == 0);
         bool shortened = kind_len + 1 + id_len > (size_t)limit;
-        /* Another salt, and another ID whose change may lie in what was cut out: other digests, and nothing else's. */
+        /*
+         * Another salt, and another ID whose change may lie in what was cut out: other digests, and
+         * nothing else's.
+         */
         MUST(make(kind, kind_len, id, id_len, salt ^ 1, limit, again, room) == got);
         MUST((memcmp(out, again, (size_t)got) != 0) == shortened);
         id[(uint64_t)salt % id_len] ^= 1;

@@ -1,8 +1,10 @@
 /*
- * fuzz_index.c - a row of operations on two block indexes, each step compared with an array of bytes searched from its start.
+ * fuzz_index.c - a row of operations on two block indexes, each step compared with an array of
+ * bytes searched from its start.
  *
- * A step compares its status, what it wrote, and the count.  Small indexes are also compared whole after each step, large ones
- * where the fuzzer lists them and at the end: a byte array of 2^20 takes longer to read than the core takes for the step.
+ * A step compares its status, what it wrote, and the count.  Small indexes are also compared whole
+ * after each step, large ones where the fuzzer lists them and at the end: a byte array of 2^20
+ * takes longer to read than the core takes for the step.
  */
 #include "fuzz.h"
 
@@ -14,7 +16,10 @@ typedef struct {
     uint8_t *taken;
 } pair;
 
-/* Mostly of a few words or of a few thousand indexes, where a mid word fills; those up to 2^20 are 100 times slower and so seldom. */
+/*
+ * Mostly of a few words or of a few thousand indexes, where a mid word fills; those up to 2^20 are
+ * 100 times slower and so seldom.
+ */
 static int64_t capacity_of(fuzz_input *in) {
     uint64_t how = fuzz_word(in, 1);
     if (how == 0xFF) return 1 + (fuzz_number(in) & (PB_CAPACITY_MAX - 1));
@@ -22,7 +27,8 @@ static int64_t capacity_of(fuzz_input *in) {
 }
 
 static pair make_pair(fuzz_input *in, int which) {
-    static uint8_t taken[2][PB_CAPACITY_MAX]; /* of the oracle's own: a block of that size anew each time is slow */
+    /* of the oracle's own: a block of that size anew each time is slow */
+    static uint8_t taken[2][PB_CAPACITY_MAX];
     pair made = {.capacity = capacity_of(in), .taken = taken[which]};
     made.core = pb_index_new(made.capacity);
     memset(made.taken, 0, (size_t)made.capacity);
@@ -34,7 +40,10 @@ static bool inside(const pair *p, int64_t value) {
     return value >= 0 && value < p->capacity;
 }
 
-/* The probe begins at 0 for the first of a row; what it went past stays taken, so the next may go on from there. */
+/*
+ * The probe begins at 0 for the first of a row; what it went past stays taken, so the next may go
+ * on from there.
+ */
 static int64_t naive_acquire(pair *p, int64_t from) {
     if (p->taken[from]) from = (const uint8_t *)memchr(p->taken + from, 0, (size_t)(p->capacity - from)) - p->taken;
     p->taken[from] = 1;
@@ -47,7 +56,9 @@ static int64_t naive_room(const pair *p, int64_t n) {
     return n < 0 ? PB_ERANGE : n > p->capacity - p->used ? PB_EFULL : 0;
 }
 
-/* With memory refused in the call the answer is PB_ENOMEM and nothing is taken, else the oracle's. */
+/*
+ * With memory refused in the call the answer is PB_ENOMEM and nothing is taken, else the oracle's.
+ */
 static bool refused(int64_t got) {
     if (fuzz_was_refused) MUST(got == PB_ENOMEM);
     return fuzz_was_refused;
@@ -55,7 +66,8 @@ static bool refused(int64_t got) {
 
 /* The first taken one at or after from, the capacity when there is none. */
 static int64_t next_taken(const pair *p, int64_t from) {
-    if (from < p->capacity && p->taken[from]) return from; /* before a call, as most are in a full index */
+    /* before a call, as most are in a full index */
+    if (from < p->capacity && p->taken[from]) return from;
     const uint8_t *at = from < p->capacity ? memchr(p->taken + from, 1, (size_t)(p->capacity - from)) : NULL;
     return at ? at - p->taken : p->capacity;
 }
@@ -179,7 +191,10 @@ static int64_t step(pair *p, pair *other, fuzz_input *in) {
         if (want >= 0) p->taken[value] = 0, p->used--;
         return 1;
     case 11: {
-        /* A row of releases: holes in many words at once, which single steps would take long to make. */
+        /*
+         * A row of releases: holes in many words at once, which single steps would take long to
+         * make.
+         */
         int64_t by = 1 + (fuzz_number(in) & 4095);
         n = 0;
         for (value = fuzz_number(in); inside(p, value) && n < AT_ONCE; value += by, n++) {

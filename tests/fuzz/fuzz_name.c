@@ -1,8 +1,9 @@
 /*
  * fuzz_name.c - drive names and SCSI addresses, there and back.
  *
- * What parses must print as the same bytes, what prints must parse as the same number, and a batch is its single texts in a row.
- * Where several faults apply at once the contract does not say which is told, so any of them will do, and none when there is none.
+ * What parses must print as the same bytes, what prints must parse as the same number, and a batch
+ * is its single texts in a row.  Where several faults apply at once the contract does not say which
+ * is told, so any of them will do, and none when there is none.
  */
 #include "fuzz.h"
 
@@ -148,7 +149,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     name_both_ways(first, prefix, prefix_len, PB_NAME_MAX);
     names_in_a_row(first, count, prefix, prefix_len, name_room);
     parse_name(text, text_len, prefix, prefix_len);
-    parse_name(text, text_len, text, text_len < prefix_len ? text_len : prefix_len); /* a prefix that is sure to fit */
+    /* a prefix that is sure to fit */
+    parse_name(text, text_len, text, text_len < prefix_len ? text_len : prefix_len);
     parse_address(text, text_len);
     addresses_in_a_row(first, count, address_room);
     free(prefix);

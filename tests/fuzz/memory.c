@@ -1,5 +1,6 @@
 /*
- * memory.c - what the core calls instead of calloc, by a macro in the Makefile: libFuzzer and the sanitizers keep the real one.
+ * memory.c - what the core calls instead of calloc, by a macro in the Makefile: libFuzzer and the
+ * sanitizers keep the real one.
  */
 #include "fuzz.h"
 

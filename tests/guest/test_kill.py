@@ -1,7 +1,9 @@
-"""A process that attaches and detaches on a real QEMU is killed at every step; then recovery runs: nothing is leaked, lost or there twice.
+"""A process that attaches and detaches on a real QEMU is killed at every step; then recovery runs:
+nothing is leaked, lost or there twice.
 
-The steps are counted in a run that lives (kit/points.py). What the dead process had been told is compared as well: what it saw succeed
-has happened, and what it was in the middle of has happened or has not.
+The steps are counted in a run that lives (kit/points.py). What the dead process had been told is
+compared as well: what it saw succeed has happened, and what it was in the middle of has happened or
+has not.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ class Scene:
         return Sandbox("victim", f"qemu:{self.machine.qmp_path}", driver=self.driver, store=store)
 
     def run(self, last: int | None) -> tuple[int, list[str], int]:
-        """The process: its exit status, the steps that it counted (if it lives), and how many of its calls it saw succeed."""
+        """The process: its exit status, the steps that it counted (if it lives), and how many of
+        its calls it saw succeed."""
         reader, writer = os.pipe()
 
         def victim() -> str:
@@ -82,17 +85,22 @@ class Scene:
                     case "attach":
                         devices[names] = await sandbox.attach(self.images[names], timeout=TIMEOUT)
                     case "attach_many":
-                        attached = await sandbox.attach_many([self.images[name] for name in names], timeout=TIMEOUT)
+                        attached = await sandbox.attach_many(
+                            [self.images[name] for name in names], timeout=TIMEOUT
+                        )
                         devices |= dict(zip(names, attached, strict=True))
                     case "detach":
                         await sandbox.detach(devices[names], timeout=TIMEOUT)
                     case "detach_many":
-                        await sandbox.detach_many([devices[name] for name in names], timeout=TIMEOUT)
+                        await sandbox.detach_many(
+                            [devices[name] for name in names], timeout=TIMEOUT
+                        )
                 os.write(report, b".")
         store.close()
 
     def run_recovery(self, last: int | None) -> tuple[int, list[str]]:
-        """A process that opens the sandbox and closes it: its exit status, and the steps that it counted (if it lives)."""
+        """A process that opens the sandbox and closes it: its exit status, and the steps that it
+        counted (if it lives)."""
 
         async def open_it() -> None:
             store = SqliteStore(self.path)
@@ -114,10 +122,13 @@ class Scene:
         devices = {entry["name"] for entry in side.command("qom-list", path="/machine/peripheral")}
         objects = {entry["name"] for entry in side.command("qom-list", path="/objects")}
         nodes = {node["node-name"] for node in side.command("query-named-block-nodes", flat=True)}
-        return {name for name in devices if name.startswith("drive-")}, {name for name in objects | nodes if name.startswith("drive-")}
+        return {name for name in devices if name.startswith("drive-")}, {
+            name for name in objects | nodes if name.startswith("drive-")
+        }
 
     async def recover_and_compare(self, done: int) -> tuple[Finding, ...]:
-        """Opens the sandbox as the next process would, and compares all there is to compare; then takes everything out."""
+        """Opens the sandbox as the next process would, and compares all there is to compare; then
+        takes everything out."""
         store = SqliteStore(self.path)
         try:
             async with self.sandbox(store) as sandbox:
@@ -128,7 +139,9 @@ class Scene:
                 before = self.script[done - 1][2] if done else (0, 0)
                 after = self.script[done][2] if done < len(self.script) else before
                 for image, *possible in zip(self.images.values(), before, after, strict=True):
-                    assert counts.pop(str(image), 0) in possible, f"{image.name} after {done} calls: {found}"
+                    assert counts.pop(str(image), 0) in possible, (
+                        f"{image.name} after {done} calls: {found}"
+                    )
                 assert not counts
                 self._compare(sandbox, devices)
                 if self.driver != "nvdimm":
@@ -137,10 +150,15 @@ class Scene:
                             await sandbox.detach(device, timeout=TIMEOUT)
                     assert not sandbox.devices and self.held_by_qemu() == (set(), set())
                 # The lowest index is given out, and the images are free.
-                lowest = min(set(range(3)) - {device.held.index for device in devices if device.drive is not None})
+                lowest = min(
+                    set(range(3))
+                    - {device.held.index for device in devices if device.drive is not None}
+                )
                 other = await sandbox.attach(self._image("other"), timeout=TIMEOUT)
                 assert other.held.index == lowest
-                self._compare(sandbox, [*(device for device in devices if device.drive is not None), other])
+                self._compare(
+                    sandbox, [*(device for device in devices if device.drive is not None), other]
+                )
                 if self.driver != "nvdimm":
                     await sandbox.detach(other, timeout=TIMEOUT)
             left = await store.sandboxes()
@@ -154,10 +172,14 @@ class Scene:
         assert len(drives) == len(devices)
         assert self.held_by_qemu() == (drives, drives)
         assert sorted(sandbox.index) == sorted(device.held.index for device in devices)
-        assert {device.held.index for device in devices} == set(range(len(devices))) or self.driver != "nvdimm"
+        assert {device.held.index for device in devices} == set(
+            range(len(devices))
+        ) or self.driver != "nvdimm"
 
 
-def kill_at_every_step(scene: Callable[[int], Scene], driver: str, capsys: pytest.CaptureFixture[str]) -> None:
+def kill_at_every_step(
+    scene: Callable[[int], Scene], driver: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = scene(0)
     status, steps, done = first.run(None)
     assert (status, done) == (0, len(first.script)), steps
@@ -170,7 +192,9 @@ def kill_at_every_step(scene: Callable[[int], Scene], driver: str, capsys: pytes
         assert status == -signal.SIGKILL, step
         try:
             for one in asyncio.run(place.recover_and_compare(done)):
-                outcomes[f"{one.found.value} {one.outcome.value}"] = outcomes.get(f"{one.found.value} {one.outcome.value}", 0) + 1
+                outcomes[f"{one.found.value} {one.outcome.value}"] = (
+                    outcomes.get(f"{one.found.value} {one.outcome.value}", 0) + 1
+                )
                 assert one.outcome is not Outcome.PENDING
         except BaseException as error:
             error.add_note(f"killed at step {number} of {len(steps)}: {step}, after {done} calls")
@@ -183,11 +207,14 @@ def kill_at_every_step(scene: Callable[[int], Scene], driver: str, capsys: pytes
 
 
 def test_virtio_scsi(bare_machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    kill_at_every_step(lambda number: Scene(bare_machine, "virtio-scsi", number), "virtio-scsi", capsys)
+    kill_at_every_step(
+        lambda number: Scene(bare_machine, "virtio-scsi", number), "virtio-scsi", capsys
+    )
 
 
 def test_recovery_itself(bare_machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    """For each kind of thing that there is to settle: the process that settles it is killed at every step as well."""
+    """For each kind of thing that there is to settle: the process that settles it is killed at
+    every step as well."""
     first = Scene(bare_machine, "virtio-scsi", 0)
     _, steps, _ = first.run(None)
     number = 0
@@ -196,7 +223,9 @@ def test_recovery_itself(bare_machine: Machine, capsys: pytest.CaptureFixture[st
         scene = Scene(bare_machine, "virtio-scsi", number := number + 1)
         _, _, done = scene.run(step)
         found = asyncio.run(scene.recover_and_compare(done))
-        kinds.setdefault(" and ".join(sorted({f"{one.found.value} {one.outcome.value}" for one in found})), step)
+        kinds.setdefault(
+            " and ".join(sorted({f"{one.found.value} {one.outcome.value}" for one in found})), step
+        )
     assert len(kinds) >= 5
     points = 0
     for step in kinds.values():
@@ -212,11 +241,18 @@ def test_recovery_itself(bare_machine: Machine, capsys: pytest.CaptureFixture[st
             last += 1
         points += last
     with capsys.disabled():
-        print(f"\nrecovery: {points} kill points in {len(kinds)} kinds of it: {', '.join(kind or 'nothing to do' for kind in kinds)}")
+        print(
+            f"\nrecovery: {points} kill points in {len(kinds)} kinds of it: "
+            f"{', '.join(kind or 'nothing to do' for kind in kinds)}"
+        )
 
 
-def test_virtio_blk_with_a_guest(guest_machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    kill_at_every_step(lambda number: Scene(guest_machine, "virtio-blk", number), "virtio-blk", capsys)
+def test_virtio_blk_with_a_guest(
+    guest_machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kill_at_every_step(
+        lambda number: Scene(guest_machine, "virtio-blk", number), "virtio-blk", capsys
+    )
 
 
 @pytest.fixture

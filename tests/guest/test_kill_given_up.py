@@ -1,7 +1,9 @@
-"""At every step of every operation its deadline passes, or its caller is cancelled, and at every later step the process is killed.
+"""At every step of every operation its deadline passes, or its caller is cancelled, and at every
+later step the process is killed.
 
-What is undone or finished for nobody is compared as in test_kill.py. Nobody else unplugs here, so nothing may be found lost; and what is
-sent to the machine must stand in the store, which is looked at before each command.
+What is undone or finished for nobody is compared as in test_kill.py. Nobody else unplugs here, so
+nothing may be found lost; and what is sent to the machine must stand in the store, which is looked
+at before each command.
 """
 
 from __future__ import annotations
@@ -65,7 +67,8 @@ class Victim(Scene):
         self.doing = doing
 
     def live(self, how: str, at: int | None, last: int | None) -> tuple[int, list[str], bytes]:
-        """The process: its exit status, the steps that it counted (if it lives), and what it reported.
+        """The process: its exit status, the steps that it counted (if it lives), and what it
+        reported.
 
         :param how: "deadline" or "cancel", which is what happens at step `at`.
         """
@@ -137,10 +140,16 @@ class Victim(Scene):
                 devices = [device for device in sandbox.devices if isinstance(device, BlockDevice)]
                 assert all(device.attached for device in devices), found
                 counts = {device.info.path: device.attach_count for device in devices}
-                for image, each in zip(self.images.values(), zip(*possible, strict=True), strict=True):
+                for image, each in zip(
+                    self.images.values(), zip(*possible, strict=True), strict=True
+                ):
                     assert counts.pop(str(image), 0) in each, f"{image.name}: {found}"
                 assert not counts
-                assert not [one for one in found if one.found is Found.LOST or one.outcome is Outcome.PENDING], found
+                assert not [
+                    one
+                    for one in found
+                    if one.found is Found.LOST or one.outcome is Outcome.PENDING
+                ], found
                 self._compare(sandbox, devices)
                 for device in devices:
                     for _ in range(device.attach_count):
@@ -155,7 +164,9 @@ class Victim(Scene):
 
 @pytest.mark.parametrize("how", ["deadline", "cancel"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_given_up_and_killed(name: str, how: str, bare_machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+def test_given_up_and_killed(
+    name: str, how: str, bare_machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
     number, points = 0, 0
     outcomes: Counter[str] = Counter()
 
@@ -168,18 +179,31 @@ def test_given_up_and_killed(name: str, how: str, bare_machine: Machine, capsys:
             assert status in (0, -signal.SIGKILL), "\n".join(steps)
             outcomes.update(asyncio.run(victim.recover(report)))
         except BaseException as error:
-            error.add_note(f"given up at step {at}, killed at step {last}; the process reported {report!r}")
+            error.add_note(
+                f"given up at step {at}, killed at step {last}; the process reported {report!r}"
+            )
             with suppress(Exception):
-                error.add_note(f"steps of one that was not killed: {list(enumerate(victim.live(how, at, None)[1]))}")
+                error.add_note(
+                    "steps of one that was not killed: "
+                    f"{list(enumerate(victim.live(how, at, None)[1]))}"
+                )
             raise
         return status, steps
 
     _, steps = run(None, None)
-    # Two devices of a batch take each step one after the other; to give up in between is for the long form.
-    given_up_at = [at for at in range(len(steps)) if os.environ.get("PYBLOCK_LONG") or not at or steps[at] != steps[at - 1]]
+    # Two devices of a batch take each step one after the other; to give up in between is for the
+    # long form.
+    given_up_at = [
+        at
+        for at in range(len(steps))
+        if os.environ.get("PYBLOCK_LONG") or not at or steps[at] != steps[at - 1]
+    ]
     for at in given_up_at:
         _, later = run(at, None)
         for last in range(at + 1, len(later)):
             points += run(at, last)[0] != 0
     with capsys.disabled():
-        print(f"\n{name}, {how} at each of {len(given_up_at)} steps: {points} kill points; recovery found {dict(outcomes)}")
+        print(
+            f"\n{name}, {how} at each of {len(given_up_at)} steps: {points} kill points; recovery "
+            f"found {dict(outcomes)}"
+        )

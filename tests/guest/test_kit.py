@@ -1,4 +1,5 @@
-"""The kit proves itself, without pyblock: what raw QMP plugs in, the guest's own sysfs shows; and no QEMU outlives its test."""
+"""The kit proves itself, without pyblock: what raw QMP plugs in, the guest's own sysfs shows; and
+no QEMU outlives its test."""
 
 from __future__ import annotations
 
@@ -21,11 +22,16 @@ MiB = 1 << 20
 
 def blockdev(machine: Machine, node: str, size: int, read_only: bool = False) -> None:
     file = {"driver": "file", "filename": str(machine.image(node, size))}
-    machine.side.command("blockdev-add", {"driver": "raw", "node-name": node, "read-only": read_only, "file": file})
+    machine.side.command(
+        "blockdev-add", {"driver": "raw", "node-name": node, "read-only": read_only, "file": file}
+    )
 
 
 def plug_blk(machine: Machine, name: str, bus: str, **more: str) -> None:
-    machine.side.command("device_add", {"driver": "virtio-blk-pci", "id": name, "drive": name, "bus": bus, "addr": "0", **more})
+    machine.side.command(
+        "device_add",
+        {"driver": "virtio-blk-pci", "id": name, "drive": name, "bus": bus, "addr": "0", **more},
+    )
 
 
 def unplug(machine: Machine, name: str) -> None:
@@ -39,24 +45,43 @@ def test_every_kind_of_disk_appears_and_leaves(guest_machine: Machine) -> None:
     assert guest.disks() == {}
 
     blockdev(machine, "scsi", 3 * MiB)
-    scsi = {"driver": "scsi-hd", "id": "scsi", "drive": "scsi", "bus": "scsi0.0", "scsi-id": 7, "lun": 9, "serial": "ten\tbytes!"}
+    scsi = {
+        "driver": "scsi-hd",
+        "id": "scsi",
+        "drive": "scsi",
+        "bus": "scsi0.0",
+        "scsi-id": 7,
+        "lun": 9,
+        "serial": "ten\tbytes!",
+    }
     machine.side.command("device_add", scsi)
     sda = guest.wait_for_disks({"sda"})["sda"]
     controller = "/sys/devices/pci0000:00/0000:00:01.0/virtio0/host0"
-    assert sda == GuestDisk("sda", f"{controller}/target0:0:7/0:0:7:9/block/sda", 3 * MiB, "ten\tbytes!", False)
+    assert sda == GuestDisk(
+        "sda", f"{controller}/target0:0:7/0:0:7:9/block/sda", 3 * MiB, "ten\tbytes!", False
+    )
 
     blockdev(machine, "blk", 5 * MiB, read_only=True)
     plug_blk(machine, "blk", "rp1", serial="serial-of-20-bytes..")
     vda = guest.wait_for_disks({"sda", "vda"})["vda"]
     port = "/sys/devices/pci0000:00/0000:00:03.0/0000:02:00.0"
-    assert vda == GuestDisk("vda", f"{port}/virtio1/block/vda", 5 * MiB, "serial-of-20-bytes..", True)
+    assert vda == GuestDisk(
+        "vda", f"{port}/virtio1/block/vda", 5 * MiB, "serial-of-20-bytes..", True
+    )
 
-    memory = {"qom-type": "memory-backend-file", "id": "memory", "mem-path": str(machine.image("pmem", 16 * MiB))}
+    memory = {
+        "qom-type": "memory-backend-file",
+        "id": "memory",
+        "mem-path": str(machine.image("pmem", 16 * MiB)),
+    }
     machine.side.command("object-add", {**memory, "size": 16 * MiB, "share": True})
     machine.side.command("device_add", driver="nvdimm", id="nv", memdev="memory")
     pmem0 = guest.wait_for_disks({"sda", "vda", "pmem0"})["pmem0"]
-    bus = pmem0.link.partition("/ACPI0012:00/")[0] + "/ACPI0012:00/ndbus0"  # below LNXSYSTM:00 or, from Linux 7 on, below platform
-    assert pmem0 == GuestDisk("pmem0", f"{bus}/region0/namespace0.0/block/pmem0", 16 * MiB, "", False)
+    # below LNXSYSTM:00 or, from Linux 7 on, below platform
+    bus = pmem0.link.partition("/ACPI0012:00/")[0] + "/ACPI0012:00/ndbus0"
+    assert pmem0 == GuestDisk(
+        "pmem0", f"{bus}/region0/namespace0.0/block/pmem0", 16 * MiB, "", False
+    )
 
     unplug(machine, "scsi")
     guest.wait_for_disks({"vda", "pmem0"})
@@ -67,7 +92,9 @@ def test_every_kind_of_disk_appears_and_leaves(guest_machine: Machine) -> None:
 
 
 @pytest.mark.parametrize(("kind", "bus"), [("q35", "rp0"), ("pc", "br0")])
-def test_a_guest_that_does_not_listen_lets_go_later(start_machine: Callable[..., Machine], kind: str, bus: str) -> None:
+def test_a_guest_that_does_not_listen_lets_go_later(
+    start_machine: Callable[..., Machine], kind: str, bus: str
+) -> None:
     machine = start_machine(kind)
     blockdev(machine, "blk", MiB)
     plug_blk(machine, "blk", bus)
@@ -86,10 +113,21 @@ def test_sixty_disks_are_listed_at_once(guest_machine: Machine) -> None:
     for number in range(60):
         node = {"driver": "null-co", "node-name": f"n{number}", "size": MiB, "read-zeroes": True}
         guest_machine.side.command("blockdev-add", node)
-        disk = {"driver": "scsi-hd", "id": f"n{number}", "drive": f"n{number}", "scsi-id": number // 8, "lun": number % 8}
-        guest_machine.side.command("device_add", {**disk, "bus": "scsi0.0", "serial": f"serial-{number}"})
-    # Sizes are not waited for: under load this kernel now and then keeps one disk at 0 when they arrive in one burst.
-    disks = guest_machine.guest.wait_for_disks(lambda disks: len(disks) == 60 and all(disk.serial for disk in disks.values()), 60)
+        disk = {
+            "driver": "scsi-hd",
+            "id": f"n{number}",
+            "drive": f"n{number}",
+            "scsi-id": number // 8,
+            "lun": number % 8,
+        }
+        guest_machine.side.command(
+            "device_add", {**disk, "bus": "scsi0.0", "serial": f"serial-{number}"}
+        )
+    # Sizes are not waited for: under load this kernel now and then keeps one disk at 0 when they
+    # arrive in one burst.
+    disks = guest_machine.guest.wait_for_disks(
+        lambda disks: len(disks) == 60 and all(disk.serial for disk in disks.values()), 60
+    )
     assert {(disk.serial, disk.link.split("/")[-3]) for disk in disks.values()} == {
         (f"serial-{number}", f"0:0:{number // 8}:{number % 8}") for number in range(60)
     }
@@ -126,9 +164,17 @@ def test_qemu_lives_on_when_its_thread_ends(start_machine: Callable[..., Machine
 
 
 def test_qemu_dies_with_its_test_process(bare_machine: Machine) -> None:
-    program = "from kit import Machine\nwith Machine(guest=False) as machine: print(machine.pid, flush=True); input()"
+    program = (
+        "from kit import Machine\nwith Machine(guest=False) as machine: print(machine.pid, "
+        "flush=True); input()"
+    )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    with subprocess.Popen([sys.executable, "-c", program], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
         assert process.stdout is not None
         qemu = Path("/proc", process.stdout.readline().decode().strip())
         command = (qemu / "cmdline").read_text()
@@ -136,6 +182,7 @@ def test_qemu_dies_with_its_test_process(bare_machine: Machine) -> None:
         assert folder.is_dir()
         process.send_signal(signal.SIGKILL)
     deadline = time.monotonic() + 10
-    while folder.exists() or (qemu.exists() and (qemu / "cmdline").read_text()):  # a zombie without a command line is dead, too
+    while folder.exists() or (qemu.exists() and (qemu / "cmdline").read_text()):
+        # a zombie without a command line is dead, too
         assert time.monotonic() < deadline
         time.sleep(0.02)

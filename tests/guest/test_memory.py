@@ -1,4 +1,5 @@
-"""Memory on a real QEMU: what an attach and its detach leave behind, what a flood of events takes. `make soak-qemu` is the long form."""
+"""Memory on a real QEMU: what an attach and its detach leave behind, what a flood of events takes.
+`make soak-qemu` is the long form."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ def traces() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("traces")
-async def test_a_pair_leaves_nothing_behind(bare_machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_pair_leaves_nothing_behind(
+    bare_machine: Machine, capsys: pytest.CaptureFixture[str]
+) -> None:
     left = await soak_qemu.pairs(bare_machine, PAIRS, soak_qemu.traced, lambda text: None)
     with capsys.disabled():
         print(f"\n{PAIRS} pairs: each leaves {left:.0f} bytes behind")

@@ -1,5 +1,5 @@
-"""The short form of the storm (`make storm` is the long one), and that the storm would notice: each kind of damage that is done to the code
-here must end in its violation.
+"""The short form of the storm (`make storm` is the long one), and that the storm would notice: each
+kind of damage that is done to the code here must end in its violation.
 """
 
 from __future__ import annotations
@@ -75,7 +75,11 @@ def change_rows(patch: Patch, change: Callable[[Sequence[Row]], Sequence[Row]]) 
     write = SqliteStore.write
 
     async def changed(
-        store: SqliteStore, sandbox_id: str, rows: Callable[[], Sequence[Row]], deadline: float | None = None, **more: Any
+        store: SqliteStore,
+        sandbox_id: str,
+        rows: Callable[[], Sequence[Row]],
+        deadline: float | None = None,
+        **more: Any,
     ) -> dict[str, ImageInUse]:
         return await write(store, sandbox_id, lambda: change(rows()), deadline, **more)
 
@@ -95,7 +99,8 @@ def let_two_write(patch: Patch) -> None:
 
 
 def write_after_the_plug(patch: Patch) -> None:
-    """The intent is not written: who is killed in between leaves something of which the store knows nothing."""
+    """The intent is not written: who is killed in between leaves something of which the store knows
+    nothing."""
 
     async def unwritten(machine: life.Machine, device: BlockDevice, deadline: float | None) -> None:
         device.held.sit(await machine.vmm.place(device.held))
@@ -107,7 +112,9 @@ def lose_a_count(patch: Patch) -> None:
     write = life.Machine.write
     calls = 0
 
-    async def forgetful(machine: life.Machine, device: BlockDevice, deadline: float | None = None) -> None:
+    async def forgetful(
+        machine: life.Machine, device: BlockDevice, deadline: float | None = None
+    ) -> None:
         nonlocal calls
         calls += 1
         if calls % 10:
@@ -202,7 +209,8 @@ def hang_for_ever(patch: Patch) -> None:
     patch.setattr(Allotment, "release", broken)
 
 
-SHORT = (forget_to_delete, leave_a_backend, open_another_image, lose_what_is_there, hang_for_ever)  # some seconds each
+# some seconds each
+SHORT = (forget_to_delete, leave_a_backend, open_another_image, lose_what_is_there, hang_for_ever)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +231,12 @@ SHORT = (forget_to_delete, leave_a_backend, open_another_image, lose_what_is_the
         (hang_for_ever, "KeyError"),
     ],
 )
-def test_it_notices(damage: Callable[[Patch], None], wanted: str, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_notices(
+    damage: Callable[[Patch], None],
+    wanted: str,
+    monkeypatch: Patch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     if damage not in SHORT and os.environ.get("PYBLOCK_LONG") != "1":
         pytest.skip("one of the others is of its kind; PYBLOCK_LONG=1 runs it")
     damage(monkeypatch)
@@ -240,7 +253,11 @@ def test_the_book() -> None:
     """What counts may be, by what was told."""
 
     def device(count: int) -> list[DeviceSeen]:
-        return [DeviceSeen("id", "drive-id", "i", "virtio-scsi", "attached", count, 0, 0)] if count else []
+        return (
+            [DeviceSeen("id", "drive-id", "i", "virtio-scsi", "attached", count, 0, 0)]
+            if count
+            else []
+        )
 
     def calls(*ends: tuple[str, str | None]) -> Book:
         book = Book()
@@ -265,7 +282,9 @@ def test_the_book() -> None:
         ([("attach", ""), ("detach_many", "DetachPending")], {0, 1}),
     ]
     for ends, possible in told:
-        assert {count for count in range(4) if not calls(*ends).settle(device(count))} == possible, ends
+        assert {
+            count for count in range(4) if not calls(*ends).settle(device(count))
+        } == possible, ends
     for count in (0, 1):  # another machine has nothing of it
         book = calls(("attach", ""))
         book.replace_machine()
@@ -273,7 +292,8 @@ def test_the_book() -> None:
 
 
 def test_the_witness(tmp_path: Path, start_machine: Callable[..., Machine]) -> None:
-    """Images are told by inode, whether they were opened by path or handed over; a set of descriptors that nothing uses is seen."""
+    """Images are told by inode, whether they were opened by path or handed over; a set of
+    descriptors that nothing uses is seen."""
     images = Images(tmp_path, ["a", "b"])
     machine = start_machine(guest=False, nvdimm_slots=1)
     assert ask_qemu(machine, images) == ({}, set(), [], [], set())
@@ -289,7 +309,10 @@ def test_the_witness(tmp_path: Path, start_machine: Callable[..., Machine]) -> N
 
     def add(drive: str, path: str, *, read_only: bool = False) -> None:
         file = {"driver": "file", "filename": path, "read-only": read_only}
-        machine.side.command("blockdev-add", {"driver": "raw", "node-name": drive, "read-only": read_only, "file": file})
+        machine.side.command(
+            "blockdev-add",
+            {"driver": "raw", "node-name": drive, "read-only": read_only, "file": file},
+        )
 
     number = hand_over("a")
     assert ask_qemu(machine, images).idle
@@ -301,11 +324,19 @@ def test_the_witness(tmp_path: Path, start_machine: Callable[..., Machine]) -> N
     assert not (lists.idle or lists.devices or lists.others)
     # What is mapped as memory is told by the mapping.
     number = machine.side.command("query-fdsets")[0]["fds"][0]["fd"]
-    memory = {"qom-type": "memory-backend-file", "id": "drive-3", "mem-path": f"/proc/self/fd/{number}", "size": 1 << 20, "share": True}
+    memory = {
+        "qom-type": "memory-backend-file",
+        "id": "drive-3",
+        "mem-path": f"/proc/self/fd/{number}",
+        "size": 1 << 20,
+        "share": True,
+    }
     machine.side.command("object-add", memory)
     assert ask_qemu(machine, images).backends["drive-3"] == Open("a", False)
     machine.side.command("object-del", id="drive-3")
-    machine.side.command("device_add", {"driver": "scsi-hd", "id": "drive-1", "drive": "drive-1", "bus": "scsi0.0"})
+    machine.side.command(
+        "device_add", {"driver": "scsi-hd", "id": "drive-1", "drive": "drive-1", "bus": "scsi0.0"}
+    )
     assert ask_qemu(machine, images).devices == {"drive-1"}
     machine.side.command("device_del", id="drive-1")
     while not (lists := ask_qemu(machine, images)).gone:  # QEMU says so a moment later

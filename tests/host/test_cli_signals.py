@@ -13,7 +13,8 @@ import pytest
 from support.shell import LONG, Shell
 from support.snapshot import MakeImage
 
-# A step that never ends and says when it was reached. What a shell starts in its background may have signals ignored.
+# A step that never ends and says when it was reached. What a shell starts in its background may
+# have signals ignored.
 HELD = """
 import asyncio, signal
 from pyblock.vmm.memory.machine import MemoryHypervisor
@@ -28,11 +29,15 @@ MemoryHypervisor.{step} = never
 
 
 @contextmanager
-def held(shell: Shell, step: str, *arguments: str | Path, times: int = 1) -> Iterator[subprocess.Popen[str]]:
+def held(
+    shell: Shell, step: str, *arguments: str | Path, times: int = 1
+) -> Iterator[subprocess.Popen[str]]:
     """A command that stands in that step, so many times over."""
     command = shell.command(*arguments, patch=HELD.format(step=step))
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=shell.environment, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(
+        command, env=shell.environment, stdout=pipe, stderr=pipe, text=True
+    ) as process:
         try:
             assert process.stdout is not None
             for _ in range(times):
@@ -64,12 +69,17 @@ def settled(shell: Shell, line: str) -> None:
 
 def test_a_detach(shell: Shell, make_image: MakeImage) -> None:
     rows = shell.json("attach", make_image("one"), make_image("two"), make_image("three"))
-    with held(shell, "removed", "detach", rows[0]["device_id"], rows[1]["device_id"], times=2) as process:
+    with held(
+        shell, "removed", "detach", rows[0]["device_id"], rows[1]["device_id"], times=2
+    ) as process:
         line = interrupted(process)
     for row in rows[:2]:
         assert f"detach of {row['device_id']}" in line
     assert rows[2]["device_id"] not in line and f"--sandbox {rows[0]['sandbox']}" in line
-    assert phases(shell) == {row["device_id"]: phase for row, phase in zip(rows, ["detach-pending"] * 2 + ["attached"], strict=True)}
+    assert phases(shell) == {
+        row["device_id"]: phase
+        for row, phase in zip(rows, ["detach-pending"] * 2 + ["attached"], strict=True)
+    }
     settled(shell, line)
     assert phases(shell) == {rows[2]["device_id"]: "attached"}
 
@@ -77,7 +87,13 @@ def test_a_detach(shell: Shell, make_image: MakeImage) -> None:
 @pytest.mark.parametrize("count", [1, 2])
 def test_an_attach(shell: Shell, make_image: MakeImage, count: int) -> None:
     """It gets the time to undo itself; where that is not enough, it is pending."""
-    with held(shell, "device_add", "attach", *(make_image(f"image{number}") for number in range(count)), times=count) as process:
+    with held(
+        shell,
+        "device_add",
+        "attach",
+        *(make_image(f"image{number}") for number in range(count)),
+        times=count,
+    ) as process:
         line = interrupted(process)
     pending = phases(shell)
     assert set(pending.values()) == {"attach-pending"} and len(pending) == count
@@ -100,7 +116,10 @@ def test_twice(shell: Shell, make_image: MakeImage) -> None:
 
 def test_while_nothing_is_begun(shell: Shell, make_image: MakeImage) -> None:
     [row] = shell.json("attach", make_image("one"))
-    for step, *arguments in (("inventory", "detach", row["device_id"]), ("place", "attach", str(make_image("two")))):
+    for step, *arguments in (
+        ("inventory", "detach", row["device_id"]),
+        ("place", "attach", str(make_image("two"))),
+    ):
         with held(shell, step, *arguments) as process:
             assert interrupted(process) == "pyblock: interrupted; nothing of it is pending"
     assert phases(shell) == {row["device_id"]: "attached"}
@@ -114,7 +133,10 @@ def test_killed(shell: Shell, make_image: MakeImage, number: signal.Signals) -> 
         process.send_signal(number)
         process.communicate(timeout=LONG)
     assert process.returncode == -number
-    assert phases(shell) == {rows[0]["device_id"]: "detach-pending", rows[1]["device_id"]: "attached"}
+    assert phases(shell) == {
+        rows[0]["device_id"]: "detach-pending",
+        rows[1]["device_id"]: "attached",
+    }
     with held(shell, "device_add", "attach", make_image("three")) as process:
         process.send_signal(number)
         process.communicate(timeout=LONG)

@@ -1,5 +1,5 @@
-"""A signal handler comes at any bytecode of a transaction: it may fork, or raise, and the store is neither stuck nor lost. A fork waits for
-no other process."""
+"""A signal handler comes at any bytecode of a transaction: it may fork, or raise, and the store is
+neither stuck nor lost. A fork waits for no other process."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def test_a_signal_handler_forks_inside_a_transaction(tmp_path: Path) -> None:
         store, forked = SqliteStore(path), list[str]()
 
         def fork(*_: object) -> None:
-            forked.append(str(in_child(lambda: elsewhere(path))))  # the store is nobody's while it forks, so the child may use it
+            # the store is nobody's while it forks, so the child may use it
+            forked.append(str(in_child(lambda: elsewhere(path))))
 
         signal.signal(signal.SIGUSR1, fork)
         tries = 0
@@ -79,7 +80,8 @@ def test_a_signal_handler_forks_inside_a_transaction(tmp_path: Path) -> None:
 
 
 def test_the_child_of_such_a_fork_goes_on_itself(tmp_path: Path) -> None:
-    """It comes out of the handler into the middle of its parent's transaction, which is none of its own."""
+    """It comes out of the handler into the middle of its parent's transaction, which is none of its
+    own."""
     path = tmp_path / "state.db"
 
     def parent() -> str:
@@ -134,13 +136,18 @@ class Thrower:
     def watch(self, frame: FrameType, event: str, _: object) -> Callable[..., Any] | None:
         """To be given to sys.settrace."""
         code = frame.f_code
-        if not code.co_filename.endswith(("/store/sqlite/file.py", "/store/sqlite/store.py")) or code.co_flags & inspect.CO_COROUTINE:
+        if (
+            not code.co_filename.endswith(("/store/sqlite/file.py", "/store/sqlite/store.py"))
+            or code.co_flags & inspect.CO_COROUTINE
+        ):
             return None
         frame.f_trace = self.watch
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         operations = self._operations.get(frame.f_code)
         if operations is None:
-            operations = self._operations[frame.f_code] = {each.offset: each.opname for each in dis.get_instructions(frame.f_code)}
+            operations = self._operations[frame.f_code] = {
+                each.offset: each.opname for each in dis.get_instructions(frame.f_code)
+            }
         if event == "opcode":
             last = self._last.get(frame, -1)
             self._last[frame] = frame.f_lasti
@@ -152,13 +159,18 @@ class Thrower:
         return self.watch
 
 
-def test_a_signal_handler_raises_anywhere_in_a_transaction(make_store: MakeStore, capsys: pytest.CaptureFixture[str]) -> None:
-    """Then no lock is left, neither this process's nor the database's, and what is in it is the old or the new."""
+def test_a_signal_handler_raises_anywhere_in_a_transaction(
+    make_store: MakeStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Then no lock is left, neither this process's nor the database's, and what is in it is the old
+    or the new."""
     store, other = make_store(), make_store()
     content = [b"0"]
 
     async def write(store: SqliteStore, text: bytes, soon: float) -> None:
-        await store.write("one", lambda: [Row("device", text)], asyncio.get_running_loop().time() + soon)
+        await store.write(
+            "one", lambda: [Row("device", text)], asyncio.get_running_loop().time() + soon
+        )
 
     async def elsewhere() -> None:
         """Another process, or one that stands for it, and another thread of this one."""
@@ -168,7 +180,8 @@ def test_a_signal_handler_raises_anywhere_in_a_transaction(make_store: MakeStore
 
     asyncio.run(store.open_sandbox("one", ""))
     asyncio.run(write(store, content[0], LATE))
-    sys._getframe().f_trace_opcodes = True  # Python 3.12 traces operations only if they are wanted before anything is traced
+    # Python 3.12 traces operations only if they are wanted before anything is traced
+    sys._getframe().f_trace_opcodes = True
     number = 0
     while True:
         thrower, text = Thrower(number), str(number + 1).encode()
@@ -210,7 +223,8 @@ def test_a_fork_does_not_wait_for_another_process(tmp_path: Path) -> None:
         return asyncio.run(names(store))
 
     with closing(connect(path, isolation_level=None)) as db, ThreadPoolExecutor(1) as pool:
-        db.execute("CREATE TABLE mine (one)")  # else SQLite takes the file for empty, and locks nothing
+        # else SQLite takes the file for empty, and locks nothing
+        db.execute("CREATE TABLE mine (one)")
         db.execute("DROP TABLE mine")
         db.execute("BEGIN EXCLUSIVE")
         sqlite3.connect = watched  # type: ignore[assignment]
@@ -227,9 +241,13 @@ def test_a_fork_does_not_wait_for_another_process(tmp_path: Path) -> None:
     store.close()
 
 
-def test_forked_beside_a_transaction_that_does_not_end(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fork goes on; its child is told that it cannot use the store, and its parent loses nothing."""
-    from pyblock.store.sqlite import forks  # noqa: PLC0415 - the rest of this file says what was so before there was one
+def test_forked_beside_a_transaction_that_does_not_end(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fork goes on; its child is told that it cannot use the store, and its parent loses
+    nothing."""
+    # the rest of this file says what was so before there was one
+    from pyblock.store.sqlite import forks  # noqa: PLC0415
 
     monkeypatch.setattr(forks, "FORK_WAIT", 0.05)
     store, inside, leave = make_store(), threading.Event(), threading.Event()
@@ -262,7 +280,9 @@ def test_forked_beside_a_transaction_that_does_not_end(make_store: MakeStore, mo
             leave.set()
         assert working.result() == 1
     assert status == 0
-    assert [line.partition(":")[0] for line in text.splitlines()] == ["StoreError"] * 2 and "was forked while" in text
+    assert [line.partition(":")[0] for line in text.splitlines()] == [
+        "StoreError"
+    ] * 2 and "was forked while" in text
 
 
 @pytest.mark.anyio
@@ -286,13 +306,18 @@ async def test_many_forks_beside_many_transactions(make_store: MakeStore) -> Non
     for number in range(10):
         before = count
         await until(lambda: count > before + 3)  # noqa: B023 - called at once
-        assert await asyncio.to_thread(in_child, lambda: elsewhere(store.path)) == (0, "one other"), number
+        assert await asyncio.to_thread(in_child, lambda: elsewhere(store.path)) == (
+            0,
+            "one other",
+        ), number
     over = True
     await writing
     assert (await store.read("one")).devices == [("device", str(count).encode())]
 
 
-def test_an_interrupted_fork_keeps_nobody_out_for_ever(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_fork_keeps_nobody_out_for_ever(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A signal handler has thrown a fork off its way, so that its end was never seen."""
     from pyblock.store.sqlite import forks  # noqa: PLC0415
 

@@ -1,4 +1,5 @@
-"""A process is killed at every SQL statement of what writes many rows at once: an import, a forget. It has happened, or it has not."""
+"""A process is killed at every SQL statement of what writes many rows at once: an import, a forget.
+It has happened, or it has not."""
 
 from __future__ import annotations
 
@@ -20,8 +21,11 @@ from pyblock.store.sqlite.store import SqliteStore
 Work = Callable[[SqliteStore], Coroutine[Any, Any, None]]
 
 
-def at_every_step(work: Work, prepare: Callable[[int], Path], check: Callable[[Path], str]) -> tuple[int, set[str]]:
-    """Runs `work` in a child that is killed at step 0, 1, 2… until it lives; returns how many there were, and what the checks said."""
+def at_every_step(
+    work: Work, prepare: Callable[[int], Path], check: Callable[[Path], str]
+) -> tuple[int, set[str]]:
+    """Runs `work` in a child that is killed at step 0, 1, 2… until it lives; returns how many there
+    were, and what the checks said."""
     said: set[str] = set()
     step = 0
     while True:
@@ -43,14 +47,17 @@ def at_every_step(work: Work, prepare: Callable[[int], Path], check: Callable[[P
 
 
 def devices_in(path: Path) -> int:
-    """How many devices the store has; its sandbox can be taken over, so that nothing of it contradicts the rest."""
+    """How many devices the store has; its sandbox can be taken over, so that nothing of it
+    contradicts the rest."""
 
     async def count() -> int:
         store = SqliteStore(path)
         try:
             if not await store.sandboxes():
                 return 0
-            async with Sandbox("one", f"memory:{path.parent / 'vm'}", store=store, recover=False) as sandbox:
+            async with Sandbox(
+                "one", f"memory:{path.parent / 'vm'}", store=store, recover=False
+            ) as sandbox:
                 assert len(sandbox.index) == len(sandbox.devices)
                 return len(sandbox.devices)
         finally:
@@ -62,8 +69,14 @@ def devices_in(path: Path) -> int:
 @pytest.fixture
 def kata(tmp_path: Path, make_image: MakeImage) -> Path:
     path = tmp_path / "kata.json"
-    drives = [samples.drive(number, File=str(make_image(f"disk{number}")), SCSIAddr=f"0:{number}") for number in range(3)]
-    devices = [samples.device(number, drive, AttachCount=1, RefCount=1) for number, drive in enumerate(drives)]
+    drives = [
+        samples.drive(number, File=str(make_image(f"disk{number}")), SCSIAddr=f"0:{number}")
+        for number in range(3)
+    ]
+    devices = [
+        samples.device(number, drive, AttachCount=1, RefCount=1)
+        for number, drive in enumerate(drives)
+    ]
     path.write_bytes(samples.text(samples.sandbox(devices, [0, 1, 2])))
     return path
 
@@ -75,7 +88,9 @@ def test_import(tmp_path: Path, kata: Path, capsys: pytest.CaptureFixture[str]) 
         async with Sandbox("one", f"memory:{tmp_path / 'vm'}", store=store) as sandbox:
             await sandbox.load(kata)
 
-    steps, said = at_every_step(load, lambda step: tmp_path / f"state-{step}.db", lambda path: str(devices_in(path)))
+    steps, said = at_every_step(
+        load, lambda step: tmp_path / f"state-{step}.db", lambda path: str(devices_in(path))
+    )
     assert said == {"0", "3"}
     with capsys.disabled():
         print(f"\nimport: {steps} kill points")

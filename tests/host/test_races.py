@@ -1,4 +1,5 @@
-"""Many processes at one store: an image has one writer, a sandbox one owner, and no operation is lost or fails because others were there.
+"""Many processes at one store: an image has one writer, a sandbox one owner, and no operation is
+lost or fails because others were there.
 
 PYBLOCK_LONG=1 has the crowd go on for a minute instead of five seconds.
 """
@@ -70,8 +71,9 @@ class Board:
         self._set(0, 1)
 
     def meet(self, number: int) -> None:
-        """Returns in all members when all have come. They watch for each other a while, so that they leave at the same moment where there
-        are processors for them; where there are not, who waits makes room."""
+        """Returns in all members when all have come. They watch for each other a while, so that
+        they leave at the same moment where there are processors for them; where there are not, who
+        waits makes room."""
         self._stage += 1
         self._set(1 + number, self._stage)
         deadline = time.monotonic() + LATE
@@ -85,12 +87,14 @@ class Board:
 
 
 def crowd(board: Board, members: int, work: Callable[[int], Any]) -> list[Any]:
-    """Runs the function in so many forked processes at once, and returns what it returned in each; AssertionError when one fails."""
+    """Runs the function in so many forked processes at once, and returns what it returned in each;
+    AssertionError when one fails."""
     readers = []
     for number in range(members):
         reader, writer = os.pipe()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads; the child touches none of theirs
+            # of forking beside threads; the child touches none of theirs
+            warnings.simplefilter("ignore", DeprecationWarning)
             child = os.fork()
         if child == 0:
             failed = True
@@ -195,7 +199,8 @@ def test_many_open_one_sandbox(dies: bool, tmp_path: Path, make_image: MakeImage
 
 
 class Member:
-    """One process of the crowd: some sandboxes, images of its own, images that all read, and one that all want to write.
+    """One process of the crowd: some sandboxes, images of its own, images that all read, and one
+    that all want to write.
 
     :ivar counts: how often each image is attached in each sandbox, counted here.
     """
@@ -210,7 +215,10 @@ class Member:
         self.store = SqliteStore(folder / "state.db")
         self.read = [str(folder / f"read-{one}") for one in range(4)]
         self.wanted = str(folder / "wanted")
-        self.own = {f"sb{number}-{one}": [str(folder / f"own-{number}-{one}-{more}") for more in range(4)] for one in range(self.SANDBOXES)}
+        self.own = {
+            f"sb{number}-{one}": [str(folder / f"own-{number}-{one}-{more}") for more in range(4)]
+            for one in range(self.SANDBOXES)
+        }
         self.vms = {name: MemoryHypervisor() for name in self.own}
         self.sandboxes: dict[str, Sandbox] = {}
         self.counts: dict[str, dict[str, int]] = {name: {} for name in self.own}
@@ -222,17 +230,26 @@ class Member:
             await self.open(name)
         end = time.monotonic() + SECONDS
         while time.monotonic() < end:
-            await asyncio.gather(*(self.step(name) for name in self.own))  # its own sandboxes get in each other's way as well
+            # its own sandboxes get in each other's way as well
+            await asyncio.gather(*(self.step(name) for name in self.own))
         for name, sandbox in self.sandboxes.items():
             self.compare(name, sandbox)
-            # The outcome of a detach is written when the store is free, be it after the detach has returned.
+            # The outcome of a detach is written when the store is free, be it after the detach has
+            # returned.
             assert sandbox._machine.ledger is not None
             await sandbox._machine.ledger.flush()
         self.board.meet(self.number)
         # All are still there, with their sandboxes open, while one looks.
-        seen = rows(self.store.path, "SELECT sandbox, id, access FROM device") if self.number == 0 else []
+        seen = (
+            rows(self.store.path, "SELECT sandbox, id, access FROM device")
+            if self.number == 0
+            else []
+        )
         self.board.meet(self.number)
-        kept = {name: [[one.id, str(one.info.path), one.attach_count] for one in self.blocks(name)] for name in self.sandboxes}
+        kept = {
+            name: [[one.id, str(one.info.path), one.attach_count] for one in self.blocks(name)]
+            for name in self.sandboxes
+        }
         return {"kept": kept, "seen": seen, "done": self.done, "lost": self.lost, "won": self.won}
 
     def blocks(self, name: str) -> list[BlockDevice]:
@@ -242,8 +259,14 @@ class Member:
         self.sandboxes[name] = await Sandbox(name, self.vms[name], store=self.store).__aenter__()
 
     def compare(self, name: str, sandbox: Sandbox) -> None:
-        assert {str(one.info.path): one.attach_count for one in self.blocks(name)} == self.counts[name]
-        assert self.vms[name].devices.keys() == {one.held.id for one in self.blocks(name)} == self.vms[name].backends.keys()
+        assert {str(one.info.path): one.attach_count for one in self.blocks(name)} == self.counts[
+            name
+        ]
+        assert (
+            self.vms[name].devices.keys()
+            == {one.held.id for one in self.blocks(name)}
+            == self.vms[name].backends.keys()
+        )
         assert not sandbox.recovered
 
     async def step(self, name: str) -> None:
@@ -275,12 +298,15 @@ class Member:
         self.done += 1
 
     async def contend(self, name: str) -> None:
-        """Attaches or detaches what only one in the crowd can have; nobody else has it at the same time."""
+        """Attaches or detaches what only one in the crowd can have; nobody else has it at the same
+        time."""
         sandbox, counts = self.sandboxes[name], self.counts[name]
         if self.wanted in counts:
             assert self.board[0] == 1 + self.number
             self.board[0] = 0
-            await sandbox.detach(next(one for one in self.blocks(name) if str(one.info.path) == self.wanted))
+            await sandbox.detach(
+                next(one for one in self.blocks(name) if str(one.info.path) == self.wanted)
+            )
             del counts[self.wanted]
             return
         try:
@@ -294,7 +320,9 @@ class Member:
             self.won += 1
 
 
-def test_a_crowd_loses_nothing(tmp_path: Path, make_image: MakeImage, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_crowd_loses_nothing(
+    tmp_path: Path, make_image: MakeImage, capsys: pytest.CaptureFixture[str]
+) -> None:
     members = 10
     for one in range(4):
         make_image(f"read-{one}")
@@ -302,15 +330,26 @@ def test_a_crowd_loses_nothing(tmp_path: Path, make_image: MakeImage, capsys: py
         make_image(f"own-{number}-{one}-{more}")
     make_image("wanted")
     board = Board(members, 1)
-    results = crowd(board, members, lambda number: asyncio.run(Member(number, board, tmp_path).run()))
+    results = crowd(
+        board, members, lambda number: asyncio.run(Member(number, board, tmp_path).run())
+    )
     [*seen] = results[0]["seen"]
-    told = {(name, device, path, count) for result in results for name, kept in result["kept"].items() for device, path, count in kept}
+    told = {
+        (name, device, path, count)
+        for result in results
+        for name, kept in result["kept"].items()
+        for device, path, count in kept
+    }
     reads = {(name, device): int("/read-" in path) for name, device, path, _ in told}
-    assert {(name, device): access for name, device, access in seen} == reads and len(seen) == len(told)
+    assert {(name, device): access for name, device, access in seen} == reads and len(seen) == len(
+        told
+    )
 
     async def compare() -> None:
         store = SqliteStore(tmp_path / "state.db")
-        names = [f"sb{number}-{one}" for number in range(members) for one in range(Member.SANDBOXES)]
+        names = [
+            f"sb{number}-{one}" for number in range(members) for one in range(Member.SANDBOXES)
+        ]
         assert await store.sandboxes() == sorted(names)
         found = set()
         for name in names:
@@ -326,5 +365,6 @@ def test_a_crowd_loses_nothing(tmp_path: Path, make_image: MakeImage, capsys: py
     assert lost and won
     with capsys.disabled():
         print(
-            f"\n{members} processes: {done:,} operations in {SECONDS:g} s; the wanted image was had {won:,} times, refused {lost:,} times"
+            f"\n{members} processes: {done:,} operations in {SECONDS:g} s; the wanted image was "
+            f"had {won:,} times, refused {lost:,} times"
         )

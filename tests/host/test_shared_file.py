@@ -1,4 +1,5 @@
-"""One database file that many processes, threads and forked children use: none spoils it for another."""
+"""One database file that many processes, threads and forked children use: none spoils it for
+another."""
 
 from __future__ import annotations
 
@@ -46,7 +47,10 @@ for line in sys.stdin:
     store.close()
 """
     command = [sys.executable, "-c", program]
-    processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    processes = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
     said: set[str] = set()
     try:
         for number in range(60):
@@ -66,8 +70,14 @@ for line in sys.stdin:
 
 
 def test_forked_while_another_thread_is_in_a_transaction(make_store: MakeStore) -> None:
-    """The fork waits for its end: a child that began in the middle would have half of it, and the locks."""
-    store, inside, leave, over = make_store(), threading.Event(), threading.Event(), threading.Event()
+    """The fork waits for its end: a child that began in the middle would have half of it, and the
+    locks."""
+    store, inside, leave, over = (
+        make_store(),
+        threading.Event(),
+        threading.Event(),
+        threading.Event(),
+    )
 
     def stay() -> list[Row]:
         inside.set()
@@ -100,7 +110,9 @@ def test_forked_while_another_thread_is_in_a_transaction(make_store: MakeStore) 
 
 
 @pytest.mark.parametrize("name", ["removed", "replaced"])
-async def test_the_database_is_not_the_one_that_was_opened(name: str, make_store: MakeStore, make_image: MakeImage, tmp_path: Path) -> None:
+async def test_the_database_is_not_the_one_that_was_opened(
+    name: str, make_store: MakeStore, make_image: MakeImage, tmp_path: Path
+) -> None:
     store, vm = make_store(), MemoryHypervisor()
     free, more = make_image("free"), make_image("more")
     async with Sandbox("one", vm, store=store) as sandbox:
@@ -131,7 +143,11 @@ async def test_the_database_is_not_the_one_that_was_opened(name: str, make_store
 
 
 def test_a_damaged_row_hides_its_own_sandbox_only(
-    make_store: MakeStore, make_image: MakeImage, state_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_store: MakeStore,
+    make_image: MakeImage,
+    state_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "500")
     store = make_store(state_dir / "state.db")
@@ -140,7 +156,13 @@ def test_a_damaged_row_hides_its_own_sandbox_only(
         for name in ("one", "two", "three", "wide"):
             (tmp_path / name).touch()
             capacity = 1 << 17 if name == "wide" else 1 << 16
-            async with Sandbox(name, f"memory:{tmp_path / name}", store=store, capacity=capacity, driver="virtio-blk") as sandbox:
+            async with Sandbox(
+                name,
+                f"memory:{tmp_path / name}",
+                store=store,
+                capacity=capacity,
+                driver="virtio-blk",
+            ) as sandbox:
                 if name == "wide":
                     sandbox.index.reserve_many(range(1 << 16))
                 await sandbox.attach(make_image(f"{name}.img"), device_id=f"device-{name}")
@@ -149,25 +171,33 @@ def test_a_damaged_row_hides_its_own_sandbox_only(
 
     def run(command: str) -> tuple[int, str, str]:
         program = [sys.executable, "-c", "from pyblock.cli import main; main()", command]
-        done = subprocess.run(program, capture_output=True, text=True, timeout=2 * LATE, check=False)
+        done = subprocess.run(
+            program, capture_output=True, text=True, timeout=2 * LATE, check=False
+        )
         return done.returncode, done.stdout, done.stderr
 
     status, out, complaints = run("list")
-    assert (status, complaints) == (0, "") and all(f"device-{name}" in out for name in ("one", "two", "three", "wide"))
+    assert (status, complaints) == (0, "") and all(
+        f"device-{name}" in out for name in ("one", "two", "three", "wide")
+    )
     with closing(sqlite3.connect(store.path)) as db:
         db.execute("UPDATE device SET state = x'7b' WHERE sandbox = 'two'")
         db.commit()
     (tmp_path / "three").write_bytes(b"")  # a machine that was started anew
     status, out, complaints = run("list")
     assert status == 1 and "pyblock: sandbox two:" in complaints and complaints.count("\n") == 1
-    assert all(f"device-{name}" in out for name in ("one", "three", "wide")) and "device-two" not in out
+    assert (
+        all(f"device-{name}" in out for name in ("one", "three", "wide"))
+        and "device-two" not in out
+    )
     status, out, complaints = run("reconcile")
     assert status == 1 and "pyblock: sandbox two:" in complaints
     assert "device-three" in out and "device-one" not in out
 
 
 async def test_a_number_that_came_to_nothing(make_store: MakeStore) -> None:
-    """An owner's number is given to another when the transaction that took it failed; whoever dies with it seems not to live."""
+    """An owner's number is given to another when the transaction that took it failed; whoever dies
+    with it seems not to live."""
     busy, dies, lives, last = (make_store() for _ in range(4))
     await busy.open_sandbox("s0", "")
     with pytest.raises(SandboxBusy):
@@ -178,7 +208,9 @@ async def test_a_number_that_came_to_nothing(make_store: MakeStore) -> None:
     await last.open_sandbox("s2", "")
 
 
-def test_a_store_cut_off_in_its_last_page(tmp_path: Path, make_store: MakeStore, make_image: MakeImage) -> None:
+def test_a_store_cut_off_in_its_last_page(
+    tmp_path: Path, make_store: MakeStore, make_image: MakeImage
+) -> None:
     """The last page may be of the index that claims are found by."""
     path = tmp_path / "whole.db"
 
@@ -200,7 +232,9 @@ def test_a_store_cut_off_in_its_last_page(tmp_path: Path, make_store: MakeStore,
         assert cut.read_bytes() == whole[:-missing]
 
 
-def test_a_child_that_opens_the_store_of_its_parent(tmp_path: Path, make_store: MakeStore, make_image: MakeImage) -> None:
+def test_a_child_that_opens_the_store_of_its_parent(
+    tmp_path: Path, make_store: MakeStore, make_image: MakeImage
+) -> None:
     """The parent closes it; what the child writes then is seen by others."""
     store = make_store()
     image = make_image("image")
@@ -223,7 +257,9 @@ def test_a_child_that_opens_the_store_of_its_parent(tmp_path: Path, make_store: 
 
     def others() -> str:
         async def look() -> str:
-            async with Sandbox("other", MemoryHypervisor(), store=SqliteStore(store.path)) as sandbox:
+            async with Sandbox(
+                "other", MemoryHypervisor(), store=SqliteStore(store.path)
+            ) as sandbox:
                 try:
                     await sandbox.attach(image)
                 except ImageInUse as error:

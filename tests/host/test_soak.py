@@ -1,4 +1,5 @@
-"""The short form of the soak, and that the soak would notice: each kind of damage that is done to the code here must end in a violation."""
+"""The short form of the soak, and that the soak would notice: each kind of damage that is done to
+the code here must end in a violation."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ pytestmark = pytest.mark.timeout(300)
 
 def run(operations: int, sandboxes: int, *more: str) -> tuple[int, str]:
     lines: list[str] = []
-    status = soak.main(["--operations", str(operations), "--sandboxes", str(sandboxes), *more], lines.append)
+    status = soak.main(
+        ["--operations", str(operations), "--sandboxes", str(sandboxes), *more], lines.append
+    )
     return status, "\n".join(lines)
 
 
@@ -41,7 +44,11 @@ def change_rows(patch: Patch, change: Callable[[Sequence[Row]], Sequence[Row]]) 
     write = SqliteStore.write
 
     async def changed(
-        store: SqliteStore, sandbox_id: str, rows: Callable[[], Sequence[Row]], deadline: float | None = None, **more: Any
+        store: SqliteStore,
+        sandbox_id: str,
+        rows: Callable[[], Sequence[Row]],
+        deadline: float | None = None,
+        **more: Any,
     ) -> dict[str, ImageInUse]:
         return await write(store, sandbox_id, lambda: change(rows()), deadline, **more)
 
@@ -87,7 +94,8 @@ def leak_an_index(patch: Patch) -> None:
 
 
 def leave_a_backend(patch: Patch) -> None:
-    patch.setattr(MemoryHypervisor, "remove_rest", MemoryHypervisor.locate)  # which does nothing to the machine
+    # which does nothing to the machine
+    patch.setattr(MemoryHypervisor, "remove_rest", MemoryHypervisor.locate)
 
 
 def leak_memory(patch: Patch) -> None:
@@ -127,7 +135,9 @@ def write_after_death(patch: Patch) -> None:
         (write_after_death, "after the process had died"),
     ],
 )
-def test_it_notices(damage: Callable[[Patch], None], text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_notices(
+    damage: Callable[[Patch], None], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     damage(monkeypatch)
     monkeypatch.setattr(soak, "SLACK", 2 << 20)
     status, said = run(1500, 40, "--checkpoints", "10", "--tolerance", "0")

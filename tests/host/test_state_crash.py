@@ -1,4 +1,5 @@
-"""Whatever befalls the writing of a state, the file is the old one or the new one; and a failure leaves no temporary file."""
+"""Whatever befalls the writing of a state, the file is the old one or the new one; and a failure
+leaves no temporary file."""
 
 from __future__ import annotations
 
@@ -73,7 +74,9 @@ def after(blow: Blow, real: Callable[..., Any]) -> Callable[..., Any]:
     return struck
 
 
-def nth(number: int, strike: Callable[..., Any]) -> Callable[[Blow, Callable[..., Any]], Callable[..., Any]]:
+def nth(
+    number: int, strike: Callable[..., Any]
+) -> Callable[[Blow, Callable[..., Any]], Callable[..., Any]]:
     def make(blow: Blow, real: Callable[..., Any]) -> Callable[..., Any]:
         struck = strike(blow, real)
         calls = 0
@@ -91,7 +94,12 @@ def nth(number: int, strike: Callable[..., Any]) -> Callable[[Blow, Callable[...
 # Where the blow falls: the function that is struck, how, and which file must be found afterwards.
 STEPS: dict[str, tuple[Any, str, Callable[[Blow, Callable[..., Any]], Callable[..., Any]], str]] = {
     "before the temporary file": (tempfile, "mkstemp", before, "old"),
-    "half-written": (os, "fdopen", lambda blow, real: lambda *a, **k: HalfWritten(real(*a, **k), blow), "old"),
+    "half-written": (
+        os,
+        "fdopen",
+        lambda blow, real: lambda *a, **k: HalfWritten(real(*a, **k), blow),
+        "old",
+    ),
     "before its fsync": (os, "fsync", nth(1, before), "old"),
     "after its fsync": (os, "fsync", nth(1, after), "old"),
     "before the rename": (os, "replace", before, "old"),

@@ -1,4 +1,5 @@
-"""No thread that may be an event loop's waits for the disk: the store has to survive its processes, not its host."""
+"""No thread that may be an event loop's waits for the disk: the store has to survive its processes,
+not its host."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ static void note(const char *what) {
 }
 int fsync(int file) { note("fsync"); return ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(file); }
 int fdatasync(int file) { note("fdatasync"); return ((int (*)(int))dlsym(RTLD_NEXT, "fdatasync"))(file); }
-"""
+"""  # noqa: E501
 BUSY = """
 import asyncio, os, sys
 from pathlib import Path
@@ -53,21 +54,27 @@ def watch(tmp_path: Path) -> Path:
         pytest.skip("no C compiler")
     source, library = tmp_path / "watch.c", tmp_path / "watch.so"
     source.write_text(WATCH)
-    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"], check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"], check=True
+    )
     return library
 
 
 def busy(path: Path, watch: Path, *more: str) -> tuple[int, str]:
     """How large the journal became, and what the watch said."""
-    environment = os.environ | {"LD_PRELOAD": f"{watch}:{os.environ.get('LD_PRELOAD', '')}".rstrip(":")}
+    environment = os.environ | {
+        "LD_PRELOAD": f"{watch}:{os.environ.get('LD_PRELOAD', '')}".rstrip(":")
+    }
     command = [sys.executable, "-c", BUSY, str(path), *more]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     return int(done.stdout), done.stderr
 
 
 def test_nothing_is_waited_for(tmp_path: Path, watch: Path) -> None:
-    """Through many checkpoints, and the closing of the last connection; and the journal does not grow for it."""
+    """Through many checkpoints, and the closing of the last connection; and the journal does not
+    grow for it."""
     journal, said = busy(tmp_path / "state.db", watch)
     assert said == ""
     assert 100_000 < journal < 4_000_000
-    assert "fsync in the main thread" in busy(tmp_path / "other.db", watch, "and wait")[1]  # the watch sees what there is to see
+    # the watch sees what there is to see
+    assert "fsync in the main thread" in busy(tmp_path / "other.db", watch, "and wait")[1]

@@ -1,4 +1,5 @@
-"""Real machines for tests: QEMU, a guest kernel and a shell in it. Knows nothing of pyblock, so that it can judge it."""
+"""Real machines for tests: QEMU, a guest kernel and a shell in it. Knows nothing of pyblock, so
+that it can judge it."""
 
 from .guest import Guest, GuestDisk, GuestError
 from .initramfs import KitMissing

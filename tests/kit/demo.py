@@ -1,6 +1,8 @@
-"""`make demo`: the main job on a real guest, with what pyblock predicted beside what the guest says.
+"""`make demo`: the main job on a real guest, with what pyblock predicted beside what the guest
+says.
 
-Each disk is plugged in after the guest has seen the one before, so that its name can be predicted; addresses hold whatever the order.
+Each disk is plugged in after the guest has seen the one before, so that its name can be predicted;
+addresses hold whatever the order.
 """
 
 from __future__ import annotations
@@ -24,10 +26,13 @@ def main() -> int:
     try:
         machine = Machine(ports=4, nvdimm_slots=1)
     except KitMissing as missing:
-        print(f"No real guest here: {missing}. The same job on the in-memory VMM instead:", flush=True)
+        print(
+            f"No real guest here: {missing}. The same job on the in-memory VMM instead:", flush=True
+        )
         return subprocess.call([sys.executable, "-m", "pyblock", "demo"])
     print("Booting the test guest (QEMU without acceleration, a few seconds)…", flush=True)
-    # A store of its own, which goes with the machine: the host's would remember the nvdimm that QEMU does not let go of.
+    # A store of its own, which goes with the machine: the host's would remember the nvdimm that
+    # QEMU does not let go of.
     store = SqliteStore(machine.folder / "state.db")
     with machine, blocking.Sandbox("demo", f"qemu:{machine.qmp_path}", store=store) as sandbox:
         before = set(machine.guest.disks())
@@ -40,9 +45,19 @@ def main() -> int:
                 machine.guest.wait_for_disks(len(before) + len(plugged))
         good = compare(plugged, machine.guest.disks())
         good &= unplug(sandbox, plugged)
-        print("\nIn the guest now:", ", ".join(sorted(set(machine.guest.disks()) - before)) or "nothing")
-        good &= left_in_qemu(machine, {device.held.id for device in sandbox.devices if isinstance(device, BlockDevice)})
-    print("The machine is ended, its folder removed." if not machine.folder.exists() else f"LEFT BEHIND: {machine.folder}")
+        print(
+            "\nIn the guest now:",
+            ", ".join(sorted(set(machine.guest.disks()) - before)) or "nothing",
+        )
+        good &= left_in_qemu(
+            machine,
+            {device.held.id for device in sandbox.devices if isinstance(device, BlockDevice)},
+        )
+    print(
+        "The machine is ended, its folder removed."
+        if not machine.folder.exists()
+        else f"LEFT BEHIND: {machine.folder}"
+    )
     good &= not machine.folder.exists()
     print("Nothing is left." if good else "Something did not match.")
     return 0 if good else 1
@@ -54,7 +69,9 @@ def compare(plugged: list[BlockDevice], disks: dict[str, GuestDisk]) -> bool:
     good = True
     for device in plugged:
         drive = device.held
-        seen = [disk for disk in disks.values() if drive.guest_match and drive.guest_match in disk.link]
+        seen = [
+            disk for disk in disks.values() if drive.guest_match and drive.guest_match in disk.link
+        ]
         size = device.info.path and _size(device.info.path)
         match = (
             len(seen) == 1
@@ -78,7 +95,17 @@ def compare(plugged: list[BlockDevice], disks: dict[str, GuestDisk]) -> bool:
                 "yes" if match else "NO",
             ]
         )
-    columns = ["driver", "index", "predicted", "guest", "guest_match", "link in the guest's /sys/devices", "size", "serial", "match"]
+    columns = [
+        "driver",
+        "index",
+        "predicted",
+        "guest",
+        "guest_match",
+        "link in the guest's /sys/devices",
+        "size",
+        "serial",
+        "match",
+    ]
     print("predicted by pyblock, and what the guest reports:")
     show.table(columns, rows)
     return good
@@ -94,15 +121,25 @@ def unplug(sandbox: blocking.Sandbox, plugged: list[BlockDevice]) -> bool:
         except VmmRefused as refusal:
             print(f"{driver}: {refusal} It stays until the machine ends.")
             good &= driver == "nvdimm"
-    print(f"Detached the others: {len(sandbox.devices)} device known, {len(sandbox.index)} index taken.")
+    print(
+        f"Detached the others: {len(sandbox.devices)} device known, {len(sandbox.index)} index "
+        "taken."
+    )
     return good
 
 
 def left_in_qemu(machine: Machine, expected: set[str]) -> bool:
-    """Prints what QEMU's own lists still hold, asked past pyblock; True when that is just what is expected."""
-    nodes = [node["node-name"] for node in machine.side.command("query-named-block-nodes") if node["node-name"].startswith("drive-")]
+    """Prints what QEMU's own lists still hold, asked past pyblock; True when that is just what is
+    expected."""
+    nodes = [
+        node["node-name"]
+        for node in machine.side.command("query-named-block-nodes")
+        if node["node-name"].startswith("drive-")
+    ]
     devices = [
-        entry["name"] for entry in machine.side.command("qom-list", path="/machine/peripheral") if entry["name"].startswith("drive-")
+        entry["name"]
+        for entry in machine.side.command("qom-list", path="/machine/peripheral")
+        if entry["name"].startswith("drive-")
     ]
     print("In QEMU's lists now:", ", ".join([*nodes, *devices]) or "nothing")
     return not nodes and set(devices) == expected

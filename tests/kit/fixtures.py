@@ -1,7 +1,7 @@
 """The fixtures of the kit: a conftest takes them by importing them.
 
-What this machine lacks skips the test with what to install; with PYBLOCK_REQUIRE_GUEST=1 (CI) it fails, so that nothing is skipped
-unseen. A failed test's report shows the end of the kernel logs.
+What this machine lacks skips the test with what to install; with PYBLOCK_REQUIRE_GUEST=1 (CI) it
+fails, so that nothing is skipped unseen. A failed test's report shows the end of the kernel logs.
 """
 
 from __future__ import annotations
@@ -58,8 +58,13 @@ def guest_machine(start_machine: Callable[..., Machine]) -> Machine:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
-        report.sections += [(f"machine {machine.folder}", machine.log_tail()) for machine in item.stash.get(STARTED, [])]
+        report.sections += [
+            (f"machine {machine.folder}", machine.log_tail())
+            for machine in item.stash.get(STARTED, [])
+        ]
     return report

@@ -1,6 +1,8 @@
-"""A process before a QMP monitor that floods its client with events: between the first `device_add` and the reply to it, as many as wanted.
+"""A process before a QMP monitor that floods its client with events: between the first `device_add`
+and the reply to it, as many as wanted.
 
-It is a process of its own, so that what it needs is not taken for what its client needs. Everything else it passes on as it comes.
+It is a process of its own, so that what it needs is not taken for what its client needs. Everything
+else it passes on as it comes.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-# As QEMU writes them. Nobody asked for the first; the second is one that whoever unplugs disks listens for.
+# As QEMU writes them. Nobody asked for the first; the second is one that whoever unplugs disks
+# listens for.
 EVENTS = (
     b'{"timestamp": {"seconds": 1700000000, "microseconds": 123456}, "event": "RTC_CHANGE", '
     b'"data": {"offset": 1, "qom-path": "/machine/rtc"}}\r\n'
@@ -26,7 +29,8 @@ AT_ONCE = 500  # pairs of events in one write
 
 
 class Flood:
-    """A context manager. :param path: where it listens. :param target: QEMU's own socket. :param events: how many, once."""
+    """A context manager. :param path: where it listens. :param target: QEMU's own socket. :param
+    events: how many, once."""
 
     def __init__(self, path: Path, target: Path, events: int) -> None:
         self.path = path
@@ -34,7 +38,8 @@ class Flood:
         listener.bind(str(path))
         listener.listen(8)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads; the child touches none of theirs
+            # of forking beside threads; the child touches none of theirs
+            warnings.simplefilter("ignore", DeprecationWarning)
             self._child = os.fork()
         if self._child == 0:
             try:
@@ -46,7 +51,12 @@ class Flood:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         os.kill(self._child, signal.SIGKILL)
         os.waitpid(self._child, 0)
         self.path.unlink(missing_ok=True)
@@ -56,7 +66,8 @@ def _serve(listener: socket.socket, target: Path, events: int) -> None:
     to_come = [events]
     while True:
         client, _ = listener.accept()
-        with client, socket.socket(socket.AF_UNIX) as qemu, contextlib.suppress(OSError):  # the client hung up
+        # the client hung up
+        with client, socket.socket(socket.AF_UNIX) as qemu, contextlib.suppress(OSError):
             qemu.connect(str(target))
             _pass_on(client, qemu, to_come)
 

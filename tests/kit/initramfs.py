@@ -1,7 +1,9 @@
-"""The guest's kernel and its initramfs: busybox, the block drivers and `init.sh` in one newc archive.
+"""The guest's kernel and its initramfs: busybox, the block drivers and `init.sh` in one newc
+archive.
 
-Load order comes out of the modules themselves (`depends=` in .modinfo), so no depmod and no installed kernel is needed. The archive
-is written here and not by the cpio command: that is no longer, and needs neither root for /dev/console nor a tree on disk.
+Load order comes out of the modules themselves (`depends=` in .modinfo), so no depmod and no
+installed kernel is needed. The archive is written here and not by the cpio command: that is no
+longer, and needs neither root for /dev/console nor a tree on disk.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Kernel:
 
 
 def find_kernel() -> Kernel:
-    """The newest kernel that `scripts/setup kernel` unpacked, or below $PYBLOCK_GUEST_KERNEL (a folder with boot/ and lib/modules/)."""
+    """The newest kernel that `scripts/setup kernel` unpacked, or below $PYBLOCK_GUEST_KERNEL (a
+    folder with boot/ and lib/modules/)."""
     root = Path(os.environ.get("PYBLOCK_GUEST_KERNEL") or CACHE / "kernel")
     found = []
     for image in root.glob("boot/vmlinuz-*"):
@@ -46,12 +49,15 @@ def find_kernel() -> Kernel:
                 found.append(Kernel(release, image, modules))
     if not found:
         raise KitMissing(f"no guest kernel below {root}: run `scripts/setup kernel`")
-    return max(found, key=lambda kernel: [int(number) for number in re.findall(r"\d+", kernel.release)])
+    return max(
+        found, key=lambda kernel: [int(number) for number in re.findall(r"\d+", kernel.release)]
+    )
 
 
 def find_busybox() -> Path:
     path = shutil.which("busybox")
-    if path is None or b"/ld-" in Path(path).read_bytes()[:4096]:  # an interpreter: linked dynamically, useless without its libraries
+    if path is None or b"/ld-" in Path(path).read_bytes()[:4096]:
+        # an interpreter: linked dynamically, useless without its libraries
         raise KitMissing("no static busybox: run `scripts/setup qemu` (package busybox-static)")
     return Path(path)
 
@@ -68,7 +74,8 @@ def initramfs(kernel: Kernel) -> Path:
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=CACHE, prefix="initramfs-", delete=False) as file:
             file.write(_archive(kernel, busybox))
-        Path(file.name).replace(archive)  # two test runs may both build it; either result is whole, and they are equal
+        # two test runs may both build it; either result is whole, and they are equal
+        Path(file.name).replace(archive)
     return archive
 
 
@@ -96,7 +103,9 @@ def _entry(name: str, mode: int, data: bytes = b"", device: tuple[int, int] = (0
 
 def _in_load_order(kernel: Kernel) -> Iterator[tuple[str, bytes]]:
     files = {_module_name(path.name): path for path in kernel.modules.rglob("*.ko*")}
-    built_in = {_module_name(line) for line in (kernel.modules / "modules.builtin").read_text().split()}
+    built_in = {
+        _module_name(line) for line in (kernel.modules / "modules.builtin").read_text().split()
+    }
     seen: set[str] = set()
 
     def load(name: str) -> Iterator[tuple[str, bytes]]:
@@ -127,7 +136,10 @@ def _module(path: Path) -> bytes:
             return gzip.decompress(path.read_bytes())
         case ".zst":  # in the standard library from Python 3.14 on; the command is everywhere
             if shutil.which("zstd") is None:
-                raise KitMissing("the kernel's modules are packed with zstd: run `scripts/setup qemu` (package zstd)")
+                raise KitMissing(
+                    "the kernel's modules are packed with zstd: run `scripts/setup qemu` (package "
+                    "zstd)"
+                )
             return subprocess.run(["zstd", "-dcq", path], check=True, capture_output=True).stdout
         case _:
             return path.read_bytes()

@@ -1,5 +1,5 @@
-"""The steps of a process that it can be killed at: every SQL statement of its store, and every command that changes its machine, before it
-is sent and after it was answered.
+"""The steps of a process that it can be killed at: every SQL statement of its store, and every
+command that changes its machine, before it is sent and after it was answered.
 
 They are counted where they pass, not listed, so a step that is new is one more point by itself.
 """
@@ -23,11 +23,13 @@ from pyblock.store.sqlite.owner import OwnerLock
 from pyblock.vmm.qemu.qmp import QmpSession
 from pyblock.vmm.qemu.qmp_connection import Command
 
-LOOKING = ("query-", "qom-list", "qom-get")  # commands that change nothing: to die at one is to die at the point before
+# commands that change nothing: to die at one is to die at the point before
+LOOKING = ("query-", "qom-list", "qom-get")
 
 
 class Points:
-    """Counts the steps of this process from now on, and kills it at one of them. For a forked child: it cannot be undone.
+    """Counts the steps of this process from now on, and kills it at one of them. For a forked
+    child: it cannot be undone.
 
     :param last: the number of the step to die at; None to live.
     """
@@ -46,7 +48,12 @@ class Points:
     def _watch_qmp(self) -> None:
         execute = QmpSession.execute
 
-        async def watched(session: QmpSession, command: str, arguments: Mapping[str, Any] | None = None, **more: Any) -> Any:
+        async def watched(
+            session: QmpSession,
+            command: str,
+            arguments: Mapping[str, Any] | None = None,
+            **more: Any,
+        ) -> Any:
             if command.startswith(LOOKING):
                 return await execute(session, command, arguments, **more)
             self.reach(f"before {command}")
@@ -70,7 +77,9 @@ class Points:
     def _watch_sql(self) -> None:
         connected = SqliteFile._connected
 
-        def watched(file: SqliteFile, had: OwnerLock | None) -> tuple[sqlite3.Connection, OwnerLock]:
+        def watched(
+            file: SqliteFile, had: OwnerLock | None
+        ) -> tuple[sqlite3.Connection, OwnerLock]:
             db, lock = connected(file, had)
             db.set_trace_callback(lambda sql: self.reach(f"before {sql[:40]}"))
             return db, lock
@@ -79,13 +88,17 @@ class Points:
 
 
 class TurningPoints(Points):
-    """Fewer steps, at each of which the event loop turns, so that others come in between: every transaction of the store, and every
-    command that changes the machine, before and after. At one of them `give_up` is called.
+    """Fewer steps, at each of which the event loop turns, so that others come in between: every
+    transaction of the store, and every command that changes the machine, before and after. At one
+    of them `give_up` is called.
 
-    :param path: the store. What is sent to the machine while the store says otherwise is found in `unsaid`.
+    :param path: the store. What is sent to the machine while the store says otherwise is found in
+        `unsaid`.
     """
 
-    def __init__(self, path: Path, last: int | None, at: int | None, give_up: Callable[[], None]) -> None:
+    def __init__(
+        self, path: Path, last: int | None, at: int | None, give_up: Callable[[], None]
+    ) -> None:
         self.unsaid: list[str] = []
         self._path = path
         self._at = at
@@ -102,7 +115,12 @@ class TurningPoints(Points):
     def _watch_qmp(self) -> None:
         execute = QmpSession.execute
 
-        async def watched(session: QmpSession, command: str, arguments: Mapping[str, Any] | None = None, **more: Any) -> Any:
+        async def watched(
+            session: QmpSession,
+            command: str,
+            arguments: Mapping[str, Any] | None = None,
+            **more: Any,
+        ) -> Any:
             if command.startswith(LOOKING):
                 return await execute(session, command, arguments, **more)
             await self.turn(f"before {command}")
@@ -125,7 +143,10 @@ class TurningPoints(Points):
             for command in (first, second):
                 self._compare(command.name, command.arguments)
             answers = await send_both(session, first, second)
-            return [asyncio.ensure_future(turned(answer, command.name)) for answer, command in zip(answers, (first, second), strict=True)]
+            return [
+                asyncio.ensure_future(turned(answer, command.name))
+                for answer, command in zip(answers, (first, second), strict=True)
+            ]
 
         QmpSession.execute = watched  # type: ignore[method-assign, assignment]
         QmpSession.send_both = both_watched  # type: ignore[method-assign, assignment]
@@ -145,7 +166,10 @@ class TurningPoints(Points):
         """The store must say that what this command is about is on its way in or out."""
         drive = arguments.get("node-name") or arguments.get("id")
         with closing(sqlite3.connect(f"file:{self._path}?mode=ro", uri=True)) as db:
-            rows = [written(device_id, data) for device_id, data in db.execute("SELECT id, state FROM device")]
+            rows = [
+                written(device_id, data)
+                for device_id, data in db.execute("SELECT id, state FROM device")
+            ]
         if command == "add-fd":  # it says which image it hands over, and not for which drive
             kind, device, inode = re.fullmatch(r"pb:(.)(\w+):(\w+)", arguments["opaque"]).groups()  # type: ignore[union-attr]
             image = ({"f": "file", "b": "block"}[kind], int(device, 16), int(inode, 16))

@@ -1,7 +1,8 @@
-"""A unix-socket proxy before a QMP monitor, which writes down every command and can spoil one of them.
+"""A unix-socket proxy before a QMP monitor, which writes down every command and can spoil one of
+them.
 
-Descriptors go through, each with the command that it came with. A command is spoiled by its name, or by its name and which of that name it
-is (0 is the first after `expect`).
+Descriptors go through, each with the command that it came with. A command is spoiled by its name,
+or by its name and which of that name it is (0 is the first after `expect`).
 """
 
 from __future__ import annotations
@@ -61,7 +62,12 @@ class Proxy:
         self._accepting = asyncio.create_task(self._accept())
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._accepting.cancel()
         await asyncio.wait([self._accepting])
         self._socket.close()
@@ -88,14 +94,17 @@ class Proxy:
             task = asyncio.create_task(self._serve(client))
             self._clients.add(task)
             task.add_done_callback(self._clients.discard)
-            task.add_done_callback(lambda _, client=client: client.close())  # type: ignore[misc]  # one that never began
+            # one that never began
+            task.add_done_callback(lambda _, client=client: client.close())  # type: ignore[misc]
 
     async def _serve(self, client: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         with client, contextlib.suppress(OSError, asyncio.CancelledError):
             client.setblocking(False)
             async with self._free:
-                with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as qemu:
+                with socket.socket(
+                    socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK
+                ) as qemu:
                     await loop.sock_connect(qemu, str(self._target))
                     await _Link(self, client, qemu).run()
 
@@ -119,7 +128,8 @@ class _Link:
         self._loop = asyncio.get_running_loop()
         self._descriptors: list[int] = []  # that came, and have not gone on
         self._names: dict[Any, str] = {}  # of commands that are not answered yet, by ID
-        self._instead: dict[Any, Callable[[bytes], bytes | None]] = {}  # by the ID of a command: what its reply becomes
+        # by the ID of a command: what its reply becomes
+        self._instead: dict[Any, Callable[[bytes], bytes | None]] = {}
 
     async def run(self) -> None:
         """Returns when either side, or a fault, ends the connection."""
@@ -142,8 +152,13 @@ class _Link:
             self._names[number] = command["execute"]
             match fault:
                 case Fault.REFUSE:
-                    error = {"class": "GenericError", "desc": f"refused by the proxy: {command['execute']}"}
-                    await self._loop.sock_sendall(self._client, json.dumps({"error": error, "id": number}).encode() + b"\n")
+                    error = {
+                        "class": "GenericError",
+                        "desc": f"refused by the proxy: {command['execute']}",
+                    }
+                    await self._loop.sock_sendall(
+                        self._client, json.dumps({"error": error, "id": number}).encode() + b"\n"
+                    )
                     continue
                 case Fault.CLOSE_BEFORE:
                     return
@@ -156,7 +171,11 @@ class _Link:
                 case Fault.MUTE:
                     self._instead[number] = lambda _: b""
                 case Fault.ODD:
-                    odd = {**self._proxy.odd, "id": number} if isinstance(self._proxy.odd, dict) else self._proxy.odd
+                    odd = (
+                        {**self._proxy.odd, "id": number}
+                        if isinstance(self._proxy.odd, dict)
+                        else self._proxy.odd
+                    )
                     self._instead[number] = lambda _, odd=odd: json.dumps(odd).encode() + b"\n"  # type: ignore[misc]
                 case Fault.DELAY:
                     await asyncio.sleep(0.02)
@@ -164,7 +183,11 @@ class _Link:
                     self._proxy.held.set()
                     await self._proxy.let_go.wait()
             data = json.dumps(command).encode() + b"\n"
-            if command["execute"] == "add-fd" and self._descriptors and self._proxy.passes_descriptors:
+            if (
+                command["execute"] == "add-fd"
+                and self._descriptors
+                and self._proxy.passes_descriptors
+            ):
                 socket.send_fds(self._qemu, [data[:1]], [self._descriptors[0]])
                 os.close(self._descriptors.pop(0))
                 data = data[1:]

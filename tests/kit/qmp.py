@@ -1,7 +1,8 @@
 """A small synchronous QMP client, for looking at QEMU behind pyblock's back.
 
-Tests compare what pyblock believes with what QEMU says, so this must share no code with pyblock. One request is in flight at a
-time; events that arrive meanwhile are kept in the order in which they came.
+Tests compare what pyblock believes with what QEMU says, so this must share no code with pyblock.
+One request is in flight at a time; events that arrive meanwhile are kept in the order in which they
+came.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Qmp:
             raise
 
     def command(self, name: str, arguments: Message | None = None, **more: Any) -> Any:
-        """The `return` of a command. A key that is no Python name (`scsi-id`) goes into `arguments`."""
+        """The `return` of a command. A key that is no Python name (`scsi-id`) goes into
+        `arguments`."""
         request = {"execute": name, "arguments": {**(arguments or {}), **more}}
         reply = self.raw(request)
         if "error" in reply:
@@ -67,7 +69,9 @@ class Qmp:
             try:
                 self.events.append(self._read(deadline))
             except TimeoutError:
-                raise TimeoutError(f"no {name} {data} within {timeout} s; other events: {self.events}") from None
+                raise TimeoutError(
+                    f"no {name} {data} within {timeout} s; other events: {self.events}"
+                ) from None
 
     def close(self) -> None:
         self._socket.close()

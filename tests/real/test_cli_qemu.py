@@ -1,4 +1,5 @@
-"""The command line on a real QEMU that is stopped, hangs in the middle, or has died: each command ends by its own deadline."""
+"""The command line on a real QEMU that is stopped, hangs in the middle, or has died: each command
+ends by its own deadline."""
 
 from __future__ import annotations
 
@@ -12,11 +13,12 @@ from support.shell import Done, Shell
 
 pytestmark = pytest.mark.timeout(300)
 
-# Whatever is waited for that is not bounded by the command's own deadline is waited for till the test fails.
+# Whatever is waited for that is not bounded by the command's own deadline is waited for till the
+# test fails.
 PATIENT = """
 import pyblock.sandbox, pyblock.life.recovery, pyblock.vmm.base, pyblock.cli.session
 pyblock.sandbox.OPEN_TIME = pyblock.life.recovery.CONNECT_TIMEOUT = pyblock.vmm.base.CONNECT_TIMEOUT = 10000
-"""
+"""  # noqa: E501
 # QEMU is stopped when it has been sent this command, so that its answer never comes.
 STOPS_AT = """
 import os, signal
@@ -58,31 +60,48 @@ def test_a_stopped_machine(bare_machine: Machine, shell: Shell, what: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("command", "arguments"), [("device_del", ["detach", "--all"]), ("blockdev-add", ["attach"])], ids=["detach", "attach"]
+    ("command", "arguments"),
+    [("device_del", ["detach", "--all"]), ("blockdev-add", ["attach"])],
+    ids=["detach", "attach"],
 )
-def test_a_machine_that_stops_in_the_middle(bare_machine: Machine, shell: Shell, command: str, arguments: list[str]) -> None:
+def test_a_machine_that_stops_in_the_middle(
+    bare_machine: Machine, shell: Shell, command: str, arguments: list[str]
+) -> None:
     vm = f"qemu:{bare_machine.qmp_path}"
     if arguments[0] == "detach":
         shell.fine("attach", bare_machine.image("one"), vm=vm)
     else:
         arguments = ["attach", str(bare_machine.image("one"))]
     try:
-        done = timed(shell, arguments, vm, PATIENT + STOPS_AT.format(command=command, pid=bare_machine.pid))
+        done = timed(
+            shell, arguments, vm, PATIENT + STOPS_AT.format(command=command, pid=bare_machine.pid)
+        )
     finally:
         os.kill(bare_machine.pid, signal.SIGCONT)
     [row] = shell.json("list", vm=vm)
     assert done.returncode == 1
-    assert f"is pending: {arguments[0]} of {row['device_id']};" in done.stderr and f"reconcile --sandbox {row['sandbox']}" in done.stderr
+    assert (
+        f"is pending: {arguments[0]} of {row['device_id']};" in done.stderr
+        and f"reconcile --sandbox {row['sandbox']}" in done.stderr
+    )
     shell("reconcile", vm=vm)
     assert shell.json("list", vm=vm) == []
-    assert not [node for node in bare_machine.side.command("query-named-block-nodes") if node["node-name"].startswith("drive-")]
+    assert not [
+        node
+        for node in bare_machine.side.command("query-named-block-nodes")
+        if node["node-name"].startswith("drive-")
+    ]
 
 
 def test_a_machine_that_died(bare_machine: Machine, shell: Shell) -> None:
     vm = f"qemu:{bare_machine.qmp_path}"
     [row] = shell.json("attach", bare_machine.image("one"), vm=vm)
     bare_machine.kill()
-    for arguments in (["detach", "--all"], ["reconcile"], ["attach", str(bare_machine.image("two"))]):
+    for arguments in (
+        ["detach", "--all"],
+        ["reconcile"],
+        ["attach", str(bare_machine.image("two"))],
+    ):
         done = shell(*arguments, vm=vm)
         assert done.returncode == 1 and f"pyblock forget {row['sandbox']}" in done.stderr
     assert shell("forget", row["sandbox"], vm=None).returncode == 0

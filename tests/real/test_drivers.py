@@ -1,4 +1,5 @@
-"""Every driver that QEMU's adapter offers plugs a disk in, and says how it is found in the guest."""
+"""Every driver that QEMU's adapter offers plugs a disk in, and says how it is found in the
+guest."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ async def test_a_driver_on_offer(driver: str, start_machine: Callable[..., Machi
     machine = start_machine(guest=False, nvdimm_slots=1)
     async with Sandbox("one", f"qemu:{machine.qmp_path}", driver=driver, store=None) as sandbox:
         device = await sandbox.attach(machine.image("a"), read_only=True, timeout=ENOUGH)
-        assert device.held.guest_match or OFFERS[driver].unlocated, f"nothing finds a {driver} disk in the guest, and nothing says why"
+        assert device.held.guest_match or OFFERS[driver].unlocated, (
+            f"nothing finds a {driver} disk in the guest, and nothing says why"
+        )
         assert device.held.verified == OFFERS[driver].descriptors
-        # Its own inventory knows it, as ours and as no stranger: an attach that follows counts none.
+        # Its own inventory knows it, as ours and as no stranger: an attach that follows counts
+        # none.
         assert await sandbox.reconcile() == [] and not sandbox._machine.allotment.offsets

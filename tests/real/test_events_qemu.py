@@ -13,7 +13,15 @@ from kit import Machine
 from support.held_store import rows
 from support.turns import LATE, SOON, until
 
-from pyblock import AttachPending, DetachPending, EventKind, Sandbox, SandboxEvent, TransportError, VmmRefused
+from pyblock import (
+    AttachPending,
+    DetachPending,
+    EventKind,
+    Sandbox,
+    SandboxEvent,
+    TransportError,
+    VmmRefused,
+)
 from pyblock.store.sqlite.store import SqliteStore
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(300)]
@@ -40,12 +48,16 @@ class Witness:
 
     def __call__(self, event: SandboxEvent) -> None:
         self.events.append(event)
-        phase = rows(self._store).get(event.device, (None, 0))[0] if event.device is not None else None
+        phase = (
+            rows(self._store).get(event.device, (None, 0))[0] if event.device is not None else None
+        )
         if event.device is not None and phase not in SAYS[event.kind.value]:
             self.wrong.append(f"{event.kind} of {event.device}, which is {phase} in the store")
 
     def kinds(self) -> list[str]:
-        return [event.kind.value for event in self.events if event.kind is not EventKind.OWNER_CHANGED]
+        return [
+            event.kind.value for event in self.events if event.kind is not EventKind.OWNER_CHANGED
+        ]
 
 
 @pytest.fixture
@@ -66,32 +78,54 @@ def opened(machine: Machine, store: SqliteStore, witness: Witness) -> Sandbox:
     return Sandbox("one", f"qemu:{machine.qmp_path}", store=store, on_event=witness)
 
 
-async def test_attached_detached_refused_and_pending(start_machine: Start, store: SqliteStore, witness: Witness) -> None:
+async def test_attached_detached_refused_and_pending(
+    start_machine: Start, store: SqliteStore, witness: Witness
+) -> None:
     machine = start_machine(guest=False, nvdimm_slots=2)
     async with opened(machine, store, witness) as sandbox:
         disk = await sandbox.attach(machine.image("scsi"), device_id="scsi", timeout=LATE)
         await sandbox.detach(disk, timeout=LATE)
         assert witness.kinds() == ["attached", "detached"]
         attached = witness.events[1]
-        assert (attached.device, attached.drive, attached.index, attached.path) == ("scsi", "drive-scsi", 0, disk.info.path)
+        assert (attached.device, attached.drive, attached.index, attached.path) == (
+            "scsi",
+            "drive-scsi",
+            0,
+            disk.info.path,
+        )
 
         # QEMU lets go of no memory module, and a guest that does not run lets go of no PCI device.
-        module = await sandbox.attach(machine.image("nvdimm"), device_id="nvdimm", driver="nvdimm", timeout=LATE)
+        module = await sandbox.attach(
+            machine.image("nvdimm"), device_id="nvdimm", driver="nvdimm", timeout=LATE
+        )
         with pytest.raises(VmmRefused) as refused:
             await sandbox.detach(module, timeout=LATE)
-        assert (refused.value.sandbox, refused.value.device, refused.value.keeps) == ("one", "nvdimm", True)
+        assert (refused.value.sandbox, refused.value.device, refused.value.keeps) == (
+            "one",
+            "nvdimm",
+            True,
+        )
         assert witness.kinds()[2:] == ["attached", "refused"]
-        blk = await sandbox.attach(machine.image("blk"), device_id="blk", driver="virtio-blk", timeout=LATE)
+        blk = await sandbox.attach(
+            machine.image("blk"), device_id="blk", driver="virtio-blk", timeout=LATE
+        )
         with pytest.raises(DetachPending) as pending:
             await sandbox.detach(blk, timeout=SOON)
-        assert (pending.value.vm, pending.value.timeout) == (f"qemu:{os.path.realpath(machine.qmp_path)}", SOON)
+        assert (pending.value.vm, pending.value.timeout) == (
+            f"qemu:{os.path.realpath(machine.qmp_path)}",
+            SOON,
+        )
         assert witness.kinds()[4:] == ["attached", "pending"]
 
 
-async def test_an_attach_that_a_stopped_qemu_finishes_late(start_machine: Start, store: SqliteStore, witness: Witness) -> None:
+async def test_an_attach_that_a_stopped_qemu_finishes_late(
+    start_machine: Start, store: SqliteStore, witness: Witness
+) -> None:
     machine = start_machine(guest=False)
     async with opened(machine, store, witness) as sandbox:
-        await sandbox.detach(await sandbox.attach(machine.image("first"), timeout=LATE), timeout=LATE)
+        await sandbox.detach(
+            await sandbox.attach(machine.image("first"), timeout=LATE), timeout=LATE
+        )
         witness.events.clear()
         os.kill(machine.pid, signal.SIGSTOP)
         try:

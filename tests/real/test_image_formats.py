@@ -25,7 +25,9 @@ def create(machine: Machine, path: Path, driver: str, **more: Any) -> None:
     side = machine.side
     side.command("blockdev-add", {"driver": "file", "node-name": "new", "filename": str(path)})
     options = {"driver": driver, "file": "new", "size": SIZE, **more}
-    reply = side.raw({"execute": "blockdev-create", "arguments": {"job-id": "create", "options": options}})
+    reply = side.raw(
+        {"execute": "blockdev-create", "arguments": {"job-id": "create", "options": options}}
+    )
     if "error" in reply:
         pytest.skip(f"this QEMU makes no {driver}: {reply['error']['desc']}")
     side.wait_event("JOB_STATUS_CHANGE", id="create", status="concluded")
@@ -49,7 +51,9 @@ def create(machine: Machine, path: Path, driver: str, **more: Any) -> None:
         ("parallels", "parallels", {}),
     ],
 )
-async def test_what_qemu_makes(bare_machine: Machine, tmp_path: Path, driver: str, name: str, more: dict[str, Any]) -> None:
+async def test_what_qemu_makes(
+    bare_machine: Machine, tmp_path: Path, driver: str, name: str, more: dict[str, Any]
+) -> None:
     path = tmp_path / "img"
     create(bare_machine, path, driver, **more)
     with path.open("rb") as file:
@@ -58,7 +62,11 @@ async def test_what_qemu_makes(bare_machine: Machine, tmp_path: Path, driver: st
         with pytest.raises(InvalidImage, match=f"begins like {name},"):
             await sandbox.attach(path)
         device = await sandbox.attach(path, format="raw")
-        nodes = {node["node-name"]: node for node in bare_machine.side.command("query-named-block-nodes", flat=True)}
+        nodes = {
+            node["node-name"]: node
+            for node in bare_machine.side.command("query-named-block-nodes", flat=True)
+        }
         node = nodes[device.held.id]
         sectors = -(-path.stat().st_size // 512)
-        assert (node["drv"], node["image"]["virtual-size"]) == ("file", sectors * 512)  # its bytes, whatever they are
+        # its bytes, whatever they are
+        assert (node["drv"], node["image"]["virtual-size"]) == ("file", sectors * 512)

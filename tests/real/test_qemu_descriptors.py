@@ -1,4 +1,5 @@
-"""What QEMU has open is what was claimed, whatever the image's path leads to by then; and nothing that was handed over is left behind."""
+"""What QEMU has open is what was claimed, whatever the image's path leads to by then; and nothing
+that was handed over is left behind."""
 
 from __future__ import annotations
 
@@ -54,7 +55,9 @@ def inode(path: Path) -> tuple[int, int]:
 def size_of(machine: Machine, device: BlockDevice) -> int:
     """Bytes of the image behind a drive, as QEMU has it."""
     nodes = machine.side.command("query-named-block-nodes", flat=True)
-    [size] = [node["image"]["virtual-size"] for node in nodes if node["node-name"] == device.held.id]
+    [size] = [
+        node["image"]["virtual-size"] for node in nodes if node["node-name"] == device.held.id
+    ]
     return int(size)
 
 
@@ -63,20 +66,28 @@ def sets(machine: Machine) -> list[Any]:
 
 
 def use_descriptors_of(machine: Machine) -> None:
-    """A paused QEMU 7.2 closes nothing that it is told to remove; one that runs does, with or without a guest."""
+    """A paused QEMU 7.2 closes nothing that it is told to remove; one that runs does, with or
+    without a guest."""
     machine.side.command("cont")
 
 
 @asynccontextmanager
-async def held_back(machine: Machine, sandbox_of: Callable[[str], Sandbox], command: str) -> AsyncIterator[tuple[Sandbox, Proxy]]:
-    async with Proxy(machine.folder / "proxy", machine.qmp_path) as proxy, sandbox_of(f"qemu:{proxy.path}") as sandbox:
+async def held_back(
+    machine: Machine, sandbox_of: Callable[[str], Sandbox], command: str
+) -> AsyncIterator[tuple[Sandbox, Proxy]]:
+    async with (
+        Proxy(machine.folder / "proxy", machine.qmp_path) as proxy,
+        sandbox_of(f"qemu:{proxy.path}") as sandbox,
+    ):
         proxy.expect(Fault.HOLD, command)
         yield sandbox, proxy
 
 
 @pytest.mark.parametrize("driver", ["virtio-scsi", "virtio-blk", "nvdimm"])
 @pytest.mark.parametrize("how", ["link", "rename"])
-async def test_a_path_that_leads_elsewhere_meanwhile(start_machine: Start, store: SqliteStore, driver: str, how: str) -> None:
+async def test_a_path_that_leads_elsewhere_meanwhile(
+    start_machine: Start, store: SqliteStore, driver: str, how: str
+) -> None:
     machine = start_machine(guest=False, nvdimm_slots=2)
     first, second = machine.image("first", 4 * MIB), machine.image("second", 8 * MIB)
     was, path = inode(first), machine.folder / "path"
@@ -85,9 +96,13 @@ async def test_a_path_that_leads_elsewhere_meanwhile(start_machine: Start, store
     else:
         first.rename(path)
     add = "object-add" if driver == "nvdimm" else "blockdev-add"
-    async with held_back(machine, lambda vm: Sandbox("one", vm, driver=driver, store=store), add) as (sandbox, proxy):
+    async with held_back(
+        machine, lambda vm: Sandbox("one", vm, driver=driver, store=store), add
+    ) as (sandbox, proxy):
         attach = asyncio.create_task(sandbox.attach(path, timeout=ENOUGH))
-        await asyncio.wait([attach, asyncio.ensure_future(proxy.held.wait())], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(
+            [attach, asyncio.ensure_future(proxy.held.wait())], return_when=asyncio.FIRST_COMPLETED
+        )
         if how == "link":
             path.unlink()
             path.symlink_to(second)
@@ -104,10 +119,14 @@ async def test_a_path_that_leads_elsewhere_meanwhile(start_machine: Start, store
             assert module["data"]["size"] == 4 * MIB
 
 
-async def test_an_image_that_vanishes_is_not_made_anew(start_machine: Start, store: SqliteStore) -> None:
+async def test_an_image_that_vanishes_is_not_made_anew(
+    start_machine: Start, store: SqliteStore
+) -> None:
     machine = start_machine(guest=False, nvdimm_slots=2)
     image = machine.image("pmem", 4 * MIB)
-    async with held_back(machine, lambda vm: Sandbox("one", vm, driver="nvdimm", store=store), "object-add") as (sandbox, proxy):
+    async with held_back(
+        machine, lambda vm: Sandbox("one", vm, driver="nvdimm", store=store), "object-add"
+    ) as (sandbox, proxy):
         attach = asyncio.create_task(sandbox.attach(image, timeout=ENOUGH))
         await proxy.held.wait()
         was = inode(image)
@@ -125,7 +144,11 @@ async def test_paths_that_mean_something_to_this_process_alone(
     monkeypatch.chdir(bare_machine.folder)
     with image.open("rb+") as file:
         async with Sandbox("one", f"qemu:{bare_machine.qmp_path}", store=store) as sandbox:
-            for path in ("/proc/self/cwd/image", f"/proc/self/fd/{file.fileno()}", "/proc/thread-self/cwd/image"):
+            for path in (
+                "/proc/self/cwd/image",
+                f"/proc/self/fd/{file.fileno()}",
+                "/proc/thread-self/cwd/image",
+            ):
                 device = await sandbox.attach(path, timeout=ENOUGH)
                 assert inode(image) in opened(bare_machine) and device.held.verified
                 await sandbox.detach(device, timeout=ENOUGH)
@@ -137,17 +160,26 @@ async def test_many_at_once_each_get_their_own(bare_machine: Machine, store: Sql
     async with Sandbox("one", f"qemu:{bare_machine.qmp_path}", store=store) as sandbox:
         for _ in range(3):
             devices = await sandbox.attach_many(images, timeout=ENOUGH)
-            assert [size_of(bare_machine, device) for device in devices] == [(number + 1) * MIB for number in range(60)]
+            assert [size_of(bare_machine, device) for device in devices] == [
+                (number + 1) * MIB for number in range(60)
+            ]
             await sandbox.detach_many(devices, timeout=ENOUGH)
-        assert len(list(Path("/proc/self/fd").iterdir())) <= ours + 5, "descriptors of images are still open here"
+        assert len(list(Path("/proc/self/fd").iterdir())) <= ours + 5, (
+            "descriptors of images are still open here"
+        )
 
 
-async def test_an_attach_that_is_cancelled_leaves_no_descriptor(bare_machine: Machine, store: SqliteStore) -> None:
+async def test_an_attach_that_is_cancelled_leaves_no_descriptor(
+    bare_machine: Machine, store: SqliteStore
+) -> None:
     """Cut off at every command, by a sandbox that is closed; the next one finds what is left."""
     image, other = bare_machine.image("image"), bare_machine.image("other")
     use_descriptors_of(bare_machine)
     for command in ("add-fd", "blockdev-add", "device_add"):
-        async with held_back(bare_machine, lambda vm: Sandbox("one", vm, store=store), command) as (sandbox, proxy):
+        async with held_back(bare_machine, lambda vm: Sandbox("one", vm, store=store), command) as (
+            sandbox,
+            proxy,
+        ):
             attach = asyncio.create_task(sandbox.attach(image, timeout=ENOUGH))
             await proxy.held.wait()
             closing = asyncio.create_task(sandbox.close())
@@ -159,7 +191,8 @@ async def test_an_attach_that_is_cancelled_leaves_no_descriptor(bare_machine: Ma
             Sandbox("one", f"qemu:{proxy.path}", store=store) as sandbox,
         ):
             assert not sandbox.devices
-            device = await sandbox.attach(other, timeout=ENOUGH)  # what nobody uses goes before something is passed
+            # what nobody uses goes before something is passed
+            device = await sandbox.attach(other, timeout=ENOUGH)
             assert len(sets(bare_machine)) == 1, command
             await sandbox.detach(device, timeout=ENOUGH)
             await sandbox.reconcile()
@@ -188,7 +221,9 @@ async def test_a_set_that_was_left_behind(bare_machine: Machine, store: SqliteSt
         assert not sets(bare_machine)
 
 
-async def test_what_a_paused_machine_did_not_close(bare_machine: Machine, store: SqliteStore) -> None:
+async def test_what_a_paused_machine_did_not_close(
+    bare_machine: Machine, store: SqliteStore
+) -> None:
     image, other = bare_machine.image("image"), bare_machine.image("other")
     async with Sandbox("one", f"qemu:{bare_machine.qmp_path}", store=store) as sandbox:
         for _ in range(3):
@@ -202,7 +237,9 @@ async def test_what_a_paused_machine_did_not_close(bare_machine: Machine, store:
 
 
 @pytest.mark.parametrize("read_only", [False, True])
-async def test_the_descriptor_is_as_the_drive(bare_machine: Machine, store: SqliteStore, read_only: bool) -> None:
+async def test_the_descriptor_is_as_the_drive(
+    bare_machine: Machine, store: SqliteStore, read_only: bool
+) -> None:
     image = bare_machine.image("image")
     async with Sandbox("one", f"qemu:{bare_machine.qmp_path}", store=store) as sandbox:
         device = await sandbox.attach(image, read_only=read_only, timeout=ENOUGH)
@@ -228,8 +265,11 @@ async def test_a_block_device(bare_machine: Machine, store: SqliteStore, read_on
 # Where no descriptor arrives.
 
 
-async def test_a_proxy_that_passes_no_descriptors(bare_machine: Machine, store: SqliteStore) -> None:
-    """The image is attached by its path, and said not to be verified, since the peer is not QEMU."""
+async def test_a_proxy_that_passes_no_descriptors(
+    bare_machine: Machine, store: SqliteStore
+) -> None:
+    """The image is attached by its path, and said not to be verified, since the peer is not
+    QEMU."""
     async with (
         Proxy(bare_machine.folder / "proxy", bare_machine.qmp_path) as proxy,
         Sandbox("one", f"qemu:{proxy.path}", store=store) as sandbox,
@@ -251,7 +291,9 @@ def without_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("without_descriptors")
 @pytest.mark.parametrize("driver", ["virtio-scsi", "nvdimm"])
-async def test_a_path_is_verified_where_qemu_can_be_looked_at(start_machine: Start, store: SqliteStore, driver: str) -> None:
+async def test_a_path_is_verified_where_qemu_can_be_looked_at(
+    start_machine: Start, store: SqliteStore, driver: str
+) -> None:
     machine = start_machine(guest=False, nvdimm_slots=1)
     async with Sandbox("one", f"qemu:{machine.qmp_path}", driver=driver, store=store) as sandbox:
         assert (await sandbox.attach(machine.image("image"), timeout=ENOUGH)).held.verified
@@ -261,18 +303,32 @@ ELSEWHERE = 'mount --bind "$1" "$2" && shift 2 && exec "$@"'
 
 
 def in_another_namespace(start: Start, folder: Path) -> tuple[Machine, Path, Path]:
-    """A QEMU for which a path is another file than for us: the machine, the path, and what is there for QEMU."""
+    """A QEMU for which a path is another file than for us: the machine, the path, and what is there
+    for QEMU."""
     if os.geteuid() or shutil.which("unshare") is None:
         pytest.skip("another mount namespace needs root and unshare")
     ours, theirs = folder / "image", folder / "theirs"
     for path, size in ((ours, 4 * MIB), (theirs, 8 * MIB)):
         with path.open("xb") as file:
             file.truncate(size)
-    before = ["unshare", "-m", "--propagation", "private", "sh", "-c", ELSEWHERE, "sh", str(theirs), str(ours)]
+    before = [
+        "unshare",
+        "-m",
+        "--propagation",
+        "private",
+        "sh",
+        "-c",
+        ELSEWHERE,
+        "sh",
+        str(theirs),
+        str(ours),
+    ]
     return start(guest=False, before=before), ours, theirs
 
 
-async def test_another_mount_namespace(start_machine: Start, store: SqliteStore, tmp_path: Path) -> None:
+async def test_another_mount_namespace(
+    start_machine: Start, store: SqliteStore, tmp_path: Path
+) -> None:
     machine, ours, theirs = in_another_namespace(start_machine, tmp_path)
     async with Sandbox("one", f"qemu:{machine.qmp_path}", store=store) as sandbox:
         device = await sandbox.attach(ours, timeout=ENOUGH)
@@ -282,7 +338,9 @@ async def test_another_mount_namespace(start_machine: Start, store: SqliteStore,
 
 
 @pytest.mark.usefixtures("without_descriptors")
-async def test_another_mount_namespace_by_path(start_machine: Start, store: SqliteStore, tmp_path: Path) -> None:
+async def test_another_mount_namespace_by_path(
+    start_machine: Start, store: SqliteStore, tmp_path: Path
+) -> None:
     machine, ours, theirs = in_another_namespace(start_machine, tmp_path)
     async with Sandbox("one", f"qemu:{machine.qmp_path}", store=store) as sandbox:
         with pytest.raises(ImageReplaced, match="leads elsewhere"):
@@ -291,8 +349,11 @@ async def test_another_mount_namespace_by_path(start_machine: Start, store: Sqli
         assert inode(theirs) not in opened(machine)
 
 
-async def test_another_image_under_a_drives_id_is_another_disk(bare_machine: Machine, store: SqliteStore, tmp_path: Path) -> None:
-    """A row that is older than the machine: what is there is not what it says, so it is neither believed nor removed."""
+async def test_another_image_under_a_drives_id_is_another_disk(
+    bare_machine: Machine, store: SqliteStore, tmp_path: Path
+) -> None:
+    """A row that is older than the machine: what is there is not what it says, so it is neither
+    believed nor removed."""
     first, second = bare_machine.image("first"), bare_machine.image("second")
     other = SqliteStore(tmp_path / "other.db")
     async with Sandbox("one", f"qemu:{bare_machine.qmp_path}", store=store) as sandbox:

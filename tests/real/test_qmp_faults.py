@@ -1,4 +1,5 @@
-"""Every command of an attach and of a detach goes wrong once, in every way; what pyblock then believes is compared with what QEMU has.
+"""Every command of an attach and of a detach goes wrong once, in every way; what pyblock then
+believes is compared with what QEMU has.
 
 Which commands there are is recorded in a run without faults, so a new one is covered by itself.
 """
@@ -18,7 +19,15 @@ from kit import Machine
 from kit.proxy import Fault, Proxy
 from support.snapshot import drive_ids, ordinals
 
-from pyblock import AttachPending, BlockDevice, DetachPending, Phase, PyblockError, Sandbox, VmmRefused
+from pyblock import (
+    AttachPending,
+    BlockDevice,
+    DetachPending,
+    Phase,
+    PyblockError,
+    Sandbox,
+    VmmRefused,
+)
 from pyblock.life import registry as manager
 from pyblock.store.sqlite.store import SqliteStore
 from pyblock.vmm.qemu.adapter import QemuHypervisor
@@ -39,7 +48,8 @@ PENDING = (Phase.ATTACH_PENDING, Phase.DETACH_PENDING)
 
 
 class Bench:
-    """A machine that is replaced when a case left in it what nothing can remove, and the proxy before it."""
+    """A machine that is replaced when a case left in it what nothing can remove, and the proxy
+    before it."""
 
     def __init__(self, start: Start) -> None:
         self._start = start
@@ -50,7 +60,9 @@ class Bench:
         self.machine = self._start(guest=False, nvdimm_slots=2, extra=["-action", "reboot=reset"])
         self.image = self.machine.image("disk")
         self.store = SqliteStore(self.machine.folder / "state.db")
-        self.proxy = await self._stack.enter_async_context(Proxy(self.machine.folder / "proxy", self.machine.qmp_path))
+        self.proxy = await self._stack.enter_async_context(
+            Proxy(self.machine.folder / "proxy", self.machine.qmp_path)
+        )
 
     async def close(self) -> None:
         if hasattr(self, "machine"):
@@ -64,9 +76,15 @@ class Bench:
     def has(self) -> set[str]:
         """What QEMU has of the drive."""
         side = self.machine.side
-        found = {"node" for node in side.command("query-named-block-nodes", flat=True) if node["node-name"] == DRIVE}
+        found = {
+            "node"
+            for node in side.command("query-named-block-nodes", flat=True)
+            if node["node-name"] == DRIVE
+        }
         for where, what in (("/machine/peripheral", "device"), ("/objects", "object")):
-            found |= {what for entry in side.command("qom-list", path=where) if entry["name"] == DRIVE}
+            found |= {
+                what for entry in side.command("qom-list", path=where) if entry["name"] == DRIVE
+            }
         return found
 
 
@@ -110,13 +128,15 @@ async def quiet(sandbox: Sandbox) -> None:
 
 
 async def settle(bench: Bench, sandbox: Sandbox, driver: str) -> None:
-    """Detaches over a healthy connection, as far as this machine can: nothing is left, or all is still taken and the machine renewed."""
+    """Detaches over a healthy connection, as far as this machine can: nothing is left, or all is
+    still taken and the machine renewed."""
     device = all_taken(sandbox, driver)
     plugged = "device" in bench.has()
     if not plugged or driver == "virtio-scsi":
         await sandbox.detach(device, timeout=ENOUGH)
     elif driver == "virtio-blk":  # only a guest, or a reset, lets go of a PCI device
-        await sandbox.reconcile()  # a connection may have been lost; asking again is part of no deadline that is meant to pass
+        # a connection may have been lost; asking again is part of no deadline that is meant to pass
+        await sandbox.reconcile()
         with pytest.raises(DetachPending):
             await sandbox.detach(device, timeout=PASSES)
         all_taken(sandbox, driver)
@@ -142,7 +162,8 @@ async def hung_up(sandbox: Sandbox) -> None:
 
 
 async def until_struck(case: Callable[[float], Awaitable[str]]) -> str:
-    """The outcome of a case, run again with a later deadline if it passed before the fault struck, as on a busy machine."""
+    """The outcome of a case, run again with a later deadline if it passed before the fault struck,
+    as on a busy machine."""
     deadline = PASSES
     while (outcome := await case(deadline)) == TOO_EARLY:
         deadline *= 2
@@ -151,19 +172,28 @@ async def until_struck(case: Callable[[float], Awaitable[str]]) -> str:
 
 @pytest.fixture(params=[False, True], ids=["", "both"])
 def given(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str | None:
-    """The device ID that an attach is given: ours, or none. It is then made up, as the same, and the
-    node and the device are added by one write."""
+    """The device ID that an attach is given: ours, or none. It is then made up, as the same, and
+    the node and the device are added by one write."""
     monkeypatch.setattr(manager, "b32encode", lambda _: ID.encode())
     return None if request.param else ID
 
 
-async def attach_spoiled(bench: Bench, driver: str, fault: Fault, which: tuple[str, int], given: str | None, passes: float) -> str:
+async def attach_spoiled(
+    bench: Bench,
+    driver: str,
+    fault: Fault,
+    which: tuple[str, int],
+    given: str | None,
+    passes: float,
+) -> str:
     """One case; returns how it ended."""
     async with bench.sandbox(driver) as sandbox:
         bench.proxy.expect(fault, which)
         outcome = "attached"
         try:
-            await sandbox.attach(bench.image, device_id=given, timeout=passes if fault in UNANSWERED else ENOUGH)
+            await sandbox.attach(
+                bench.image, device_id=given, timeout=passes if fault in UNANSWERED else ENOUGH
+            )
         except PyblockError as error:
             outcome = type(error).__name__
             if bench.has():
@@ -178,7 +208,8 @@ async def attach_spoiled(bench: Bench, driver: str, fault: Fault, which: tuple[s
         if not sandbox.devices:
             assert outcome != "attached"
             nothing_left(bench, sandbox)
-            device = await sandbox.attach(bench.image, device_id=ID, timeout=ENOUGH)  # and it works the next time
+            # and it works the next time
+            device = await sandbox.attach(bench.image, device_id=ID, timeout=ENOUGH)
             assert device.phase is Phase.ATTACHED
         elif outcome == "attached":
             assert all_taken(sandbox, driver).phase is Phase.ATTACHED
@@ -199,13 +230,24 @@ async def commands_of_attach(bench: Bench, driver: str, given: str | None) -> li
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name.lower())
 @pytest.mark.parametrize("driver", DRIVERS)
-async def test_every_command_of_an_attach(bench: Bench, driver: str, fault: Fault, given: str | None) -> None:
+async def test_every_command_of_an_attach(
+    bench: Bench, driver: str, fault: Fault, given: str | None
+) -> None:
     commands = await commands_of_attach(bench, driver, given)
     assert {"qmp_capabilities", "device_add"} < set(commands)
     outcomes: dict[str, set[str]] = {}
     for number, command in enumerate(commands):
         try:
-            outcome = await until_struck(partial(attach_spoiled, bench, driver, fault, (command, commands[:number].count(command)), given))
+            outcome = await until_struck(
+                partial(
+                    attach_spoiled,
+                    bench,
+                    driver,
+                    fault,
+                    (command, commands[:number].count(command)),
+                    given,
+                )
+            )
         except BaseException as error:
             error.add_note(f"{fault.name} at command {number} ({command}) of {commands}")
             raise
@@ -214,21 +256,70 @@ async def test_every_command_of_an_attach(bench: Bench, driver: str, fault: Faul
         assert set().union(*outcomes.values()) == {"attached"}
     if fault in (Fault.CLOSE_BEFORE, Fault.CLOSE_AFTER, Fault.GARBAGE, *UNANSWERED):
         assert outcomes["device_add"] == {"AttachPending"}
-        assert outcomes["qmp_capabilities"] <= {"DeadlinePassed", "VmmProtocolError", "VmmUnreachable"}
+        assert outcomes["qmp_capabilities"] <= {
+            "DeadlinePassed",
+            "VmmProtocolError",
+            "VmmUnreachable",
+        }
     if fault is Fault.REFUSE:
         assert outcomes["device_add"] == {"VmmRefused"}
 
 
 # Replies that QMP allows, and that are none to what was asked; and some that it does not allow.
-VALUES: list[Any] = [5, None, "text", [], {}, [5], [None], [{}], [[]], {"return": {}}, -1, 2**70, 1.5, True]
-VALUES += [[{"name": 5, "type": 5}], [{"node-name": 5}], [{"qdev": 5}], [{"bus": 0, "devices": 5}], [{"type": "nvdimm"}]]
-VALUES += [{"fd": "x", "fdset-id": 1}, {"fd": 1, "fdset-id": -1}, {"fd": 1}, [{"fdset-id": 1, "fds": 5}]]
-ERRORS: list[Any] = [5, None, "text", [], {}, {"class": 5, "desc": 5}, {"class": "GenericError"}, {"desc": "text"}]
+VALUES: list[Any] = [
+    5,
+    None,
+    "text",
+    [],
+    {},
+    [5],
+    [None],
+    [{}],
+    [[]],
+    {"return": {}},
+    -1,
+    2**70,
+    1.5,
+    True,
+]
+VALUES += [
+    [{"name": 5, "type": 5}],
+    [{"node-name": 5}],
+    [{"qdev": 5}],
+    [{"bus": 0, "devices": 5}],
+    [{"type": "nvdimm"}],
+]
+VALUES += [
+    {"fd": "x", "fdset-id": 1},
+    {"fd": 1, "fdset-id": -1},
+    {"fd": 1},
+    [{"fdset-id": 1, "fds": 5}],
+]
+ERRORS: list[Any] = [
+    5,
+    None,
+    "text",
+    [],
+    {},
+    {"class": 5, "desc": 5},
+    {"class": "GenericError"},
+    {"desc": "text"},
+]
 ODD: list[Any] = [{"return": value} for value in VALUES] + [{"error": value} for value in ERRORS]
-ODD += [{}, {"return": {}, "error": {"class": "GenericError", "desc": "both"}}, [], 5, None, "text", {"event": 5}, {"QMP": {}}]
+ODD += [
+    {},
+    {"return": {}, "error": {"class": "GenericError", "desc": "both"}},
+    [],
+    5,
+    None,
+    "text",
+    {"event": 5},
+    {"QMP": {}},
+]
 
 
-EVERY = 1 if os.environ.get("PYBLOCK_LONG") else 7  # else each command gets some of them, and each of them befalls some commands
+# else each command gets some of them, and each of them befalls some commands
+EVERY = 1 if os.environ.get("PYBLOCK_LONG") else 7
 
 
 @pytest.mark.parametrize("driver", DRIVERS)
@@ -240,7 +331,14 @@ async def test_odd_replies_to_an_attach(bench: Bench, driver: str, given: str | 
         for odd in ODD[number % every :: every]:
             bench.proxy.odd = odd
             try:
-                await attach_spoiled(bench, driver, Fault.ODD, (command, commands[:number].count(command)), given, ENOUGH)
+                await attach_spoiled(
+                    bench,
+                    driver,
+                    Fault.ODD,
+                    (command, commands[:number].count(command)),
+                    given,
+                    ENOUGH,
+                )
             except BaseException as error:
                 error.add_note(f"{odd!r} to {command}")
                 raise
@@ -315,13 +413,15 @@ async def test_every_command_of_a_detach(bench: Bench, fault: Fault) -> None:
         await sandbox.detach(device, timeout=ENOUGH)
         commands = list(bench.proxy.commands)
     assert {"device_del", "blockdev-del"} <= set(commands)
-    for command in sorted(set(commands)):  # by name: how often a busy node is asked again differs from run to run
+    # by name: how often a busy node is asked again differs from run to run
+    for command in sorted(set(commands)):
         try:
             outcome = await until_struck(partial(detach_spoiled, bench, fault, command))
         except BaseException as error:
             error.add_note(f"{fault.name} at {command} of {commands}")
             raise
-        if fault is Fault.DELAY or command == "remove-fd":  # nothing depends on that; what it leaves, the next attach removes
+        if fault is Fault.DELAY or command == "remove-fd":
+            # nothing depends on that; what it leaves, the next attach removes
             assert outcome == "detached"
         elif fault is not Fault.REFUSE:
             assert outcome == "DetachPending"
@@ -329,7 +429,9 @@ async def test_every_command_of_a_detach(bench: Bench, fault: Fault) -> None:
 
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.parametrize("command", ["backend", "device_add"])
-async def test_qemu_dies_half_way(bench: Bench, driver: str, command: str, given: str | None) -> None:
+async def test_qemu_dies_half_way(
+    bench: Bench, driver: str, command: str, given: str | None
+) -> None:
     backend = "object-add" if driver == "nvdimm" else "blockdev-add"
     async with bench.sandbox(driver) as sandbox:
         bench.proxy.expect(Fault.HOLD, backend if command == "backend" else command)
@@ -349,7 +451,9 @@ async def test_an_image_that_another_qemu_writes(bench: Bench, start_machine: St
     other = start_machine(guest=False)
     file = {"driver": "file", "filename": str(bench.image)}
     other.side.command("blockdev-add", {"driver": "raw", "node-name": "theirs", "file": file})
-    other.side.command("device_add", {"driver": "scsi-hd", "id": "theirs", "drive": "theirs", "bus": "scsi0.0"})
+    other.side.command(
+        "device_add", {"driver": "scsi-hd", "id": "theirs", "drive": "theirs", "bus": "scsi0.0"}
+    )
     for driver in ("virtio-scsi", "virtio-blk"):
         async with bench.sandbox(driver) as sandbox:
             with pytest.raises(VmmRefused, match="lock") as caught:
@@ -380,11 +484,14 @@ async def foreign_node(bench: Bench, sandbox: Sandbox) -> None:
     await sandbox.reconcile()
     path = bench.machine.folder / "foreign"
     path.write_bytes(bytes(1 << 20))
-    bench.machine.side.command("blockdev-add", {"driver": "file", "node-name": DRIVE, "filename": str(path)})
+    bench.machine.side.command(
+        "blockdev-add", {"driver": "file", "node-name": DRIVE, "filename": str(path)}
+    )
 
 
 async def test_a_foreign_node_never_reaches_the_guest(bench: Bench) -> None:
-    """Under an ID that a caller gave there may be one. The device is not asked for until our own node is there."""
+    """Under an ID that a caller gave there may be one. The device is not asked for until our own
+    node is there."""
     async with bench.sandbox("virtio-scsi") as sandbox:
         await foreign_node(bench, sandbox)
         bench.proxy.expect()
@@ -406,7 +513,9 @@ async def test_a_foreign_node_under_a_made_up_name(bench: Bench, given: str | No
 
 
 @pytest.mark.parametrize("given", [True], indirect=True, ids=["both"])
-async def test_a_foreign_node_that_the_guest_does_not_let_go(bench: Bench, given: str | None) -> None:
+async def test_a_foreign_node_that_the_guest_does_not_let_go(
+    bench: Bench, given: str | None
+) -> None:
     async with bench.sandbox("virtio-blk") as sandbox:
         await foreign_node(bench, sandbox)
         bench.proxy.expect()
@@ -422,8 +531,14 @@ async def test_a_foreign_node_that_the_guest_does_not_let_go(bench: Bench, given
 
 
 @pytest.mark.parametrize("given", [True], indirect=True, ids=["both"])
-@pytest.mark.parametrize("fault", [Fault.CLOSE_BEFORE, Fault.CLOSE_AFTER, Fault.REFUSE], ids=lambda fault: fault.name.lower())
-async def test_what_takes_a_foreign_node_out_again_fails(bench: Bench, given: str | None, fault: Fault) -> None:
+@pytest.mark.parametrize(
+    "fault",
+    [Fault.CLOSE_BEFORE, Fault.CLOSE_AFTER, Fault.REFUSE],
+    ids=lambda fault: fault.name.lower(),
+)
+async def test_what_takes_a_foreign_node_out_again_fails(
+    bench: Bench, given: str | None, fault: Fault
+) -> None:
     """Then nobody knows what the guest has, and all stays taken."""
     async with bench.sandbox("virtio-scsi") as sandbox:
         await foreign_node(bench, sandbox)

@@ -1,4 +1,5 @@
-"""What is no QMP monitor is told apart and changes nothing; once a monitor is there, the same sandbox works."""
+"""What is no QMP monitor is told apart and changes nothing; once a monitor is there, the same
+sandbox works."""
 
 from __future__ import annotations
 
@@ -22,7 +23,10 @@ pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
 ENOUGH = 60.0  # seconds: a deadline that is not meant to pass
 PASSES = 0.1  # seconds: one that has to pass, since no answer comes
-GREETING = b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": []}}\r\n'
+GREETING = (
+    b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, '
+    b'"capabilities": []}}\r\n'
+)
 
 Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -55,7 +59,8 @@ async def server(path: Path, talk: Talk) -> AsyncIterator[None]:
 
 
 def says(*texts: bytes, stay: bool) -> Talk:
-    """Says one text at once and each other after having heard something; then hangs up, or stays without a word."""
+    """Says one text at once and each other after having heard something; then hangs up, or stays
+    without a word."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for number, text in enumerate(texts):
@@ -87,16 +92,26 @@ SERVERS: dict[str, tuple[Talk, type[PyblockError]]] = {
     "HTTP after hearing something": (says(b"", HTTP, stay=False), DeadlinePassed),
     "refuses qmp_capabilities": (says(GREETING, REFUSED, stay=True), VmmProtocolError),
     "garbage after the greeting": (says(GREETING, b"hello\n", stay=True), VmmProtocolError),
-    "garbage after the greeting that is no UTF-8": (says(GREETING, b"\x00\xff no JSON\n", stay=True), VmmProtocolError),
+    "garbage after the greeting that is no UTF-8": (
+        says(GREETING, b"\x00\xff no JSON\n", stay=True),
+        VmmProtocolError,
+    ),
 }
 
 
-async def is_refused(sandbox: Sandbox, image: Path, kind: type[PyblockError], path: Path, timeout: float = ENOUGH) -> None:
+async def is_refused(
+    sandbox: Sandbox, image: Path, kind: type[PyblockError], path: Path, timeout: float = ENOUGH
+) -> None:
     with pytest.raises(kind) as caught:
         await sandbox.attach(image, device_id="x", timeout=timeout)
     assert type(caught.value) is kind
     assert str(path) in str(caught.value) or sandbox.id in str(caught.value)
-    assert (sandbox.devices, list(sandbox.index), ordinals(sandbox), drive_ids(sandbox)) == ([], [], {}, set())
+    assert (sandbox.devices, list(sandbox.index), ordinals(sandbox), drive_ids(sandbox)) == (
+        [],
+        [],
+        {},
+        set(),
+    )
     assert not sandbox._machine.running
 
 
@@ -104,9 +119,13 @@ async def works(sandbox: Sandbox, machine: Machine, image: Path, path: Path) -> 
     async with Proxy(path, machine.qmp_path):
         device = await sandbox.attach(image, device_id="x", timeout=ENOUGH)
         assert device.held.index == 0
-        assert "drive-x" in {entry["name"] for entry in machine.side.command("qom-list", path="/machine/peripheral")}
+        assert "drive-x" in {
+            entry["name"] for entry in machine.side.command("qom-list", path="/machine/peripheral")
+        }
         await sandbox.detach(device, timeout=ENOUGH)
-        assert "drive-x" not in {entry["name"] for entry in machine.side.command("qom-list", path="/machine/peripheral")}
+        assert "drive-x" not in {
+            entry["name"] for entry in machine.side.command("qom-list", path="/machine/peripheral")
+        }
         await sandbox.close()
 
 
@@ -117,7 +136,9 @@ async def test_what_answers_is_no_monitor(bare_machine: Machine, name: str) -> N
     async with Sandbox("s1", f"qemu:{path}") as sandbox:
         async with server(path, talk):
             for _ in range(2):
-                await is_refused(sandbox, image, kind, path, PASSES if kind is DeadlinePassed else ENOUGH)
+                await is_refused(
+                    sandbox, image, kind, path, PASSES if kind is DeadlinePassed else ENOUGH
+                )
         await works(sandbox, bare_machine, image, path)
 
 
@@ -129,7 +150,9 @@ async def test_a_silent_one_that_stays_is_given_up(bare_machine: Machine) -> Non
         await works(sandbox, bare_machine, image, path)
 
 
-async def test_no_greeting_without_a_deadline(bare_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_greeting_without_a_deadline(
+    bare_machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(qmp, "CONNECT_TIMEOUT", PASSES)
     path, image = bare_machine.folder / "other", bare_machine.image("disk")
     async with Sandbox("s1", f"qemu:{path}") as sandbox, server(path, says(stay=True)):
@@ -196,12 +219,16 @@ async def test_length_of_a_socket_path(bare_machine: Machine) -> None:
 @pytest.mark.parametrize("fault", [Fault.CLOSE_BEFORE, Fault.GARBAGE])
 async def test_a_connection_that_breaks_is_made_again(bare_machine: Machine, fault: Fault) -> None:
     images = [bare_machine.image(name) for name in ("one", "two", "three")]
-    async with Proxy(bare_machine.folder / "proxy", bare_machine.qmp_path) as proxy, Sandbox("s1", f"qemu:{proxy.path}") as sandbox:
+    async with (
+        Proxy(bare_machine.folder / "proxy", bare_machine.qmp_path) as proxy,
+        Sandbox("s1", f"qemu:{proxy.path}") as sandbox,
+    ):
         await sandbox.attach(images[0], timeout=ENOUGH)
         proxy.expect(fault, "blockdev-add")
         with pytest.raises(PyblockError):
             await sandbox.attach(images[1], timeout=ENOUGH)
-        [settled] = [one.outcome for one in await sandbox.reconcile()]  # the machine can be asked again
+        # the machine can be asked again
+        [settled] = [one.outcome for one in await sandbox.reconcile()]
         assert settled in (Outcome.FREED, Outcome.REMOVED)
         assert (await sandbox.attach(images[2], timeout=ENOUGH)).held.index == 1
         assert list(sandbox.index) == [0, 1]

@@ -27,7 +27,9 @@ def questions(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counted: Counter[str] = Counter()
     execute = QmpSession.execute
 
-    async def counting(session: QmpSession, command: str, arguments: Mapping[str, Any] | None = None, **more: Any) -> Any:
+    async def counting(
+        session: QmpSession, command: str, arguments: Mapping[str, Any] | None = None, **more: Any
+    ) -> Any:
         counted[command] += 1
         return await execute(session, command, arguments, **more)
 
@@ -42,11 +44,21 @@ def questions(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
-async def test_a_stopped_machine_is_asked_for_its_buses_once(start_machine: Start, questions: Counter[str]) -> None:
-    """Its firmware numbers them, and does nothing while it is stopped. Once it was asked for each disk, at 2.8 ms."""
-    ports = [f"pcie-root-port,id=p{n},chassis={n + 1},addr={0x10 + n // 8:#x}.{n % 8},multifunction=on" for n in range(DISKS)]
-    machine = start_machine(guest=False, ports=0, extra=[text for port in ports for text in ("-device", port)])
-    async with Sandbox("one", f"qemu:{machine.qmp_path}", driver="virtio-blk", store=None) as sandbox:
+async def test_a_stopped_machine_is_asked_for_its_buses_once(
+    start_machine: Start, questions: Counter[str]
+) -> None:
+    """Its firmware numbers them, and does nothing while it is stopped. Once it was asked for each
+    disk, at 2.8 ms."""
+    ports = [
+        f"pcie-root-port,id=p{n},chassis={n + 1},addr={0x10 + n // 8:#x}.{n % 8},multifunction=on"
+        for n in range(DISKS)
+    ]
+    machine = start_machine(
+        guest=False, ports=0, extra=[text for port in ports for text in ("-device", port)]
+    )
+    async with Sandbox(
+        "one", f"qemu:{machine.qmp_path}", driver="virtio-blk", store=None
+    ) as sandbox:
         for number in range(DISKS):
             device = await sandbox.attach(machine.image(f"i{number}"), timeout=ENOUGH)
             assert device.held.guest_match is not None  # the port alone tells it
@@ -54,9 +66,13 @@ async def test_a_stopped_machine_is_asked_for_its_buses_once(start_machine: Star
         assert questions["query-pci"] == 1
 
 
-async def test_a_machine_that_goes_on_is_asked_again(start_machine: Start, questions: Counter[str]) -> None:
+async def test_a_machine_that_goes_on_is_asked_again(
+    start_machine: Start, questions: Counter[str]
+) -> None:
     machine = start_machine(guest=False, ports=4)
-    async with Sandbox("one", f"qemu:{machine.qmp_path}", driver="virtio-blk", store=None) as sandbox:
+    async with Sandbox(
+        "one", f"qemu:{machine.qmp_path}", driver="virtio-blk", store=None
+    ) as sandbox:
         for name in ("a", "b"):
             await sandbox.attach(machine.image(name), timeout=ENOUGH)
         assert questions["query-pci"] == 1
@@ -65,11 +81,14 @@ async def test_a_machine_that_goes_on_is_asked_again(start_machine: Start, quest
         machine.side.command("stop")
         for name in ("c", "d"):
             await sandbox.attach(machine.image(name), timeout=ENOUGH)
-        # The firmware may have numbered the buses by then or not; where it has, and all are known, nothing is left to ask.
+        # The firmware may have numbered the buses by then or not; where it has, and all are known,
+        # nothing is left to ask.
         assert questions["query-pci"] == 2
 
 
-async def test_one_write_is_for_names_that_nobody_else_can_have(bare_machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_write_is_for_names_that_nobody_else_can_have(
+    bare_machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Made up, and told to no VMM before: not a caller's, and not one that was there already."""
     together: list[str] = []
     send_both = QmpSession.send_both
@@ -86,7 +105,8 @@ async def test_one_write_is_for_names_that_nobody_else_can_have(bare_machine: Ma
         device = await sandbox.attach(image, timeout=ENOUGH)
         assert together == [device.held.id]
         info = device.info
-        sandbox.manager.obtain(info)  # another user, who has yet to attach it: it is the same device then
+        # another user, who has yet to attach it: it is the same device then
+        sandbox.manager.obtain(info)
         await sandbox.detach(device, timeout=ENOUGH)
         again = await sandbox.attach(image, timeout=ENOUGH)
         assert again is device and together == [device.held.id]

@@ -19,7 +19,8 @@ from kit.machine import find_qemu
 import pyblock
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-QUIET = "-nodefaults -no-user-config -display none -accel tcg"  # for what README leaves to the reader; its guest has only firmware
+# for what README leaves to the reader; its guest has only firmware
+QUIET = "-nodefaults -no-user-config -display none -accel tcg"
 
 
 def blocks(language: str) -> list[str]:
@@ -34,18 +35,35 @@ def test_the_first_example() -> None:
     with tempfile.TemporaryDirectory(prefix="pyblock-", dir="/tmp") as name:
         folder = Path(name)
         (folder / "data.img").write_bytes(bytes(1 << 20))
-        command = shlex.split(blocks("sh")[0].replace("\\\n", " ").replace("…", QUIET).replace("/run/vm1", name))
+        command = shlex.split(
+            blocks("sh")[0].replace("\\\n", " ").replace("…", QUIET).replace("/run/vm1", name)
+        )
         example = blocks("python")[0].replace("/run/vm1", name).replace("timeout=10", "timeout=1")
         with subprocess.Popen(command, cwd=folder) as qemu:
             try:
                 deadline = time.monotonic() + 60
-                while not (folder / "qmp.sock").exists() and qemu.poll() is None and time.monotonic() < deadline:
+                while (
+                    not (folder / "qmp.sock").exists()
+                    and qemu.poll() is None
+                    and time.monotonic() < deadline
+                ):
                     time.sleep(0.01)
-                done = subprocess.run([sys.executable, "-c", example], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+                done = subprocess.run(
+                    [sys.executable, "-c", example],
+                    cwd=folder,
+                    capture_output=True,
+                    text=True,
+                    timeout=60,
+                    check=False,
+                )
             finally:
                 qemu.kill()
     index, pci_path, name, match = done.stdout.split()
-    assert (index, name) == ("0", "/dev/vda") and re.fullmatch(r"[0-9a-f]{2}/00", pci_path) and match.lstrip("/").startswith("0000:00:")
+    assert (
+        (index, name) == ("0", "/dev/vda")
+        and re.fullmatch(r"[0-9a-f]{2}/00", pci_path)
+        and match.lstrip("/").startswith("0000:00:")
+    )
     assert "DetachPending" in done.stderr  # no guest is there to let go of it
 
 
@@ -53,12 +71,16 @@ def test_the_example_without_an_event_loop(tmp_path: Path) -> None:
     for name in ("a.img", "b.img"):
         (tmp_path / name).write_bytes(bytes(1 << 20))
     example = f"import pyblock\n{blocks('python')[1]}    print([one.held.index for one in devices])"
-    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert (done.stdout, done.stderr) == ("[0, 1]\n", "")
 
 
 def test_the_extras_that_it_names_are_there() -> None:
-    extras = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    extras = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
     [named] = re.findall(r"^pip install pyblock-hotplug\[(.*)\]", README.read_text(), re.MULTILINE)
     assert named.split(",") == ["blocking", "cli"] and set(named.split(",")) <= extras.keys()
 
@@ -72,7 +94,23 @@ def test_what_it_shows_type_checks(tmp_path: Path) -> None:
     """Together, as one program: the second example leaves its import to the first."""
     pytest.importorskip("mypy")
     (tmp_path / "example.py").write_text("\n".join(blocks("python")))
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir", str(tmp_path / "cache"), "example.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--strict",
+        "--config-file=",
+        "--cache-dir",
+        str(tmp_path / "cache"),
+        "example.py",
+    ]
     package = str(Path(pyblock.__file__).parents[1])
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "MYPYPATH": package}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": package},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.stdout, done.stderr) == ("Success: no issues found in 1 source file\n", "")

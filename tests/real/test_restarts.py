@@ -1,4 +1,5 @@
-"""A QEMU that ends while nobody asks it anything, and another one at its address: what the first had, the second has not."""
+"""A QEMU that ends while nobody asks it anything, and another one at its address: what the first
+had, the second has not."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ async def replaced(sandbox: Sandbox, first: Machine, second: Machine) -> None:
 
 
 @pytest.mark.parametrize("then", ["the same", "another"])
-async def test_the_next_attach_finds_it_out(then: str, start_machine: Start, store: SqliteStore, tmp_path: Path) -> None:
+async def test_the_next_attach_finds_it_out(
+    then: str, start_machine: Start, store: SqliteStore, tmp_path: Path
+) -> None:
     first, second = start_machine(guest=False), start_machine(guest=False)
     images = {"the same": tmp_path / "a", "another": tmp_path / "b"}
     for image in images.values():
@@ -49,13 +52,18 @@ async def test_the_next_attach_finds_it_out(then: str, start_machine: Start, sto
         device = await sandbox.attach(images[then], timeout=ENOUGH)
         assert (device.attach_count, device.held.index) == (1, 0)
         assert [one.id for one in sandbox.devices] == [device.id] != [lost.id]
-        assert device.held.id in {node["node-name"] for node in second.side.command("query-named-block-nodes", flat=True)}
+        assert device.held.id in {
+            node["node-name"] for node in second.side.command("query-named-block-nodes", flat=True)
+        }
         assert [fdset["fdset-id"] for fdset in second.side.command("query-fdsets")] == [0]
-        await sandbox.detach("lost", timeout=ENOUGH)  # quiet, as everything that was found to be gone
+        # quiet, as everything that was found to be gone
+        await sandbox.detach("lost", timeout=ENOUGH)
         assert await sandbox.reconcile() == []
 
 
-async def test_it_is_reported_where_somebody_asks(start_machine: Start, store: SqliteStore, tmp_path: Path) -> None:
+async def test_it_is_reported_where_somebody_asks(
+    start_machine: Start, store: SqliteStore, tmp_path: Path
+) -> None:
     first, second = start_machine(guest=False), start_machine(guest=False)
     image = tmp_path / "a"
     image.write_bytes(bytes(1 << 20))

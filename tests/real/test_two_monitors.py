@@ -1,4 +1,5 @@
-"""Two monitors of one machine are two addresses: the second sandbox is told, and takes no disk of the first for an orphan."""
+"""Two monitors of one machine are two addresses: the second sandbox is told, and takes no disk of
+the first for an orphan."""
 
 from __future__ import annotations
 
@@ -31,13 +32,18 @@ def store(tmp_path: Path) -> Iterator[SqliteStore]:
 def is_there(machine: Machine, drive_id: str) -> bool:
     side = Qmp(machine.side_qmp_path)
     try:
-        return any(entry["name"] == drive_id for entry in side.command("qom-list", path="/machine/peripheral"))
+        return any(
+            entry["name"] == drive_id
+            for entry in side.command("qom-list", path="/machine/peripheral")
+        )
     finally:
         side.close()
 
 
 @pytest.mark.parametrize("found_by", ["process", "uuid"])
-async def test_the_second_is_told(start_machine: Start, store: SqliteStore, found_by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_second_is_told(
+    start_machine: Start, store: SqliteStore, found_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine = start_machine(guest=False, extra=["-uuid", "0b5e7c52-7a55-4a9c-9d2e-5c1a55f0a001"])
     machine.side.close()  # QEMU serves one client a monitor
     if found_by == "uuid":
@@ -54,15 +60,20 @@ async def test_the_second_is_told(start_machine: Start, store: SqliteStore, foun
         assert is_there(machine, device.held.id)
         assert await one.reconcile() == []
         await one.detach(device, timeout=ENOUGH)
-    async with Sandbox("two", f"qemu:{machine.side_qmp_path}", store=store) as two:  # the first has nothing there any more
+    # the first has nothing there any more
+    async with Sandbox("two", f"qemu:{machine.side_qmp_path}", store=store) as two:
         await two.detach(await two.attach(machine.image("c"), timeout=ENOUGH), timeout=ENOUGH)
 
 
-async def test_where_it_cannot_be_told(start_machine: Start, store: SqliteStore, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_where_it_cannot_be_told(
+    start_machine: Start, store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What another sandbox of the store knows is no orphan; what none knows is one."""
     monkeypatch.setattr(qemu, "qemu_process", lambda pid: "")
     machine = start_machine(guest=False)
-    machine.side.command("blockdev-add", {"driver": "null-co", "node-name": "drive-left", "size": 1 << 20})
+    machine.side.command(
+        "blockdev-add", {"driver": "null-co", "node-name": "drive-left", "size": 1 << 20}
+    )
     machine.side.close()
     async with Sandbox("one", f"qemu:{machine.qmp_path}", store=store) as one:
         device = await one.attach(machine.image("a"), timeout=ENOUGH)
@@ -73,10 +84,14 @@ async def test_where_it_cannot_be_told(start_machine: Start, store: SqliteStore,
         await one.detach(device, timeout=ENOUGH)
 
 
-async def test_another_machine_with_a_drive_of_that_name(start_machine: Start, store: SqliteStore) -> None:
+async def test_another_machine_with_a_drive_of_that_name(
+    start_machine: Start, store: SqliteStore
+) -> None:
     """Device IDs are the callers', so two machines may well have one each."""
     first, second = start_machine(guest=False), start_machine(guest=False)
-    second.side.command("blockdev-add", {"driver": "null-co", "node-name": "drive-data", "size": 1 << 20})
+    second.side.command(
+        "blockdev-add", {"driver": "null-co", "node-name": "drive-data", "size": 1 << 20}
+    )
     async with Sandbox("one", f"qemu:{first.qmp_path}", store=store) as one:
         await one.attach(first.image("a"), device_id="data", timeout=ENOUGH)
         async with Sandbox("two", f"qemu:{second.qmp_path}", store=store) as two:
@@ -95,6 +110,7 @@ async def test_a_machine_that_was_started_anew(start_machine: Start, store: Sqli
         first.qmp_path.unlink()
         first.qmp_path.symlink_to(second.qmp_path)
         image = second.image("a")
-        with contextlib.suppress(TransportError):  # the end of the connection may not have been noticed yet
+        # the end of the connection may not have been noticed yet
+        with contextlib.suppress(TransportError):
             await one.reconcile()
         await one.detach(await one.attach(image, timeout=ENOUGH), timeout=ENOUGH)

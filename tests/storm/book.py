@@ -1,7 +1,9 @@
-"""What a sandbox may hold, image by image, by what its processes were told: the lowest and the highest count of attaches.
+"""What a sandbox may hold, image by image, by what its processes were told: the lowest and the
+highest count of attaches.
 
-Counts add up whatever the order, so calls may overlap. A call widens the range when it begins, and narrows it when it says what became of
-it: one that never says (its process died) leaves it wide, until a sandbox that has settled is counted anew.
+Counts add up whatever the order, so calls may overlap. A call widens the range when it begins, and
+narrows it when it says what became of it: one that never says (its process died) leaves it wide,
+until a sandbox that has settled is counted anew.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from collections import Counter
 
 from .notes import DeviceSeen, Note
 
-# A detach that ends so has changed nothing. Of others (cancelled) the outcome is not known; DetachPending says that it will be gone.
+# A detach that ends so has changed nothing. Of others (cancelled) the outcome is not known;
+# DetachPending says that it will be gone.
 UNCHANGED = {
     "StoreBusy",
     "StoreError",
@@ -28,7 +31,8 @@ CALLS = 40  # the last calls of an image that a wrong count is shown with
 
 
 class Book:
-    """:ivar replaced: the machine was started anew since the sandbox was last settled, so all may be lost."""
+    """:ivar replaced: the machine was started anew since the sandbox was last settled, so all may
+    be lost."""
 
     def __init__(self) -> None:
         self.low: Counter[str] = Counter()
@@ -71,7 +75,10 @@ class Book:
             if image not in pending and not low <= counts.get(image, 0) <= high:
                 told = str(low) if low == high else f"{low} to {high}"
                 about = [f"    {note}" for note in self._calls if image in note.images][-CALLS:]
-                text = f"image {image} is attached {counts.get(image, 0)} times; by what its callers were told it is {told}:"
+                text = (
+                    f"image {image} is attached {counts.get(image, 0)} times; by what its callers "
+                    f"were told it is {told}:"
+                )
                 about.insert(0, f"    it was {self._counts[image]} when it was last compared")
                 wrong.append("\n".join([text, *about]))
         self.low, self.high, self.replaced = Counter(counts), Counter(counts), False

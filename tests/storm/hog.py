@@ -1,6 +1,8 @@
-"""A process that holds the store's lock now and then for some milliseconds, as many others on a busy host do together.
+"""A process that holds the store's lock now and then for some milliseconds, as many others on a
+busy host do together.
 
-Without it a write is hardly ever waited for, and what happens while one waits is hardly ever cut off.
+Without it a write is hardly ever waited for, and what happens while one waits is hardly ever cut
+off.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import warnings
 from contextlib import closing
 from pathlib import Path
 
-PAUSE, HOLD = 0.03, 0.012  # seconds: on average until it takes the lock, and at most until it lets go
+# seconds: on average until it takes the lock, and at most until it lets go
+PAUSE, HOLD = 0.03, 0.012
 
 
 class Hog:
@@ -22,7 +25,8 @@ class Hog:
     def __init__(self, store: Path, seed: str, others: list[int]) -> None:
         end, self._ours = os.pipe()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: there are none
+            # of forking beside threads: there are none
+            warnings.simplefilter("ignore", DeprecationWarning)
             self.pid = os.fork()
         if self.pid == 0:
             try:

@@ -1,7 +1,8 @@
 """What must hold whatever the weather is, and the log that a failure is shown with.
 
-A process has a sandbox for certain from when it said that it had opened it until it said that it was about to close it, or died. So two
-such times that overlap are a fault, however late they were heard of.
+A process has a sandbox for certain from when it said that it had opened it until it said that it
+was about to close it, or died. So two such times that overlap are a fault, however late they were
+heard of.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from .witness import Images, Lists
 
 SANDBOXES = ("s0", "s1", "s2", "s3")
 SHARED = ("x", "y", "z")
-HANGS = 60.0  # seconds that a call may take beyond its deadline, which is far more than any pause here
+# seconds that a call may take beyond its deadline, which is far more than any pause here
+HANGS = 60.0
 TRAIL = 60  # lines of a failure's report
 FILES_MAX = 64  # descriptors of a process with four sandboxes at most
 GROWTH_MAX = 32 << 20  # bytes that a process may grow by after its first sandbox has settled
-# What ends a call of a client that did nothing wrong. Another error is a fault, and so is an exception that is none of pyblock's.
+# What ends a call of a client that did nothing wrong. Another error is a fault, and so is an
+# exception that is none of pyblock's.
 MAY_END = {
     "attach": {"ImageInUse", "DeviceConflict"},
     "attach_many": {"ImageInUse", "DeviceConflict"},
@@ -109,9 +112,13 @@ class Judge:
     def _judge(self, one: Running, note: Note, took: float) -> None:
         self.calls += 1
         self.ends[f"{note.kind} {note.result or 'ok'}"] += 1
-        allowed = note.result in MAY_END[note.kind] | MAY_END_ANY or (note.sticky and note.result in MAY_END_STICKY)
+        allowed = note.result in MAY_END[note.kind] | MAY_END_ANY or (
+            note.sticky and note.result in MAY_END_STICKY
+        )
         if note.result and not allowed:
-            self._wrong(f"{note.kind} {note.result}", f"{one}: a call that should not ended so: {note}")
+            self._wrong(
+                f"{note.kind} {note.result}", f"{one}: a call that should not ended so: {note}"
+            )
         if note.result == "ImageInUse" and not any(image in SHARED for image in note.images):
             self._wrong("false ImageInUse", f"{one}: nobody else has the image: {note}")
         if took > max(0.0, note.limit) + HANGS:
@@ -124,39 +131,68 @@ class Judge:
             if one.found == "orphan":
                 self._wrong("orphan", f"{name}: QEMU has something that nobody knows: {one}")
             if one.found == "lost" and not self.books[name].replaced:
-                self._wrong("false lost", f"{name}: reported lost, and its QEMU never lost it: {one}")
+                self._wrong(
+                    "false lost", f"{name}: reported lost, and its QEMU never lost it: {one}"
+                )
 
     def _check_tenure(self, name: str, tenure: Tenure) -> None:
         for other in self.tenures[name]:
-            if other.process != tenure.process and other.since <= tenure.since and (other.until is None or other.until > tenure.since):
-                self._wrong("two owners", f"{name} was opened by process {tenure.process} while process {other.process} had it open")
+            if (
+                other.process != tenure.process
+                and other.since <= tenure.since
+                and (other.until is None or other.until > tenure.since)
+            ):
+                self._wrong(
+                    "two owners",
+                    f"{name} was opened by process {tenure.process} while process {other.process} "
+                    "had it open",
+                )
 
     def _weigh(self, one: Running) -> None:
         if not one.memory:
             return
         growth = max(one.memory) - one.memory[0]
         self.most_memory = max(self.most_memory, *one.memory)
-        self.most_growth, self.most_files = max(self.most_growth, growth), max(self.most_files, one.files)
+        self.most_growth, self.most_files = (
+            max(self.most_growth, growth),
+            max(self.most_files, one.files),
+        )
         if growth > GROWTH_MAX:
-            self._wrong("memory", f"{one} grew by {growth / 2**20:.1f} MiB; {GROWTH_MAX >> 20} are allowed")
+            self._wrong(
+                "memory", f"{one} grew by {growth / 2**20:.1f} MiB; {GROWTH_MAX >> 20} are allowed"
+            )
         if one.files > FILES_MAX:
-            self._wrong("descriptors", f"{one} had {one.files} descriptors open; {FILES_MAX} are allowed")
+            self._wrong(
+                "descriptors", f"{one} had {one.files} descriptors open; {FILES_MAX} are allowed"
+            )
 
     def _idle_sets(self, sky: Sky, lists: Lists) -> list[str]:
-        return [f"QEMU, which runs, has sets of descriptors that nothing uses: {lists.idle}"] if sky.runs and lists.idle else []
+        return (
+            [f"QEMU, which runs, has sets of descriptors that nothing uses: {lists.idle}"]
+            if sky.runs and lists.idle
+            else []
+        )
 
     # What is said of it.
 
     def summary(self) -> list[str]:
         seconds = time.monotonic() - self.began
         return [
-            f"{seconds:.0f} s, seed {self.options.seed}: {self.lives} processes, {self.deaths} killed, {self.calls:,} calls, "
-            f"{self.settled} sandboxes compared after opening, {self.watches} looks at all QEMUs at once",
+            f"{seconds:.0f} s, seed {self.options.seed}: {self.lives} processes, {self.deaths} "
+            f"killed, {self.calls:,} calls, "
+            f"{self.settled} sandboxes compared after opening, {self.watches} looks at all QEMUs "
+            "at once",
             "calls: " + ", ".join(f"{kind} {count:,}" for kind, count in sorted(self.ends.items())),
-            "weather: " + ", ".join(f"{kind} {count}" for kind, count in sorted(self.weather.items())),
-            "recovery found: " + (", ".join(f"{kind} {count}" for kind, count in sorted(self.found.items())) or "nothing"),
+            "weather: "
+            + ", ".join(f"{kind} {count}" for kind, count in sorted(self.weather.items())),
+            "recovery found: "
+            + (
+                ", ".join(f"{kind} {count}" for kind, count in sorted(self.found.items()))
+                or "nothing"
+            ),
             *(f"WRONG {count} times: {kind}" for kind, count in self.wrong.most_common()),
-            f"a process: at most {self.most_memory / 2**20:.1f} MiB, {self.most_growth / 2**20:.1f} more than when its first sandbox "
+            f"a process: at most {self.most_memory / 2**20:.1f} MiB, "
+            f"{self.most_growth / 2**20:.1f} more than when its first sandbox "
             f"had settled, {self.most_files} descriptors",
         ]
 
@@ -164,10 +200,17 @@ class Judge:
         """Readable: what differs, the seed, and the last that was done."""
         text = str(violation) or repr(violation)
         named = [name for name in SANDBOXES if name in text]
-        lines = [line for line in self.trail if not named or " -- " in line or any(f" {name} " in line for name in named)]
+        lines = [
+            line
+            for line in self.trail
+            if not named or " -- " in line or any(f" {name} " in line for name in named)
+        ]
         return "\n".join(
             [
-                f"VIOLATION after {self.deaths} deaths and {self.calls:,} calls, seed {self.options.seed}: {text}",
+                (
+                    f"VIOLATION after {self.deaths} deaths and {self.calls:,} calls, seed "
+                    f"{self.options.seed}: {text}"
+                ),
                 "the last of it:",
                 *lines[-TRAIL:],
             ]

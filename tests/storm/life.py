@@ -1,5 +1,6 @@
-"""One process of the storm: it opens sandboxes, and in each some clients attach and detach at random until the sandbox is closed, or the
-process killed. Each note is written at once, so that what it knew can be told after its death.
+"""One process of the storm: it opens sandboxes, and in each some clients attach and detach at
+random until the sandbox is closed, or the process killed. Each note is written at once, so that
+what it knew can be told after its death.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from .notes import DeviceSeen, FindingSeen, Pen, Picture
 CLIENTS = 3  # in a sandbox
 CROWD = 8  # attaches that a sandbox holds at once, about
 LONG = 20.0  # seconds: a deadline that is not meant to pass
-SHORT = (0.0, 0.001, 0.01, 0.01, 0.01, 0.03, 0.2)  # seconds: a random part of one of these, which often is too short
+# seconds: a random part of one of these, which often is too short
+SHORT = (0.0, 0.001, 0.01, 0.01, 0.01, 0.03, 0.2)
 SETTLES = 60.0  # seconds within which an opened sandbox has nothing under way
 
 
@@ -72,7 +74,8 @@ class Failed(Exception):
 
 
 class Life:
-    """:param notes: the pipe to write to. :param orders: the pipe that says what to do; its end is the end of the process."""
+    """:param notes: the pipe to write to. :param orders: the pipe that says what to do; its end is
+    the end of the process."""
 
     def __init__(self, plan: Plan, sites: dict[str, Site], notes: int, orders: int) -> None:
         self.plan = plan
@@ -95,7 +98,9 @@ class Life:
     async def _run(self, first: Iterable[str]) -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(
-            lambda _, context: self.pen.write("fault", text=f"{context.get('message')}: {context.get('exception')!r}")
+            lambda _, context: self.pen.write(
+                "fault", text=f"{context.get('message')}: {context.get('exception')!r}"
+            )
         )
         self.over = asyncio.Event()
         self.store = SqliteStore(self.plan.store)
@@ -104,7 +109,10 @@ class Life:
         for name in first:
             self._open(name)
         while not self.over.is_set() or self.tasks:
-            await asyncio.wait([asyncio.ensure_future(self.over.wait()), *self.tasks], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                [asyncio.ensure_future(self.over.wait()), *self.tasks],
+                return_when=asyncio.FIRST_COMPLETED,
+            )
         loop.remove_reader(self.orders)
         self.store.close()
 
@@ -133,7 +141,9 @@ class Life:
                     self.over.set()
 
     def _open(self, name: str) -> None:
-        self.places[name] = Place(self, self.sites[name], random.Random(f"{self.plan.seed} {name} {self.random.random()}"))
+        self.places[name] = Place(
+            self, self.sites[name], random.Random(f"{self.plan.seed} {name} {self.random.random()}")
+        )
         self._begin(name, self.places[name].run())
 
     def _begin(self, name: str, work: Coroutine[Any, Any, None]) -> None:
@@ -192,7 +202,9 @@ class Place:
                 self.sandbox = self._sandbox()
 
     def _sandbox(self) -> Sandbox:
-        return Sandbox(self.site.name, self.site.address, driver=self.site.driver, store=self.life.store)
+        return Sandbox(
+            self.site.name, self.site.address, driver=self.site.driver, store=self.life.store
+        )
 
     async def _session(self) -> None:
         name = self.site.name
@@ -209,9 +221,18 @@ class Place:
         self.pen.write("opened", name)
         findings = [*self.sandbox.recovered]
         await self._settle(findings)
-        self.tokens = [Token(one, image_of(one)) for one in self._devices() if one.attached for _ in range(one.attach_count)]
+        self.tokens = [
+            Token(one, image_of(one))
+            for one in self._devices()
+            if one.attached
+            for _ in range(one.attach_count)
+        ]
         probe = await self._probe()
-        self.pen.write("settled", name, picture=msgspec.structs.replace(picture(self.sandbox, findings), probe=probe))
+        self.pen.write(
+            "settled",
+            name,
+            picture=msgspec.structs.replace(picture(self.sandbox, findings), probe=probe),
+        )
         await self.go.wait()
         if self.to_be_emptied:
             await self._empty()
@@ -230,7 +251,11 @@ class Place:
     def _is_settled(self, device: BlockDevice) -> bool:
         if device.phase is Phase.ATTACHED and device.operation is None:
             return True
-        return image_of(device) in self.site.sticky and device.phase in (Phase.ATTACH_PENDING, Phase.DETACHING, Phase.DETACH_PENDING)
+        return image_of(device) in self.site.sticky and device.phase in (
+            Phase.ATTACH_PENDING,
+            Phase.DETACHING,
+            Phase.DETACH_PENDING,
+        )
 
     async def _settle(self, findings: list[Finding]) -> None:
         """Returns when nothing is under way that can end."""
@@ -247,13 +272,18 @@ class Place:
                         self.pen.write("fault", self.site.name, text=f"it does not settle: {error}")
                         raise
             if loop.time() > end:
-                self.pen.write("fault", self.site.name, text=f"it does not settle within {SETTLES:g} s: {self._devices()}")
+                self.pen.write(
+                    "fault",
+                    self.site.name,
+                    text=f"it does not settle within {SETTLES:g} s: {self._devices()}",
+                )
                 raise TimeoutError
 
     async def _probe(self) -> tuple[int, int] | None:
         """One more image is given the lowest free index."""
         try:
-            for token in [each for each in self.tokens if each.image.endswith("-probe")]:  # its process died in the middle of this
+            # its process died in the middle of this
+            for token in [each for each in self.tokens if each.image.endswith("-probe")]:
                 await self._detach(token, LONG)
             taken = set(self.sandbox.index)
             token = await self._attach(f"{self.site.name}-probe", LONG)
@@ -281,13 +311,19 @@ class Place:
         choose, tokens = self.random, self.tokens
         limit = choose.choice(SHORT) * choose.random() if choose.random() < 0.5 else LONG
         kinds: list[tuple[float, Callable[[], Coroutine[Any, Any, Any]]]] = [
-            (40 if len(tokens) < CROWD else 5, lambda: self._attach(self._image(), limit, self._access())),
+            (
+                40 if len(tokens) < CROWD else 5,
+                lambda: self._attach(self._image(), limit, self._access()),
+            ),
             (10 if len(tokens) < CROWD else 1, lambda: self._attach_many(limit)),
             (2, self._reconcile),
             (0.2 if self.life.plan.restless else 0, self._close),
         ]
         if tokens:
-            kinds += [(5 * len(tokens), lambda: self._detach(self._take(), limit)), (len(tokens), lambda: self._detach_many(limit))]
+            kinds += [
+                (5 * len(tokens), lambda: self._detach(self._take(), limit)),
+                (len(tokens), lambda: self._detach_many(limit)),
+            ]
         [run] = choose.choices([run for _, run in kinds], [weight for weight, _ in kinds])
         await run()
 
@@ -311,7 +347,11 @@ class Place:
             access = "write"
         driver = self.site.sticky.get(image, "virtio-scsi")
         work = self.sandbox.attach(
-            self.life.plan.images / image, driver=driver, read_only=access == "read", share=access == "share", timeout=limit
+            self.life.plan.images / image,
+            driver=driver,
+            read_only=access == "read",
+            share=access == "share",
+            timeout=limit,
         )
         device = await self._call("attach", [image], work, limit, access)
         token = Token(device, image)
@@ -320,7 +360,9 @@ class Place:
 
     async def _attach_many(self, limit: float) -> None:
         choose, access = self.random, self._access()
-        pool = [*self.site.own, *self.life.plan.shared] if access == "write" else self.life.plan.shared
+        pool = (
+            [*self.site.own, *self.life.plan.shared] if access == "write" else self.life.plan.shared
+        )
         images = [choose.choice(pool) for _ in range(choose.randint(1, 4))]
         work = self.sandbox.attach_many(
             [self.life.plan.images / image for image in images],
@@ -337,14 +379,18 @@ class Place:
             self.tokens.remove(token)
         kind = "resume" if token.pending else "detach"
         try:
-            await self._call(kind, [token.image], self.sandbox.detach(token.device, timeout=limit), limit)
+            await self._call(
+                kind, [token.image], self.sandbox.detach(token.device, timeout=limit), limit
+            )
         except Failed as failed:
             match type(failed.__cause__).__name__:
                 case "DetachPending":
                     token.pending = True
                     self.tokens.append(token)
                 case "CancelledError" | "UnknownDevice" | "NotAttached":
-                    pass  # of a cancelled one the outcome is not known, and calling again could take another's attach
+                    # of a cancelled one the outcome is not known, and calling again could take
+                    # another's attach
+                    pass
                 case _:
                     self.tokens.append(token)
             raise
@@ -358,20 +404,40 @@ class Place:
 
     async def _reconcile(self) -> None:
         dry = self.random.random() < 0.5
-        await self._call("reconcile", [], self.sandbox.reconcile(dry_run=dry, timeout=self.random.choice((0.0, 0.01, 2.0))), 2.0)
+        await self._call(
+            "reconcile",
+            [],
+            self.sandbox.reconcile(dry_run=dry, timeout=self.random.choice((0.0, 0.01, 2.0))),
+            2.0,
+        )
 
-    async def _call(self, kind: str, images: list[str], work: Coroutine[Any, Any, Any], limit: float, access: str = "") -> Any:
+    async def _call(
+        self,
+        kind: str,
+        images: list[str],
+        work: Coroutine[Any, Any, Any],
+        limit: float,
+        access: str = "",
+    ) -> Any:
         """Runs it, with notes around it; sometimes it is cancelled. Raises Failed."""
         life = self.life
         life.calls += 1
-        cancel = self.random.choice((0.0001, 0.001, 0.005, 0.03)) * self.random.random() if self.random.random() < 0.15 else None
+        cancel = (
+            self.random.choice((0.0001, 0.001, 0.005, 0.03)) * self.random.random()
+            if self.random.random() < 0.15
+            else None
+        )
         if self.to_be_emptied or any(image.endswith("-probe") for image in images):
             cancel = None
         about: dict[str, Any] = {
-            "call": life.calls, "kind": kind, "images": images, "limit": limit,
+            "call": life.calls,
+            "kind": kind,
+            "images": images,
+            "limit": limit,
             "sticky": any(image in self.site.sticky for image in images),
-            "how": f"{access} timeout {limit:g}" + (f" cancelled after {cancel * 1000:.2f} ms" if cancel is not None else ""),
-        }  # fmt: skip
+            "how": f"{access} timeout {limit:g}"
+            + (f" cancelled after {cancel * 1000:.2f} ms" if cancel is not None else ""),
+        }
         self.pen.write("begin", self.site.name, **about)
         task = asyncio.ensure_future(work)
         if cancel is not None:
@@ -382,10 +448,14 @@ class Place:
             raise Failed from asyncio.CancelledError()
         if (error := task.exception()) is not None:
             text = " / ".join([str(error), *getattr(error, "__notes__", [])])
-            self.pen.write("end", self.site.name, **about, result=type(error).__name__, text=text[:1000])
+            self.pen.write(
+                "end", self.site.name, **about, result=type(error).__name__, text=text[:1000]
+            )
             raise Failed from error
         result = task.result()
-        self.pen.write("end", self.site.name, **about, findings=seen(result) if kind == "reconcile" else [])
+        self.pen.write(
+            "end", self.site.name, **about, findings=seen(result) if kind == "reconcile" else []
+        )
         return result
 
 
@@ -394,7 +464,10 @@ def image_of(device: BlockDevice) -> str:
 
 
 def seen(findings: Iterable[Finding]) -> list[FindingSeen]:
-    return [FindingSeen(str(one.found), str(one.outcome), Path(one.path).name, one.drive_id, one.note) for one in findings]
+    return [
+        FindingSeen(str(one.found), str(one.outcome), Path(one.path).name, one.drive_id, one.note)
+        for one in findings
+    ]
 
 
 def picture(sandbox: Sandbox, findings: Iterable[Finding]) -> Picture:
@@ -402,11 +475,14 @@ def picture(sandbox: Sandbox, findings: Iterable[Finding]) -> Picture:
     for one in sandbox.devices:
         assert isinstance(one, BlockDevice)
         drive = one.drive
-        index, ordinal, drive_id = (drive.index, drive.ordinal, drive.id) if drive is not None else (-1, -1, "")
+        index, ordinal, drive_id = (
+            (drive.index, drive.ordinal, drive.id) if drive is not None else (-1, -1, "")
+        )
         info = one.info
         devices.append(
             DeviceSeen(
-                one.id, drive_id, image_of(one), info.driver or "", str(one.phase), one.attach_count, index, ordinal, info.read_only,
+                one.id, drive_id, image_of(one), info.driver or "", str(one.phase),
+                one.attach_count, index, ordinal, info.read_only,
                 info.share,
             )
         )  # fmt: skip

@@ -1,6 +1,8 @@
-"""What a process of the storm says of itself: one JSON line before each call and one after it, so that its last words outlive it.
+"""What a process of the storm says of itself: one JSON line before each call and one after it, so
+that its last words outlive it.
 
-A line that was cut off by death is no line: the call that it would have told the end of is then still under way.
+A line that was cut off by death is no line: the call that it would have told the end of is then
+still under way.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ class DeviceSeen(msgspec.Struct, frozen=True, omit_defaults=True):
     def __str__(self) -> str:
         access = "reads" if self.read_only else "shares" if self.share else "writes"
         return (
-            f"{self.image} ({self.id}, {self.driver}, {access}): {self.phase}, count {self.count}, index {self.index}, drive {self.drive}"
+            f"{self.image} ({self.id}, {self.driver}, {access}): {self.phase}, count "
+            f"{self.count}, index {self.index}, drive {self.drive}"
         )
 
 
@@ -43,7 +46,9 @@ class FindingSeen(msgspec.Struct, frozen=True, omit_defaults=True):
     note: str = ""
 
     def __str__(self) -> str:
-        return f"{self.found} {self.outcome}: {self.image or '?'} as {self.drive} {self.note}".rstrip()
+        return (
+            f"{self.found} {self.outcome}: {self.image or '?'} as {self.drive} {self.note}".rstrip()
+        )
 
 
 class Picture(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -62,7 +67,8 @@ class Note(msgspec.Struct, omit_defaults=True):
     """One line.
 
     :ivar at: seconds on the host's monotonic clock, which all processes share.
-    :ivar what: "begin" and "end" of a call; "opening", "opened", "settled", "closing", "closed"; "intruded"; "fault", which never is right.
+    :ivar what: "begin" and "end" of a call; "opening", "opened", "settled", "closing", "closed";
+        "intruded"; "fault", which never is right.
     :ivar call: the number of the call in its process.
     :ivar kind: the method that is called.
     :ivar how: its arguments, for the reader.

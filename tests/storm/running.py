@@ -18,7 +18,8 @@ class Running:
     :ivar calls: those that are under way.
     :ivar opening: since when it has been opening a sandbox.
     :ivar ended: it was told to end.
-    :ivar pounce: how many more calls end with their work going on until it is killed just after one; 0: it is not.
+    :ivar pounce: how many more calls end with their work going on until it is killed just after
+        one; 0: it is not.
     :ivar memory: bytes, each time that it was looked at.
     :ivar files: the most descriptors that it had.
     """
@@ -58,7 +59,10 @@ class Running:
 
     def measure(self) -> None:
         try:
-            self.memory.append(int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+            self.memory.append(
+                int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
+                * os.sysconf("SC_PAGE_SIZE")
+            )
             self.files = max(self.files, len(os.listdir(f"/proc/{self.pid}/fd")))  # noqa: PTH208
         except (OSError, IndexError):
             pass  # it has just died

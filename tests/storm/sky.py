@@ -10,7 +10,8 @@ from kit import Machine
 
 
 class Sky:
-    """:param runs: QEMU's clock does; a paused one is quicker, and closes no descriptor that it is told to.
+    """:param runs: QEMU's clock does; a paused one is quicker, and closes no descriptor that it is
+    told to.
     :param sticky: it has places for disks that do not leave without a guest.
 
     :ivar stopped: QEMU's process is.
@@ -35,7 +36,8 @@ class Sky:
         self.started += 1
 
     def files(self) -> list[int]:
-        """Descriptors that only this process may have: QEMU's watcher waits until the pipe is nobody's."""
+        """Descriptors that only this process may have: QEMU's watcher waits until the pipe is
+        nobody's."""
         assert self.machine._process is not None and self.machine._process.stdin is not None
         return [self.machine.side._socket.fileno(), self.machine._process.stdin.fileno()]
 

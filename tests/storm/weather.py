@@ -1,6 +1,8 @@
-"""The parent: it starts the processes and the machines, stops, kills and replaces them at random, and compares what is left.
+"""The parent: it starts the processes and the machines, stops, kills and replaces them at random,
+and compares what is left.
 
-What happens when is drawn from the seed, so a seed repeats the plan; how far a process has got when it is killed, the host decides.
+What happens when is drawn from the seed, so a seed repeats the plan; how far a process has got when
+it is killed, the host decides.
 """
 
 from __future__ import annotations
@@ -31,31 +33,53 @@ from .witness import Images, Stored, ask_qemu, differences, read_rows, rivals
 
 SLOTS = 2  # processes at once
 AGREES = 10.0  # seconds within which what is written in the background is written
-SETS_MAX = 300  # idle sets of a paused QEMU, which closes none, before it is replaced; each costs it a descriptor of its 1,024
+# idle sets of a paused QEMU, which closes none, before it is replaced; each costs it a descriptor
+# of its 1,024
+SETS_MAX = 300
 
 
 class Storm(Judge):
-    """:param folder: for the images, the store and the machines' sockets; short, for a unix socket's path ends at 107 bytes."""
+    """:param folder: for the images, the store and the machines' sockets; short, for a unix
+    socket's path ends at 107 bytes."""
 
     def __init__(self, folder: Path, options: Options) -> None:
         self.random = random.Random(options.seed)
         own = {name: [f"{name}-{letter}" for letter in "abc"] for name in SANDBOXES}
-        sticky = {name: {"s3-blk0": "virtio-blk", "s3-blk1": "virtio-blk", "s3-nv": "nvdimm"} if name == "s3" else {} for name in SANDBOXES}
+        sticky = {
+            name: {"s3-blk0": "virtio-blk", "s3-blk1": "virtio-blk", "s3-nv": "nvdimm"}
+            if name == "s3"
+            else {}
+            for name in SANDBOXES
+        }
         probes = [f"{name}-probe" for name in SANDBOXES]
         (folder / "images").mkdir()
-        images = Images(folder / "images", [*SHARED, *probes, *itertools.chain(*own.values()), *itertools.chain(*sticky.values())])
+        images = Images(
+            folder / "images",
+            [*SHARED, *probes, *itertools.chain(*own.values()), *itertools.chain(*sticky.values())],
+        )
         super().__init__(options, folder / "state.db", images)
-        # A paused QEMU works faster; one that runs closes the descriptors that it is told to. Neither has a guest.
-        self.skies = {name: Sky(name, folder, runs=name == "s2", sticky=bool(sticky[name])) for name in SANDBOXES}
+        # A paused QEMU works faster; one that runs closes the descriptors that it is told to.
+        # Neither has a guest.
+        self.skies = {
+            name: Sky(name, folder, runs=name == "s2", sticky=bool(sticky[name]))
+            for name in SANDBOXES
+        }
         self.sites = {
-            name: Site(name, f"qemu:{self.skies[name].path}", "virtio-blk" if sticky[name] else "virtio-scsi", own[name], sticky[name])
+            name: Site(
+                name,
+                f"qemu:{self.skies[name].path}",
+                "virtio-blk" if sticky[name] else "virtio-scsi",
+                own[name],
+                sticky[name],
+            )
             for name in SANDBOXES
         }
         self.running: list[Running | None] = [None] * SLOTS
         self.events: list[tuple[float, int, Callable[[], None]]] = []
         self.count = itertools.count()
         self.hog: Hog | None = None
-        self.unfit: set[str] = set()  # sandboxes in which something was wrong, which is gone when they have another QEMU
+        # sandboxes in which something was wrong, which is gone when they have another QEMU
+        self.unfit: set[str] = set()
         self.finishing = False
         self.emptied: set[str] = set()  # sandboxes that were told to empty themselves, at the end
 
@@ -72,7 +96,9 @@ class Storm(Judge):
             self._birth(1, {"s2", "s3"})
             self._chaos()
             end = self.began + self.options.seconds
-            while time.monotonic() < end and not (self.options.deaths and self.deaths >= self.options.deaths):
+            while time.monotonic() < end and not (
+                self.options.deaths and self.deaths >= self.options.deaths
+            ):
                 self._turn()
             self._finish()
         finally:
@@ -120,14 +146,26 @@ class Storm(Judge):
         self._birth(0, set(SANDBOXES), last=True)
         while any(self.running):
             self._turn()
-        left = [row for row in read_rows(self.store, self.images) if row.image not in self._sticky_images()]
+        left = [
+            row
+            for row in read_rows(self.store, self.images)
+            if row.image not in self._sticky_images()
+        ]
         if left:
             self._wrong("left over", f"everything is detached and closed, and the store has {left}")
         for name, sky in self.skies.items():
             lists = ask_qemu(sky.machine, self.images)
-            backends = {drive: one for drive, one in lists.backends.items() if one.image not in self._sticky_images()}
+            backends = {
+                drive: one
+                for drive, one in lists.backends.items()
+                if one.image not in self._sticky_images()
+            }
             if backends or lists.others:
-                self._wrong("left over", f"everything is detached and closed, and the QEMU of {name} has {backends} {lists.others}")
+                self._wrong(
+                    "left over",
+                    f"everything is detached and closed, and the QEMU of {name} has {backends} "
+                    f"{lists.others}",
+                )
 
     def _sticky_images(self) -> set[str]:
         return {image for site in self.sites.values() for image in site.sticky}
@@ -154,14 +192,27 @@ class Storm(Judge):
     def _birth(self, slot: int, names: set[str], *, last: bool = False) -> None:
         choose = self.random
         self.lives += 1
-        ending = "empty" if last else choose.choices(("kill", "step", "pounce", "end", "long"), (35, 25, 25, 8, 7))[0]
+        ending = (
+            "empty"
+            if last
+            else choose.choices(("kill", "step", "pounce", "end", "long"), (35, 25, 25, 8, 7))[0]
+        )
         step = choose.randint(0, 250) if ending == "step" else None
-        plan = Plan(self.lives, f"{self.options.seed} {self.lives}", self.store, self.images.folder, list(SHARED), step, not last)
+        plan = Plan(
+            self.lives,
+            f"{self.options.seed} {self.lives}",
+            self.store,
+            self.images.folder,
+            list(SHARED),
+            step,
+            not last,
+        )
         notes, write = os.pipe()
         read, orders = os.pipe()
         os.set_blocking(notes, False)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: there are none
+            # of forking beside threads: there are none
+            warnings.simplefilter("ignore", DeprecationWarning)
             pid = os.fork()
         if pid == 0:
             self._live(plan, names, write, read, {notes, orders})
@@ -170,14 +221,24 @@ class Storm(Judge):
         one = Running(plan, pid, Ear(notes), orders)
         one.sandboxes = set(names)
         self.running[slot] = one
-        self._log(f"{one} begins with {' '.join(sorted(names))}, to {ending}" + (f" at step {step}" if step is not None else ""))
+        self._log(
+            f"{one} begins with {' '.join(sorted(names))}, to {ending}"
+            + (f" at step {step}" if step is not None else "")
+        )
         if ending == "pounce":
             one.pounce = choose.randint(1, 5)
         if ending in ("kill", "step"):
             # A step may never be reached; in the first half second recovery is under way.
-            self._later(choose.choice((0.2, 0.5, 1.0, 2.0)) * choose.random() + (5.0 if step is not None else 0.0), lambda: self._kill(one))
+            self._later(
+                choose.choice((0.2, 0.5, 1.0, 2.0)) * choose.random()
+                + (5.0 if step is not None else 0.0),
+                lambda: self._kill(one),
+            )
         elif ending in ("end", "long"):
-            self._later(choose.uniform(0.3, 1.5) if ending == "end" else choose.uniform(4.0, 10.0), lambda: self._end(one))
+            self._later(
+                choose.uniform(0.3, 1.5) if ending == "end" else choose.uniform(4.0, 10.0),
+                lambda: self._end(one),
+            )
 
     def _live(self, plan: Plan, names: set[str], write: int, read: int, others: set[int]) -> None:
         """The child, which never returns."""
@@ -185,7 +246,12 @@ class Storm(Judge):
         try:
             assert self.hog is not None
             files = {file for one in self._living() for file in (one.ear.file, one.orders)}
-            for file in others | files | {self.hog.file} | {file for sky in self.skies.values() for file in sky.files()}:
+            for file in (
+                others
+                | files
+                | {self.hog.file}
+                | {file for sky in self.skies.values() for file in sky.files()}
+            ):
                 os.close(file)
             Life(plan, self.sites, write, read).run(sorted(names))
             status = 0
@@ -221,7 +287,9 @@ class Storm(Judge):
         until = one.killed if one.killed is not None else one.last
         for name in SANDBOXES:
             self.tenures[name] = [
-                each._replace(until=until) if each.process == one.plan.number and each.until is None else each
+                each._replace(until=until)
+                if each.process == one.plan.number and each.until is None
+                else each
                 for each in self.tenures[name][-50:]
             ]
         if status:
@@ -237,7 +305,13 @@ class Storm(Judge):
                 self._replace(name)
         other = next(iter(self._living()), None)
         choose = self.random
-        if other is not None and other.killed is None and not other.ended and len(names) > 1 and (len(names) > 2 or choose.random() < 0.3):
+        if (
+            other is not None
+            and other.killed is None
+            and not other.ended
+            and len(names) > 1
+            and (len(names) > 2 or choose.random() < 0.3)
+        ):
             name = choose.choice(sorted(names))
             if len(other.sandboxes) < 3:
                 names = names - {name}
@@ -254,7 +328,8 @@ class Storm(Judge):
         return len(ask_qemu(sky.machine, self.images).idle) > SETS_MAX
 
     def _replace(self, name: str) -> None:
-        """Another QEMU at the same address; nobody has the sandbox open. Where something was wrong, the store begins anew too."""
+        """Another QEMU at the same address; nobody has the sandbox open. Where something was wrong,
+        the store begins anew too."""
         sky = self.skies[name]
         sky.close()
         sky.start()
@@ -275,7 +350,10 @@ class Storm(Judge):
     def _chaos(self) -> None:
         """Something happens, and then again."""
         choose = self.random
-        what = choose.choices((self._stop_process, self._stop_qemu, self._watch, self._intrude, self._squeeze), (2, 3, 3, 1, 1))[0]
+        what = choose.choices(
+            (self._stop_process, self._stop_qemu, self._watch, self._intrude, self._squeeze),
+            (2, 3, 3, 1, 1),
+        )[0]
         what()
         self._later(choose.expovariate(10.0), self._chaos)
 
@@ -289,13 +367,21 @@ class Storm(Judge):
             self._later(seconds, lambda: one.go_on() if one in self.running else None)
 
     def _squeeze(self) -> None:
-        """One is stopped, maybe in the middle of a transaction; when it goes on, another, which may have waited for that, is killed."""
-        living = [one for one in self._living() if one.killed is None and not one.stopped and not one.ended]
+        """One is stopped, maybe in the middle of a transaction; when it goes on, another, which may
+        have waited for that, is killed."""
+        living = [
+            one
+            for one in self._living()
+            if one.killed is None and not one.stopped and not one.ended
+        ]
         if len(living) == SLOTS:
             one, other = self.random.sample(living, 2)
             seconds, more = 0.05 * self.random.random(), 0.01 * self.random.random()
             one.stop()
-            self._log(f"{one} is stopped for {seconds * 1000:.0f} ms, and {other} to be killed {more * 1000:.1f} ms later")
+            self._log(
+                f"{one} is stopped for {seconds * 1000:.0f} ms, and {other} to be killed "
+                f"{more * 1000:.1f} ms later"
+            )
             self.weather["squeezed"] += 1
             self._later(seconds, lambda: one.go_on() if one in self.running else None)
             self._later(seconds + more, lambda: self._kill(other))
@@ -325,28 +411,39 @@ class Storm(Judge):
             one.go_on()
 
     def _watch(self) -> None:
-        """What is open in every QEMU at one moment: no writer beside another, and nothing of which the store does not know."""
+        """What is open in every QEMU at one moment: no writer beside another, and nothing of which
+        the store does not know."""
         for sky in self.skies.values():
             sky.go_on()
         before = {name: ask_qemu(sky.machine, self.images) for name, sky in self.skies.items()}
         rows = {(row.sandbox, row.drive): row for row in read_rows(self.store, self.images)}
         after = {name: ask_qemu(sky.machine, self.images) for name, sky in self.skies.items()}
         self.watches += 1
-        # What both lists have and what did not leave in between was there at the moment between them.
+        # What both lists have and what did not leave in between was there at the moment between
+        # them.
         there = [
             (name, drive, opened)
             for name, lists in before.items()
             for drive, opened in lists.backends.items()
-            if after[name].backends.get(drive) == opened and drive not in lists.gone | after[name].gone
+            if after[name].backends.get(drive) == opened
+            and drive not in lists.gone | after[name].gone
         ]
         known: list[Stored] = []
         for name, drive, opened in there:
             row = rows.get((name, drive))
             if row is None and not self.books[name].replaced:
-                self._wrong("unclaimed", f"{name}: QEMU has {drive} open ({opened}), of which the store knew nothing at that moment")
+                self._wrong(
+                    "unclaimed",
+                    f"{name}: QEMU has {drive} open ({opened}), of which the store knew nothing "
+                    "at that moment",
+                )
             if row is not None:
                 if row.image != opened.image:
-                    self._wrong("wrong image", f"{name}: QEMU has {opened} open as {drive}, and {row.image} is claimed for it: {row}")
+                    self._wrong(
+                        "wrong image",
+                        f"{name}: QEMU has {opened} open as {drive}, and {row.image} is claimed "
+                        f"for it: {row}",
+                    )
                 known.append(row)
         if wrong := rivals(known):
             self._wrong("two writers", f"at one moment, in two QEMUs: {wrong[0]}")
@@ -388,17 +485,24 @@ class Storm(Judge):
                 self._settle(one, note)
             case "closing":
                 self.tenures[note.sandbox] = [
-                    each._replace(until=note.at) if each.process == one.plan.number and each.until is None else each
+                    each._replace(until=note.at)
+                    if each.process == one.plan.number and each.until is None
+                    else each
                     for each in self.tenures[note.sandbox]
                 ]
                 self._judge_findings(note.sandbox, note.findings)
 
     def _pounce(self, one: Running, note: Note) -> None:
         """Kills it just after a call whose work goes on."""
-        if one.pounce and (note.result == "AttachPending" or (note.result and self.random.random() < 0.1)):
+        if one.pounce and (
+            note.result == "AttachPending" or (note.result and self.random.random() < 0.1)
+        ):
             one.pounce -= 1
             if not one.pounce:
-                self._later(self.random.choice((0.0, 0.001, 0.004)) * self.random.random(), lambda: self._kill(one))
+                self._later(
+                    self.random.choice((0.0, 0.001, 0.004)) * self.random.random(),
+                    lambda: self._kill(one),
+                )
 
     def _settle(self, one: Running, note: Note) -> None:
         """A sandbox was opened and is at rest until it is told to go on: everything is compared."""
@@ -410,12 +514,20 @@ class Storm(Judge):
         self._judge_findings(name, picture.findings)
         wrong = [f"{name}: {text}" for text in self.books[name].settle(picture.devices)]
         if picture.probe is None or picture.probe[0] != picture.probe[1]:
-            wrong.append(f"{name}: one more image was given an index as (given, lowest free): {picture.probe}")
+            wrong.append(
+                f"{name}: one more image was given an index as (given, lowest free): "
+                f"{picture.probe}"
+            )
         end = time.monotonic() + AGREES
         while True:
             lists = ask_qemu(sky.machine, self.images)
             rows = read_rows(self.store, self.images)
-            differs = differences(picture.devices, picture.indexes, [row for row in rows if row.sandbox == name], lists)
+            differs = differences(
+                picture.devices,
+                picture.indexes,
+                [row for row in rows if row.sandbox == name],
+                lists,
+            )
             differs += self._idle_sets(sky, lists)
             if not differs or time.monotonic() > end:
                 break
@@ -425,8 +537,15 @@ class Storm(Judge):
         wrong += [f"{name}: {text}" for text in differs] + rivals(rows)
         if wrong:
             seen = [f"the sandbox: {picture}", *map(str, rows), str(lists)]
-            kind = re.sub(r"\b(s\d|[0-9a-f]{16}|s\d-\w+|[xyz]|\d+)\b", "_", wrong[0].partition("\n")[0].partition(" (")[0])[:80]
-            self._wrong(kind, "\n  ".join([f"{one}, {name} has settled, and it does not fit:", *wrong, *seen]))
+            kind = re.sub(
+                r"\b(s\d|[0-9a-f]{16}|s\d-\w+|[xyz]|\d+)\b",
+                "_",
+                wrong[0].partition("\n")[0].partition(" (")[0],
+            )[:80]
+            self._wrong(
+                kind,
+                "\n  ".join([f"{one}, {name} has settled, and it does not fit:", *wrong, *seen]),
+            )
             self.unfit.add(name)
             return self._kill(one)
         self.settled += 1

@@ -1,6 +1,7 @@
 """What a QEMU and the store themselves say: read past pyblock, so that it can judge.
 
-Images are told by inode, whether QEMU opened a path or was handed a descriptor (/dev/fdset/N, looked up in /proc).
+Images are told by inode, whether QEMU opened a path or was handed a descriptor (/dev/fdset/N,
+looked up in /proc).
 """
 
 from __future__ import annotations
@@ -80,24 +81,42 @@ def ask_qemu(machine: Machine, images: Images) -> Lists:
             file = f"/proc/{machine.pid}/fd/{fds[0]['fd']}" if fds else file
         return images.name(file)
 
-    backends = {node["node-name"]: Open(image(node["file"]), node["ro"]) for node in nodes if node["node-name"].startswith("drive-")}
+    backends = {
+        node["node-name"]: Open(image(node["file"]), node["ro"])
+        for node in nodes
+        if node["node-name"].startswith("drive-")
+    }
     files = {node["file"] for node in nodes if node["node-name"] in backends}
-    others = [f"{node['node-name']} {node['file']}" for node in nodes if node["node-name"] not in backends and node["file"] not in files]
+    others = [
+        f"{node['node-name']} {node['file']}"
+        for node in nodes
+        if node["node-name"] not in backends and node["file"] not in files
+    ]
     for entry in side.command("qom-list", path="/objects"):
         if entry["name"].startswith("drive-"):
             backends[entry["name"]] = _memory(machine, images, entry["name"])
     devices = {entry["name"] for entry in side.command("qom-list", path="/machine/peripheral")}
     used = {node["file"] for node in nodes}
     idle = [f"{name} {fds}" for name, fds in sets.items() if name not in used]
-    gone = {event.get("data", {}).get("device", "") for event in side.events if event["event"] == "DEVICE_DELETED"}
+    gone = {
+        event.get("data", {}).get("device", "")
+        for event in side.events
+        if event["event"] == "DEVICE_DELETED"
+    }
     side.events.clear()
-    return Lists(backends, {name for name in devices if name.startswith("drive-")}, others, idle, gone)
+    return Lists(
+        backends, {name for name in devices if name.startswith("drive-")}, others, idle, gone
+    )
 
 
 def _memory(machine: Machine, images: Images, name: str) -> Open:
-    """The image behind a memory object. A path of /proc/self means nothing later, so the mapping tells."""
+    """The image behind a memory object. A path of /proc/self means nothing later, so the mapping
+    tells."""
     try:
-        path, read_only = (machine.side.command("qom-get", path=f"/objects/{name}", property=key) for key in ("mem-path", "readonly"))
+        path, read_only = (
+            machine.side.command("qom-get", path=f"/objects/{name}", property=key)
+            for key in ("mem-path", "readonly")
+        )
     except QmpRefused:  # it went meanwhile
         return Open("", True)
     if path.startswith("/proc/"):
@@ -123,7 +142,11 @@ class Stored(NamedTuple):
 
     def fits(self, other: Stored) -> bool:
         """Whether two claims on one image may both hold."""
-        return self.image != other.image or self.sandbox == other.sandbox or bool(self.access & other.access)
+        return (
+            self.image != other.image
+            or self.sandbox == other.sandbox
+            or bool(self.access & other.access)
+        )
 
 
 def read_rows(path: Path, images: Images) -> list[Stored]:
@@ -132,10 +155,23 @@ def read_rows(path: Path, images: Images) -> list[Stored]:
     with closing(sqlite3.connect(path, timeout=30)) as db:
         if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'device'").fetchone():
             return found  # the first process has not come so far
-        for name, device_id, state, image, access in db.execute("SELECT sandbox, id, state, image, access FROM device ORDER BY rowid"):
+        for name, device_id, state, image, access in db.execute(
+            "SELECT sandbox, id, state, image, access FROM device ORDER BY rowid"
+        ):
             said = written(device_id, state)
             claimed = images.claimed(image) if image is not None else ""
-            found.append(Stored(name, device_id, said.phase, said.attach_count, said.drive_id, said.number, claimed, access or 0))
+            found.append(
+                Stored(
+                    name,
+                    device_id,
+                    said.phase,
+                    said.attach_count,
+                    said.drive_id,
+                    said.number,
+                    claimed,
+                    access or 0,
+                )
+            )
     return found
 
 
@@ -154,13 +190,18 @@ def rivals(rows: list[Stored]) -> list[str]:
     ]
 
 
-def differences(devices: list[DeviceSeen], indexes: list[int], rows: list[Stored], lists: Lists) -> list[str]:
+def differences(
+    devices: list[DeviceSeen], indexes: list[int], rows: list[Stored], lists: Lists
+) -> list[str]:
     """Where a sandbox that has settled, its rows and its QEMU differ."""
     wrong = []
     drives = {device.drive: device for device in devices}
     if len(drives) != len(devices) or "" in drives:
         wrong.append("two of its devices have one drive ID, or one has none")
-    wrong += [f"QEMU has the device {name}, which no device of the sandbox is" for name in sorted(lists.devices - drives.keys())]
+    wrong += [
+        f"QEMU has the device {name}, which no device of the sandbox is"
+        for name in sorted(lists.devices - drives.keys())
+    ]
     wrong += [
         f"QEMU has the backend {name} ({lists.backends[name]}), which no device of the sandbox is"
         for name in sorted(lists.backends.keys() - drives.keys())
@@ -175,26 +216,43 @@ def differences(devices: list[DeviceSeen], indexes: list[int], rows: list[Stored
         elif opened != (device.image, device.read_only):
             wrong.append(f"QEMU has {opened} as the backend of {device}")
     for key in ("index", "ordinal"):
-        numbers = [(device.driver if key == "ordinal" else "", getattr(device, key)) for device in devices]
+        numbers = [
+            (device.driver if key == "ordinal" else "", getattr(device, key)) for device in devices
+        ]
         if len(set(numbers)) != len(numbers):
             wrong.append(f"two devices have one {key}: {numbers}")
     if sorted(indexes) != sorted(device.index for device in devices):
-        wrong.append(f"the indexes {indexes} are taken; its devices have {[device.index for device in devices]}")
-    have = {row.id: _comparable(row.phase, row.attaches, row.drive, row.number, row.image, row.access) for row in rows}
+        wrong.append(
+            f"the indexes {indexes} are taken; its devices have "
+            f"{[device.index for device in devices]}"
+        )
+    have = {
+        row.id: _comparable(row.phase, row.attaches, row.drive, row.number, row.image, row.access)
+        for row in rows
+    }
     want = {
         device.id: _comparable(
-            device.phase, device.count, device.drive, device.index, device.image, READ_ONLY * device.read_only | SHARE * device.share
+            device.phase,
+            device.count,
+            device.drive,
+            device.index,
+            device.image,
+            READ_ONLY * device.read_only | SHARE * device.share,
         )
         for device in devices
     }
     for device_id in sorted(have.keys() | want.keys()):
         if have.get(device_id) != want.get(device_id):
-            wrong.append(f"device {device_id}: its row says {have.get(device_id)}, the sandbox {want.get(device_id)}")
+            wrong.append(
+                f"device {device_id}: its row says {have.get(device_id)}, the sandbox "
+                f"{want.get(device_id)}"
+            )
     return wrong
 
 
 def _comparable(phase: str, count: int, *rest: object) -> tuple[object, ...]:
-    """Under way in memory is pending in the row; whether that is a detach or an attach being undone, only the row need know."""
+    """Under way in memory is pending in the row; whether that is a detach or an attach being
+    undone, only the row need know."""
     if phase != "attached":
         return ("pending", *rest)
     return (phase, count, *rest)

@@ -1,4 +1,5 @@
-"""A function run in a forked child: for what may only happen to a process of its own, as another user or a death half-way."""
+"""A function run in a forked child: for what may only happen to a process of its own, as another
+user or a death half-way."""
 
 from __future__ import annotations
 
@@ -11,10 +12,12 @@ NOBODY = 65534
 
 
 def in_child(function: Callable[[], str], *, uid: int | None = None) -> tuple[int, str]:
-    """The child's exit status (negative: the signal that killed it), and the text that the function returned or its traceback."""
+    """The child's exit status (negative: the signal that killed it), and the text that the function
+    returned or its traceback."""
     reader, writer = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads; the child touches none of theirs
+        # of forking beside threads; the child touches none of theirs
+        warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
         status = 99

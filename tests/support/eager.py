@@ -1,4 +1,5 @@
-"""An event loop whose tasks begin at once, inside `create_task`: with asyncio.eager_task_factory, or a stand-in for it on Python 3.11.
+"""An event loop whose tasks begin at once, inside `create_task`: with asyncio.eager_task_factory,
+or a stand-in for it on Python 3.11.
 
 A task may then be over before whoever made it has it in his hands.
 """

@@ -1,4 +1,5 @@
-"""A store whose writes are held back where they would wait for another process, and what to ask while they are."""
+"""A store whose writes are held back where they would wait for another process, and what to ask
+while they are."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ class HeldStore(SqliteStore):
 
 
 class SlowMachine(MemoryHypervisor):
-    """Says what it has, and where a drive went, when the gate lets it; what it says is what it had when it was asked.
+    """Says what it has, and where a drive went, when the gate lets it; what it says is what it had
+    when it was asked.
 
     :ivar asked: how often.
     """
@@ -82,7 +84,11 @@ class SlowMachine(MemoryHypervisor):
         self.asked += 1
         found = await super().inventory(ours)
         # As QEMU tells it of SCSI disks: with the index that belongs to the address.
-        disks = [FoundDisk(disk.id, disk.family, int(self.devices[disk.id].split()[1])) for disk in found.disks if disk.id in self.devices]
+        disks = [
+            FoundDisk(disk.id, disk.family, int(self.devices[disk.id].split()[1]))
+            for disk in found.disks
+            if disk.id in self.devices
+        ]
         if self.answer is not None:
             await self.answer.wait()
         return Inventory([*self._existing, *disks], found.held, found.files)
@@ -125,13 +131,20 @@ def query(store: SqliteStore, sql: str) -> list[tuple[Any, ...]]:
 
 def rows(store: SqliteStore) -> dict[str, tuple[str, int]]:
     """Phase and count of each device, as the store has them."""
-    found = {device_id: written(device_id, data) for device_id, data in query(store, "SELECT id, state FROM device")}
+    found = {
+        device_id: written(device_id, data)
+        for device_id, data in query(store, "SELECT id, state FROM device")
+    }
     return {device_id: (row.phase, row.attach_count) for device_id, row in found.items()}
 
 
 def facts(sandbox: Sandbox) -> dict[str, tuple[str, int]]:
     """The same as the sandbox has them."""
-    return {one.id: (str(one.phase), one.attach_count) for one in sandbox.devices if isinstance(one, BlockDevice)}
+    return {
+        one.id: (str(one.phase), one.attach_count)
+        for one in sandbox.devices
+        if isinstance(one, BlockDevice)
+    }
 
 
 def nothing_left(sandbox: Sandbox) -> None:
@@ -146,5 +159,6 @@ async def saved_with(image: Path) -> SandboxState:
 
 
 def kept_only() -> SandboxState:
-    """A state of the original without disks: a device of a kind that is not plugged here, and an index that something took."""
+    """A state of the original without disks: a device of a kind that is not plugged here, and an
+    index that something took."""
     return decode(samples.text(samples.sandbox([samples.VFIO], [7])), where="a sample")

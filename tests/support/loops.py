@@ -1,4 +1,5 @@
-"""Real loop devices and partitions on them, which only root can make; where there are none, the test says so and is skipped."""
+"""Real loop devices and partitions on them, which only root can make; where there are none, the
+test says so and is skipped."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Loops:
         return loop
 
     def partition(self, disk: str, number: int, start: int, length: int) -> str:
-        """A partition, which the kernel is told of (it need not know any kind of table); start and length in sectors of 512 bytes."""
+        """A partition, which the kernel is told of (it need not know any kind of table); start and
+        length in sectors of 512 bytes."""
         self._run("addpart", disk, str(number), str(start), str(length))
         self._undo.append(["delpart", disk, str(number)])
         partition = f"{disk}p{number}"

@@ -1,7 +1,9 @@
-"""Processes that can die at any moment, and a plain model of what their sandboxes must hold: a set of possible attach counts an image.
+"""Processes that can die at any moment, and a plain model of what their sandboxes must hold: a set
+of possible attach counts an image.
 
-A process is an event loop, a store of its own, and sandboxes; dead, its loop never runs again, and nothing of it is cleaned up. What a call
-returned or raised narrows the set down; a cancellation or a death widens it; when all is at rest what is there must be one of the set.
+A process is an event loop, a store of its own, and sandboxes; dead, its loop never runs again, and
+nothing of it is cleaned up. What a call returned or raised narrows the set down; a cancellation or
+a death widens it; when all is at rest what is there must be one of the set.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ class Stuck(Exception):
 
 
 class Instant(selectors.SelectSelector):
-    """Waits for nothing: where a loop would sleep, its clock jumps. A deadline of minutes costs nothing, and no test depends on speed."""
+    """Waits for nothing: where a loop would sleep, its clock jumps. A deadline of minutes costs
+    nothing, and no test depends on speed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,15 +94,24 @@ class Vm(MemoryHypervisor):
 
     @property
     def healthy(self) -> bool:
-        return not self.dead and all(fault.kind == "delay" for faults in (self._faults or {}).values() for fault in faults)
+        return not self.dead and all(
+            fault.kind == "delay" for faults in (self._faults or {}).values() for fault in faults
+        )
 
     async def _step(self, step: str, drive: BlockDrive, do: Callable[[], None]) -> None:
         faults = self._faults.get(step) if self._faults else None
-        while faults and faults[0].kind == "refuse" and step in LETTING_GO and drive.id not in self.devices:
+        while (
+            faults
+            and faults[0].kind == "refuse"
+            and step in LETTING_GO
+            and drive.id not in self.devices
+        ):
             faults.popleft()  # no machine refuses to remove what it does not have
         if faults and not self.dead:
             fault = faults[0]
-            how = f" {'done' if fault.done else 'undone'}" if fault.kind in ("lose", "break") else ""
+            how = (
+                f" {'done' if fault.done else 'undone'}" if fault.kind in ("lose", "break") else ""
+            )
             self.met.append((step, drive.id, fault.kind + how))
             if fault.kind == "refuse" and step in LETTING_GO:
                 self.kept.add(drive.id)
@@ -112,7 +124,8 @@ class Vm(MemoryHypervisor):
         self.met.append(("", "", "dead"))
 
     def cut(self) -> None:
-        """The process that held its connection is gone: what was held back for it will never be answered."""
+        """The process that held its connection is gone: what was held back for it will never be
+        answered."""
         self._gates = None
 
     def lose(self, drive_id: str) -> None:
@@ -238,7 +251,8 @@ class Process:
     def __init__(self, path: Path) -> None:
         self.loop = Loop()
         self.store = SqliteStore(path)
-        asyncio.run(self.store.sandboxes())  # connects, with a thread's help, for which a loop on that clock would not wait
+        # connects, with a thread's help, for which a loop on that clock would not wait
+        asyncio.run(self.store.sandboxes())
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self.loop.run_until_complete(work)
@@ -254,7 +268,8 @@ class Process:
         self.loop.close()
 
     def die(self) -> set[asyncio.Task[Any]]:
-        """Its death: no task of it runs again, nor is cleaned up as long as the caller keeps them."""
+        """Its death: no task of it runs again, nor is cleaned up as long as the caller keeps
+        them."""
         tasks = self.loop.at_work
         self.store.close()
         self.loop.close()
@@ -276,7 +291,8 @@ async def _turns(turns: int) -> None:
 
 
 def bury(tasks: set[asyncio.Task[Any]]) -> None:
-    """Lets go of the tasks of the dead when nothing is left that their clean-up could spoil; it has no event loop any more."""
+    """Lets go of the tasks of the dead when nothing is left that their clean-up could spoil; it has
+    no event loop any more."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what their clean-up would have awaited
         for task in tasks:
@@ -311,9 +327,22 @@ class Call:
     """
 
     def __init__(
-        self, kind: str, place: int, box: Box, images: Sequence[int], work: Coroutine[Any, Any, Any], process: Process, device_id: str = ""
+        self,
+        kind: str,
+        place: int,
+        box: Box,
+        images: Sequence[int],
+        work: Coroutine[Any, Any, Any],
+        process: Process,
+        device_id: str = "",
     ) -> None:
-        self.kind, self.place, self.box, self.images, self.device_id = kind, place, box, list(images), device_id
+        self.kind, self.place, self.box, self.images, self.device_id = (
+            kind,
+            place,
+            box,
+            list(images),
+            device_id,
+        )
         self.expect: tuple[type[BaseException] | None, ...] | None = None
         self.quiet = False  # a detach that has nothing to do, and must not say so
         self.mark = len(box.vm.met)
@@ -337,7 +366,8 @@ class Call:
 
 
 class World:
-    """Two processes on one store, three sandboxes, some images; the model, and the comparison with what is there.
+    """Two processes on one store, three sandboxes, some images; the model, and the comparison with
+    what is there.
 
     :param folder: of this run's store.
     :param images: each image under all the paths that it has.
@@ -350,10 +380,13 @@ class World:
         self.path = folder / "state.db"
         self.images = images
         self.reached = reached
-        self._image_of = {str(path): number for number, paths in enumerate(images) for path in paths}
+        self._image_of = {
+            str(path): number for number, paths in enumerate(images) for path in paths
+        }
         self.identities = ["file:{0.st_dev}:{0.st_ino}".format(paths[0].stat()) for paths in images]
         self.boxes = [Box(f"sb{number}", len(images)) for number in range(sum(self.BOXES))]
-        self.places = [place for place, count in enumerate(self.BOXES) for _ in range(count)]  # whose process each box is in
+        # whose process each box is in
+        self.places = [place for place, count in enumerate(self.BOXES) for _ in range(count)]
         self.processes: list[Process | None] = [None] * len(self.BOXES)
         self.calls: list[Call] = []
         self.dead: list[set[asyncio.Task[Any]]] = []
@@ -378,14 +411,22 @@ class World:
     def start(self, place: int, *, recover: bool) -> None:
         process = self.processes[place] = Process(self.path)
         for box in self.of(place):
-            sandbox = Watched(box.name, box.vm, store=process.store, recover=recover, on_event=partial(self.hear, box))
+            sandbox = Watched(
+                box.name,
+                box.vm,
+                store=process.store,
+                recover=recover,
+                on_event=partial(self.hear, box),
+            )
             mark = len(box.vm.met)
             process.run(sandbox.__aenter__())
             box.sandbox = sandbox
             for finding in sandbox.recovered:
                 self.reached[f"recovered: {finding.found.value} {finding.outcome.value}"] += 1
                 # Only what the machine refused, or did not answer, is left.
-                assert finding.outcome in ("freed", "removed") or box.vm.dead or len(box.vm.met) > mark
+                assert (
+                    finding.outcome in ("freed", "removed") or box.vm.dead or len(box.vm.met) > mark
+                )
 
     def close(self, place: int) -> None:
         """The process ends as it should."""
@@ -403,7 +444,8 @@ class World:
         self._gone(place)
 
     def die(self, place: int) -> None:
-        """The process is killed. What its callers were in the middle of has happened, or has not."""
+        """The process is killed. What its callers were in the middle of has happened, or has
+        not."""
         process = self.processes[place]
         assert process is not None
         for call in [call for call in self.calls if call.place == place]:
@@ -433,10 +475,15 @@ class World:
             box.doubtful = {row.drive_id for row in rows if row.phase in PENDING}
 
     def _see_the_guest(self, box: Box) -> None:
-        """Removals that were asked for, and that the guest may confirm when nobody listens any more."""
+        """Removals that were asked for, and that the guest may confirm when nobody listens any
+        more."""
         last = {drive: (step, kind) for step, drive, kind in box.vm.met}
         for device in box.blocks:
-            if device.operation is not None and device.drive is not None and last.get(device.drive.id) == ("device-gone", "hold"):
+            if (
+                device.operation is not None
+                and device.drive is not None
+                and last.get(device.drive.id) == ("device-gone", "hold")
+            ):
                 box.letting_go |= {device.drive.id} & box.vm.devices.keys()
 
     def end(self) -> None:
@@ -455,7 +502,11 @@ class World:
 
     def calm(self, box: Box) -> bool:
         """Nothing of its process is under way, and its machine does as it is asked."""
-        return box.vm.healthy and not any(call.place == self.place(box) for call in self.calls) and not self.at_work(box)
+        return (
+            box.vm.healthy
+            and not any(call.place == self.place(box) for call in self.calls)
+            and not self.at_work(box)
+        )
 
     def at_work(self, box: Box) -> bool:
         """Whether its process does something that nobody called for, or not any more."""
@@ -478,8 +529,15 @@ class World:
 
     def wishes(self, box: Box, image: int, *, surely: bool) -> set[Wish]:
         device = self.device(box, image) if box.sandbox is not None else None
-        calls = [] if surely else [call.wish for call in self.calls if call.box is box and image in call.images]
-        return {_wish_of(device) if device is not None else box.known[image].wish, *(wish for wish in calls if wish is not None)}
+        calls = (
+            []
+            if surely
+            else [call.wish for call in self.calls if call.box is box and image in call.images]
+        )
+        return {
+            _wish_of(device) if device is not None else box.known[image].wish,
+            *(wish for wish in calls if wish is not None),
+        }
 
     def holds(self, box: Box, image: int, *, surely: bool) -> bool:
         known = box.known[image]
@@ -492,25 +550,44 @@ class World:
             )
         if device is not None and device.phase in HOLDING:
             return True
-        return known.unsure or max(known.counts) > 0 or any(call.box is box and image in call.images for call in self.calls)
+        return (
+            known.unsure
+            or max(known.counts) > 0
+            or any(call.box is box and image in call.images for call in self.calls)
+        )
 
-    def attach(self, box: Box, image: int, wish: Wish, spelling: int, timeout: float | None) -> Call:
+    def attach(
+        self, box: Box, image: int, wish: Wish, spelling: int, timeout: float | None
+    ) -> Call:
         [path] = self.paths([image], spelling)
         expect = self._expected(box, image, wish) if self.calm(box) else None
-        work = box.open.attach(path, driver=wish.driver, read_only=wish.read_only, share=wish.share, timeout=timeout)
+        work = box.open.attach(
+            path, driver=wish.driver, read_only=wish.read_only, share=wish.share, timeout=timeout
+        )
         call = Call("attach", self.place(box), box, [image], work, self.process(box))
         call.expect = expect
         return self._begun(call, wish)
 
-    def attach_many(self, box: Box, images: list[int], wish: Wish, spelling: int, timeout: float | None) -> Call:
+    def attach_many(
+        self, box: Box, images: list[int], wish: Wish, spelling: int, timeout: float | None
+    ) -> Call:
         paths = self.paths(images, spelling)
         expect = None
         if self.calm(box) and images:
             each = [self._expected(box, image, wish) for image in images]
-            expect = tuple({kind for one in each for kind in one if kind is not None or all(None in other for other in each)})
+            expect = tuple(
+                {
+                    kind
+                    for one in each
+                    for kind in one
+                    if kind is not None or all(None in other for other in each)
+                }
+            )
         fresh = [image for image in dict.fromkeys(images) if self.device(box, image) is None]
         taken = set(box.open.index)
-        work = box.open.attach_many(paths, driver=wish.driver, read_only=wish.read_only, share=wish.share, timeout=timeout)
+        work = box.open.attach_many(
+            paths, driver=wish.driver, read_only=wish.read_only, share=wish.share, timeout=timeout
+        )
         call = Call("attach_many", self.place(box), box, images, work, self.process(box))
         call.expect = expect
         if expect == (None,) and not box.open._machine.doubtful and len(fresh) == len(images):
@@ -530,8 +607,17 @@ class World:
         return self._begun(call)
 
     def detach_again(self, box: Box, device_id: str) -> Call:
-        """Calls with the ID of a device whose detach was said to be pending, and which has gone since."""
-        call = Call("detach again", self.place(box), box, [], box.open.detach(device_id), self.process(box), device_id)
+        """Calls with the ID of a device whose detach was said to be pending, and which has gone
+        since."""
+        call = Call(
+            "detach again",
+            self.place(box),
+            box,
+            [],
+            box.open.detach(device_id),
+            self.process(box),
+            device_id,
+        )
         call.quiet = True
         box.told.discard(device_id)
         return self._begun(call)
@@ -546,7 +632,9 @@ class World:
         return call
 
     def _has_rivals(self, call: Call) -> bool:
-        return call.wish is not None and any(self.rivals(call.box, image, call.wish, surely=False) for image in call.images)
+        return call.wish is not None and any(
+            self.rivals(call.box, image, call.wish, surely=False) for image in call.images
+        )
 
     def _expected(self, box: Box, image: int, wish: Wish) -> tuple[type[BaseException] | None, ...]:
         """What an attach comes to when everything is calm."""
@@ -559,7 +647,9 @@ class World:
             return (None,)
         if self.rivals(box, image, wish, surely=True):
             return (pyblock.ImageInUse,)
-        return (None, pyblock.ImageInUse) if self.rivals(box, image, wish, surely=False) else (None,)
+        return (
+            (None, pyblock.ImageInUse) if self.rivals(box, image, wish, surely=False) else (None,)
+        )
 
     def judge_all(self) -> None:
         for call in [call for call in self.calls if call.task.done()]:
@@ -576,7 +666,9 @@ class World:
         if error is not None and not isinstance(error, (PyblockError, asyncio.CancelledError)):
             raise error
         if call.expect is not None:
-            assert (type(error) if error is not None else None) in call.expect, f"expected {call.expect}"
+            assert (type(error) if error is not None else None) in call.expect, (
+                f"expected {call.expect}"
+            )
         self._explained(call, error)
         if call.quiet:
             assert error is None, "it was told 'pending', and calling again is not quiet"
@@ -607,22 +699,30 @@ class World:
             assert _wish_of(call.task.result()) == call.wish
         elif isinstance(error, asyncio.CancelledError):
             known.open_up(*([1] if self._trouble(call) else []))
-        elif isinstance(error, (pyblock.AttachPending, pyblock.DetachPending)) or HELD_TEXT in str(getattr(error, "__notes__", "")):
+        elif isinstance(error, (pyblock.AttachPending, pyblock.DetachPending)) or HELD_TEXT in str(
+            getattr(error, "__notes__", "")
+        ):
             known.unsure = True
             if 0 in known.counts:
                 known.counts |= {1}
-            last = call.met[-1][2] if call.met else ""  # else it may have been asked again, and be settled
-            device = self.device(call.box, image)  # another call may have had it asked and settled since
+            # else it may have been asked again, and be settled
+            last = call.met[-1][2] if call.met else ""
+            # another call may have had it asked and settled since
+            device = self.device(call.box, image)
             pending = device is not None and device.phase in PENDING
             if last.startswith(("lose", "break")) and pending and not self.at_work(call.box):
-                assert call.box.open._machine.doubtful, "nobody knows what the machine has, and it is not asked again"
+                assert call.box.open._machine.doubtful, (
+                    "nobody knows what the machine has, and it is not asked again"
+                )
 
     def _attached_many(self, call: Call, error: BaseException | None) -> None:
         for image in call.images:
             known = call.box.known[image]
             if error is None:
                 known.counts = {count + 1 for count in known.counts}
-            elif self._trouble(call, also=ADDING) or isinstance(error, (asyncio.CancelledError, pyblock.AttachPending)):
+            elif self._trouble(call, also=ADDING) or isinstance(
+                error, (asyncio.CancelledError, pyblock.AttachPending)
+            ):
                 known.open_up(1)  # what was attached is taken back, which can fail
                 known.taken_back |= isinstance(error, asyncio.CancelledError)
         if error is None and call.indexes is not None:
@@ -631,24 +731,35 @@ class World:
     def _detached(self, call: Call, error: BaseException | None) -> None:
         known = call.box.known[call.images[0]]
         # It may have taken back what another call, not over yet, has attached.
-        others = any(other.box is call.box and call.images[0] in other.images for other in self.calls)
+        others = any(
+            other.box is call.box and call.images[0] in other.images for other in self.calls
+        )
         less = {count - 1 if others else max(0, count - 1) for count in known.counts}
         if error is None:
             known.counts = less
             call.box.told.discard(call.device_id)
-        elif isinstance(error, (pyblock.DetachPending, pyblock.AttachPending, asyncio.CancelledError)):
+        elif isinstance(
+            error, (pyblock.DetachPending, pyblock.AttachPending, asyncio.CancelledError)
+        ):
             known.unsure = True
             known.counts |= less
-            others = any(other.box is call.box and other.images == call.images for other in self.calls)
-            if isinstance(error, pyblock.DetachPending) and not others:  # one of two detaches of one attach has nothing to come back to
+            others = any(
+                other.box is call.box and other.images == call.images for other in self.calls
+            )
+            if isinstance(error, pyblock.DetachPending) and not others:
+                # one of two detaches of one attach has nothing to come back to
                 call.box.told.add(call.device_id)
         elif HELD_TEXT in str(getattr(error, "__notes__", "")):
             known.unsure = True
             known.counts |= less  # below 0 while the attach that it takes back has not been judged
 
     def _trouble(self, call: Call, also: tuple[str, ...] = ()) -> bool:
-        """Whether the undoing may have failed. A refusal to add needs no more undoing than any failure."""
-        return any(kind != "delay" and not (kind == "refuse" and step in also) for step, _, kind in call.met)
+        """Whether the undoing may have failed. A refusal to add needs no more undoing than any
+        failure."""
+        return any(
+            kind != "delay" and not (kind == "refuse" and step in also)
+            for step, _, kind in call.met
+        )
 
     # What must hold.
 
@@ -657,14 +768,26 @@ class World:
         query = "SELECT id, state, image, access FROM device WHERE sandbox = ? ORDER BY rowid"
         for device_id, state, image, access in self._looking.execute(query, (box.name,)):
             said = written(device_id, state)
-            found.append(StoredRow(device_id, said.drive_id, said.number, said.phase, said.attach_count, image, access))
+            found.append(
+                StoredRow(
+                    device_id,
+                    said.drive_id,
+                    said.number,
+                    said.phase,
+                    said.attach_count,
+                    image,
+                    access,
+                )
+            )
         return found
 
     def hear(self, box: Box, event: SandboxEvent) -> None:
         """Compares what a sandbox says with what the store says at that moment."""
         self.reached[f"heard: {event.kind}"] += 1
         if event.device is not None:
-            phase = next((row.phase for row in self.rows(box) if row.device_id == event.device), "detached")
+            phase = next(
+                (row.phase for row in self.rows(box) if row.device_id == event.device), "detached"
+            )
             if phase not in SAID[event.kind]:
                 box.ahead.append(f"{event.kind} of {event.device}, which is {phase} in the store")
 
@@ -681,17 +804,23 @@ class World:
                 self._compare_rows(box, rows[box.name])
             except AssertionError as wrong:
                 wrong.add_note(f"{box.sandbox!r} {box.known} {box.blocks if box.sandbox else ''}")
-                wrong.add_note(f"rows {rows[box.name]}; machine {box.vm.backends.keys()} {box.vm.devices}; asked {box.vm.journal[-12:]}")
+                wrong.add_note(
+                    f"rows {rows[box.name]}; machine {box.vm.backends.keys()} {box.vm.devices}; "
+                    f"asked {box.vm.journal[-12:]}"
+                )
                 raise
         self._check_claims(rows)
         for call in self.calls:
             call.rivals = call.rivals or self._has_rivals(call)
 
     def _check_rows(self, box: Box, rows: list[StoredRow]) -> None:
-        """At every moment, and whoever may be dead: the store knows all that the machine has, and never says more than is true."""
+        """At every moment, and whoever may be dead: the store knows all that the machine has, and
+        never says more than is true."""
         assert len({row.number for row in rows}) == len({row.drive_id for row in rows}) == len(rows)
         vm = box.vm
-        assert vm.backends.keys() | vm.devices.keys() <= {row.drive_id for row in rows}, "the machine has what no row tells of"
+        assert vm.backends.keys() | vm.devices.keys() <= {row.drive_id for row in rows}, (
+            "the machine has what no row tells of"
+        )
         box.lost &= {row.drive_id for row in rows}
         for row in rows:
             if row.drive_id in box.lost:
@@ -706,7 +835,9 @@ class World:
         for name, image, access in claims:
             for other, other_image, other_access in claims:
                 if name != other and image == other_image:
-                    assert access & other_access, f"{name} and {other} both hold {image}: {access} and {other_access}"
+                    assert access & other_access, (
+                        f"{name} and {other} both hold {image}: {access} and {other_access}"
+                    )
         for number in range(len(self.images)):
             for box in self.boxes:
                 if self.holds(box, number, surely=True):
@@ -716,11 +847,16 @@ class World:
         holding = [device for device in box.blocks if device.phase in HOLDING]
         drives = {device.held.id for device in holding}
         assert len(drives) == len(holding)
-        planned = [index for index, _ in box.open._machine.allotment._planned.values()]  # of a batch that is just beginning
-        assert sorted(box.open.index) == sorted([*(device.held.index for device in holding), *planned])
+        # of a batch that is just beginning
+        planned = [index for index, _ in box.open._machine.allotment._planned.values()]
+        assert sorted(box.open.index) == sorted(
+            [*(device.held.index for device in holding), *planned]
+        )
         assert all(device.drive is None for device in box.blocks if device.phase is Phase.DETACHED)
         assert box.vm.backends.keys() | box.vm.devices.keys() <= drives
-        attached = {device.held.id for device in holding if device.phase is Phase.ATTACHED} - box.lost
+        attached = {
+            device.held.id for device in holding if device.phase is Phase.ATTACHED
+        } - box.lost
         assert attached <= box.vm.backends.keys() & box.vm.devices.keys()
 
     def _look(self, box: Box) -> None:
@@ -728,7 +864,9 @@ class World:
         for image, known in enumerate(box.known):
             device = self.device(box, image)
             known.taken_back = known.taken_back and self.at_work(box)
-            calls = known.taken_back or any(call.box is box and image in call.images for call in self.calls)
+            calls = known.taken_back or any(
+                call.box is box and image in call.images for call in self.calls
+            )
             if not calls:
                 known.counts = {max(0, count) for count in known.counts}
             if device is None:
@@ -757,14 +895,18 @@ class World:
     def _look_attached(self, box: Box, device: BlockDevice, known: Known, calls: bool) -> None:
         drive_id = device.held.id
         if drive_id not in box.vm.gone:  # else it may have been plugged in again under the same ID
-            assert drive_id not in box.doubtful or drive_id in box.vm.kept, "a pending device became attached though nobody kept it"
+            assert drive_id not in box.doubtful or drive_id in box.vm.kept, (
+                "a pending device became attached though nobody kept it"
+            )
         box.doubtful.discard(drive_id)
         box.vm.kept.discard(drive_id)
         box.told.discard(device.id)
         if calls:
             return
         assert device.ref_count <= device.attach_count, f"{device} has {device.ref_count} users"
-        assert device.attach_count in known.counts, f"image {device.info.path}: count {device.attach_count}"
+        assert device.attach_count in known.counts, (
+            f"image {device.info.path}: count {device.attach_count}"
+        )
         known.counts, known.unsure = {device.attach_count}, False
         if drive_id in box.lost:
             known.counts.add(0)
@@ -777,27 +919,34 @@ class World:
             for image, known in enumerate(box.known):
                 row = found.get(image)
                 count = row.attaches if row is not None and row.phase == Phase.ATTACHED else 0
-                assert count in known.counts or (row is not None and known.unsure), f"image {image}: {row}"
+                assert count in known.counts or (row is not None and known.unsure), (
+                    f"image {image}: {row}"
+                )
                 assert row is None or known.unsure or count, f"image {image}: {row}"
             return
         if self.at_work(box) or any(call.box is box for call in self.calls):
             return
         have = [
             StoredRow(
-                device.id, device.held.id, device.held.index, device.phase.value, device.attach_count,
-                self.identities[self._image_of[device.info.path]], device.info.read_only + 2 * device.info.share,
+                device.id, device.held.id, device.held.index, device.phase.value,
+                device.attach_count,
+                self.identities[self._image_of[device.info.path]],
+                device.info.read_only + 2 * device.info.share,
             )
             for device in box.blocks if device.phase in HOLDING
         ]  # fmt: skip
         assert sorted(map(_plainly, rows)) == sorted(map(_plainly, have))
 
     def lose(self, box: Box, drive_id: str) -> None:
-        """The guest lets go of a device; whether the sandbox learns of it is up to what it does next."""
+        """The guest lets go of a device; whether the sandbox learns of it is up to what it does
+        next."""
         box.vm.lose(drive_id)
         for row in self.rows(box):
             if row.drive_id == drive_id:
                 known = box.known[self.identities.index(row.image or "")]
-                device = self.device(box, box.known.index(known)) if box.sandbox is not None else None
+                device = (
+                    self.device(box, box.known.index(known)) if box.sandbox is not None else None
+                )
                 if (device.phase if device is not None else row.phase) == Phase.ATTACHED:
                     box.lost.add(drive_id)
                     known.open_up()

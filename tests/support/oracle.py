@@ -1,4 +1,5 @@
-"""What the core must agree with, written the slow and obvious way: a set with a linear probe, a base-26 loop, f-strings."""
+"""What the core must agree with, written the slow and obvious way: a set with a linear probe, a
+base-26 loop, f-strings."""
 
 from __future__ import annotations
 
@@ -97,7 +98,9 @@ def siphash(key: bytes, text: bytes) -> int:
 def digest(device_id: str, salt: int) -> str:
     key = salt.to_bytes(8, "little") + 0x707962D16C6F636B.to_bytes(8, "little")
     number = siphash(key, device_id.encode())
-    return "".join("abcdefghijklmnopqrstuvwxyz234567"[number >> shift & 31] for shift in range(60, -1, -5))
+    return "".join(
+        "abcdefghijklmnopqrstuvwxyz234567"[number >> shift & 31] for shift in range(60, -1, -5)
+    )
 
 
 def make_name_id(kind: str, device_id: str, limit: int = 31, salt: int = 0) -> str:

@@ -1,7 +1,8 @@
-"""The original's own schema of a saved sandbox, as it was in 2020-05 and as it is in 2026-08, with the strictness of the decoder it uses.
+"""The original's own schema of a saved sandbox, as it was in 2020-05 and as it is in 2026-08, with
+the strictness of the decoder it uses.
 
-That decoder refuses a whole file for one value of another kind, takes null for anything, matches keys whatever their case, and skips keys
-that it does not know: it is never told to refuse them.
+That decoder refuses a whole file for one value of another kind, takes null for anything, matches
+keys whatever their case, and skips keys that it does not know: it is never told to refuse them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ Object = dict[str, Any]
 
 
 class Kind(msgspec.Struct, rename={}, kw_only=True):
-    """An object of the original; a field is a key as it spells it. Values of other kinds are refused, other keys are skipped."""
+    """An object of the original; a field is a key as it spells it. Values of other kinds are
+    refused, other keys are skipped."""
 
 
 class Drive2020(Kind):
@@ -38,7 +40,8 @@ class Drive2020(Kind):
 
 
 class PciPath(Kind):
-    """Its only field is none that JSON can reach: it is written as {}, and what stands in it is skipped."""
+    """Its only field is none that JSON can reach: it is written as {}, and what stands in it is
+    skipped."""
 
 
 class Drive2026(Kind):
@@ -205,7 +208,8 @@ VERSIONS: dict[str, type[Kind]] = {"2020-05": Sandbox2020, "2026-08": Sandbox202
 
 
 def load(version: str, text: bytes) -> Any:
-    """What that version of the original reads out of a file. Raises msgspec.ValidationError where it would refuse the file."""
+    """What that version of the original reads out of a file. Raises msgspec.ValidationError where
+    it would refuse the file."""
     kind = VERSIONS[version]
     return msgspec.json.decode(json.dumps(_seen(json.loads(text), kind)), type=kind)
 
@@ -223,15 +227,26 @@ def _children(kind: type[Kind]) -> dict[str, tuple[str, type[Kind] | None]]:
         inner = field.type
         while not isinstance(inner, msgspec.inspect.StructType):
             options = getattr(inner, "types", None) or (getattr(inner, "item_type", None),)
-            inner = next((one for one in options if isinstance(one, msgspec.inspect.StructType | msgspec.inspect.ListType)), None)
+            inner = next(
+                (
+                    one
+                    for one in options
+                    if isinstance(one, msgspec.inspect.StructType | msgspec.inspect.ListType)
+                ),
+                None,
+            )
             if inner is None:
                 break
-        found[field.encode_name.lower()] = (field.encode_name, inner.cls if inner is not None else None)
+        found[field.encode_name.lower()] = (
+            field.encode_name,
+            inner.cls if inner is not None else None,
+        )
     return found
 
 
 def _seen(value: Json, kind: type[Kind]) -> Json:
-    """The value with the keys that the original takes, as it spells them, and without nulls, which leave what is there."""
+    """The value with the keys that the original takes, as it spells them, and without nulls, which
+    leave what is there."""
     if isinstance(value, list):
         return [_seen(one, kind) for one in value]
     if not isinstance(value, dict):

@@ -1,7 +1,9 @@
-"""What pyblock 0.1 wrote, before it was held against both versions of the original: it must be read for ever.
+"""What pyblock 0.1 wrote, before it was held against both versions of the original: it must be read
+for ever.
 
-All drivers (one twice attached, one shared, one with options), a detach that was pending, a counted character device; and a sandbox of the
-original's with unknown keys, saved while a detach was pending.
+All drivers (one twice attached, one shared, one with options), a detach that was pending, a counted
+character device; and a sandbox of the original's with unknown keys, saved while a detach was
+pending.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ OWN = b"""
 "virtio-blk", "Serial": "dp", "Identity": ["file", 65024, 9980382]}}, {"ID": "fuse", "Type": "generic", "RefCount": 1,
 "AttachCount": 1, "DevType": "c", "Major": 10, "Minor": 229, "DriverOptions": {}, "ColdPlug": false}], "HypervisorState":
 {"BlockIndexMap": {"0": {}, "1": {}, "2": {}, "3": {}, "4": {}, "5": {}, "6": {}, "7": {}}}}
-"""
+"""  # noqa: E501
 
 KATA = b"""
 {"Pyblock": {"Version": 1, "Sandbox": "s1", "Offsets": {}}, "Devices": [{"ID": "0000000000000000", "Type": "block", "RefCount": 1,
@@ -64,4 +66,4 @@ true, "Deep": {"a": [1, {"b": null}]}}, "Pyblock": {"Phase": "detach-pending", "
 "NewKey": [1, 2], "VhostUserDev": {"Type": "x"}}], "HypervisorState": {"BlockIndexMap": {"0": {"since": 1}}, "Type": "qemu",
 "UUID": "5f1e", "Pid": 4711, "HotpluggedCPUs": [{"ID": "cpu-2"}]}, "PersistVersion": 2, "State": "running", "Network":
 {"NetworkID": ""}, "Agent": {"URL": "vsock://3"}}
-"""
+"""  # noqa: E501

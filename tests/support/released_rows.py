@@ -5,6 +5,8 @@ Own devices of all kinds (one in doubt, one leaving, one counted), and a sandbox
 original, with unknown keys; and what was exported of the two.
 """
 
+# ruff: noqa: E501 - what was written stays as it was written
+
 from __future__ import annotations
 
 # ID, row, image, access.

@@ -1,4 +1,5 @@
-"""Saved sandboxes as the Kata Containers runtime writes them, and JSON compared apart from what pyblock adds."""
+"""Saved sandboxes as the Kata Containers runtime writes them, and JSON compared apart from what
+pyblock adds."""
 
 from __future__ import annotations
 
@@ -74,36 +75,86 @@ VFIO = device(
     VhostUserDevAttrs={"DevID": "", "Type": ""},
 )
 
-SCSI = [device(n, drive(n, SCSIAddr=f"0:{n}", PCIAddr=""), AttachCount=n + 1, RefCount=n + 1) for n in range(3)]
+SCSI = [
+    device(n, drive(n, SCSIAddr=f"0:{n}", PCIAddr=""), AttachCount=n + 1, RefCount=n + 1)
+    for n in range(3)
+]
 BLK = [
     device(
-        n, drive(n, VirtPath=f"/dev/vd{'abcdef'[n]}", PCIPath=f"02/0{n}"), DriverOptions={"block-driver": "virtio-blk", "fstype": "ext4"}
+        n,
+        drive(n, VirtPath=f"/dev/vd{'abcdef'[n]}", PCIPath=f"02/0{n}"),
+        DriverOptions={"block-driver": "virtio-blk", "fstype": "ext4"},
     )
     for n in range(3)
 ]
 
 # What versions and settings of the original differ in.
 KATA: dict[str, dict[str, Json]] = {
-    "PCIAddr": sandbox([device(0, drive(0, SCSIAddr="0:0", PCIAddr="02/00", ShareRW=False, ReadOnly=True))], [0]),
+    "PCIAddr": sandbox(
+        [device(0, drive(0, SCSIAddr="0:0", PCIAddr="02/00", ShareRW=False, ReadOnly=True))], [0]
+    ),
     "PCIPath as text": sandbox(BLK, [0, 1, 2]),
     "PCIPath as object": sandbox([device(0, drive(0, SCSIAddr="0:0", PCIPath={}))], [0]),
-    "PCIPath as object with keys": sandbox([device(0, drive(0, SCSIAddr="0:0", PCIPath={"slots": [2, 0]}))], [0]),
+    "PCIPath as object with keys": sandbox(
+        [device(0, drive(0, SCSIAddr="0:0", PCIPath={"slots": [2, 0]}))], [0]
+    ),
     "counts": sandbox(SCSI, [0, 1, 2]),
     "vfio between": sandbox([SCSI[0], VFIO, SCSI[1]], [0, 1]),
     "vfio only": sandbox([VFIO], []),
     "index without device": sandbox(SCSI[:2], [0, 1, 2, 7]),
     "no device": sandbox([], []),
-    "nvdimm": sandbox([device(0, drive(0, NvdimmID="nvdimm-0", PCIAddr=""), DriverOptions={"block-driver": "nvdimm"})], [0]),
+    "nvdimm": sandbox(
+        [
+            device(
+                0,
+                drive(0, NvdimmID="nvdimm-0", PCIAddr=""),
+                DriverOptions={"block-driver": "nvdimm"},
+            )
+        ],
+        [0],
+    ),
     "pmem": sandbox([device(0, drive(0, NvdimmID="nvdimm-0", Pmem=True), DriverOptions={})], [0]),
-    "ccw": sandbox([device(0, drive(0, DevNo="fe.1.0005", VirtPath="/dev/vda"), DriverOptions={"block-driver": "virtio-blk-ccw"})], [0]),
-    "mmio": sandbox([device(0, drive(0, VirtPath="/dev/vdb"), DriverOptions={"block-driver": "virtio-mmio"})], [0]),
+    "ccw": sandbox(
+        [
+            device(
+                0,
+                drive(0, DevNo="fe.1.0005", VirtPath="/dev/vda"),
+                DriverOptions={"block-driver": "virtio-blk-ccw"},
+            )
+        ],
+        [0],
+    ),
+    "mmio": sandbox(
+        [device(0, drive(0, VirtPath="/dev/vdb"), DriverOptions={"block-driver": "virtio-mmio"})],
+        [0],
+    ),
     "detached, drive kept": sandbox([device(0, drive(0, SCSIAddr="0:0"), AttachCount=0)], []),
     "detached, no drive": sandbox([device(0, None, AttachCount=0)], []),
     "generic": sandbox(
-        [device(0, None, Type="generic", DevType="c", Major=10, Minor=229, DriverOptions=None, AttachCount=2, RefCount=2)], []
+        [
+            device(
+                0,
+                None,
+                Type="generic",
+                DevType="c",
+                Major=10,
+                Minor=229,
+                DriverOptions=None,
+                AttachCount=2,
+                RefCount=2,
+            )
+        ],
+        [],
     ),
     "unknown keys": sandbox(
-        [device(0, drive(0, SCSIAddr="0:0", Swap=True, Deep={"a": [1, {"b": None}]}), NewKey=[1, 2], VhostUserDev={"Type": "x"})],
+        [
+            device(
+                0,
+                drive(0, SCSIAddr="0:0", Swap=True, Deep={"a": [1, {"b": None}]}),
+                NewKey=[1, 2],
+                VhostUserDev={"Type": "x"},
+            )
+        ],
         [0],
         Agent={"URL": "vsock://3"},
     ),
@@ -112,7 +163,8 @@ KATA["unknown keys"]["HypervisorState"]["BlockIndexMap"] = {"0": {"since": 1}}
 
 
 def as_written(state: dict[str, Json]) -> dict[str, Json]:
-    """What is to come out for a state that went in: a PCI path that is a text, which the original of today refuses, as its PCIAddr."""
+    """What is to come out for a state that went in: a PCI path that is a text, which the original
+    of today refuses, as its PCIAddr."""
     state = copy.deepcopy(state)
     for one in state["Devices"]:
         drive = one.get("BlockDrive") or {}

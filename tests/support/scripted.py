@@ -1,5 +1,6 @@
-"""Adapters of VMMs that are not like QEMU, each a dictionary: a pool whose members have had their names since boot, one that chooses
-places itself, one that is asked whether a disk has left, one that takes it away without a word, one whose every step can fail.
+"""Adapters of VMMs that are not like QEMU, each a dictionary: a pool whose members have had their
+names since boot, one that chooses places itself, one that is asked whether a disk has left, one
+that takes it away without a word, one whose every step can fail.
 
 What they do is no more than the contract in pyblock/vmm/base.py asks for.
 """
@@ -59,7 +60,9 @@ class Scripted(Hypervisor):
     async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
         self.request("inventory")
         held = {name: Held(True, VIRTIO_BLK) for name in self.disks}
-        strangers = [FoundDisk(name, VD) for name in self.disks.keys() - {drive.id for drive in ours}]
+        strangers = [
+            FoundDisk(name, VD) for name in self.disks.keys() - {drive.id for drive in ours}
+        ]
         return Inventory(strangers, held, frozenset(self.disks.values()))
 
     def steps(self, drive: BlockDrive, image: OpenedImage) -> Sequence[Step]:
@@ -75,14 +78,16 @@ class Scripted(Hypervisor):
 
 
 class Member(msgspec.Struct, frozen=True):
-    """A place of a pool: the number behind its name in the guest, and whether the guest may write there."""
+    """A place of a pool: the number behind its name in the guest, and whether the guest may write
+    there."""
 
     number: int
     read_only: bool = False
 
 
 class Pool(Scripted):
-    """Drives that the machine has had since boot, into which images are swapped. Nothing tells whether the guest closed what was there."""
+    """Drives that the machine has had since boot, into which images are swapped. Nothing tells
+    whether the guest closed what was there."""
 
     offers: Mapping[str, Offer] = {VIRTIO_MMIO.name: Offer(removal="forced")}
     PLACEHOLDER = ""
@@ -104,7 +109,9 @@ class Pool(Scripted):
             if name not in self.taken and member.read_only == drive.read_only:
                 self.taken[name] = drive.id
                 return Place(name, number=member.number)
-        raise SlotsExhausted("no member of the pool is free; prepare more before boot", **drive.facts)
+        raise SlotsExhausted(
+            "no member of the pool is free; prepare more before boot", **drive.facts
+        )
 
     def take(self, drive: BlockDrive) -> None:
         assert drive.place is not None
@@ -118,13 +125,17 @@ class Pool(Scripted):
         drive.guest_match = f"/{drive.guess.removeprefix('/dev/')}"
 
     async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
-        names = {drive.id: drive.place for drive in ours} | {drive_id: name for name, drive_id in self.taken.items()}
+        names = {drive.id: drive.place for drive in ours} | {
+            drive_id: name for name, drive_id in self.taken.items()
+        }
         held = {
             drive_id: Held(True, VIRTIO_MMIO)
             for drive_id, name in names.items()
             if name is not None and self.disks[name] != self.PLACEHOLDER
         }
-        return Inventory([FoundDisk("root", VD)], held, frozenset(self.disks.values()) - {self.PLACEHOLDER})
+        return Inventory(
+            [FoundDisk("root", VD)], held, frozenset(self.disks.values()) - {self.PLACEHOLDER}
+        )
 
     async def _add(self, drive: BlockDrive, image: OpenedImage) -> None:
         self.request("swap")
@@ -169,7 +180,9 @@ class Chooser(Scripted):
         self.request("inventory")
         await self.answer.wait()
         known = {drive.id for drive in ours}
-        self.ours |= {name: drive.id for drive in ours if (name := self._name_of(drive)) is not None}
+        self.ours |= {
+            name: drive.id for drive in ours if (name := self._name_of(drive)) is not None
+        }
         held = {self.ours[name]: Held(True, VIRTIO_BLK) for name in self.disks if name in self.ours}
         names = [self.ours.get(name, "") for name in self.disks]
         return Inventory([FoundDisk(name, VD) for name in names if name not in known], held)
@@ -184,14 +197,23 @@ class Chooser(Scripted):
         return True
 
     def _name_of(self, drive: BlockDrive) -> str | None:
-        """What the VMM calls a drive. Before it has told that, the image does: no other drive has it."""
+        """What the VMM calls a drive. Before it has told that, the image does: no other drive has
+        it."""
         if drive.place is not None:
             return drive.place if drive.place in self.disks else None
-        return next((name for name, path in self.disks.items() if path == drive.file and self.ours.get(name, drive.id) == drive.id), None)
+        return next(
+            (
+                name
+                for name, path in self.disks.items()
+                if path == drive.file and self.ours.get(name, drive.id) == drive.id
+            ),
+            None,
+        )
 
 
 class Polled(Scripted):
-    """A VMM that answers a removal at once, and shows only to who asks when the guest has let go."""
+    """A VMM that answers a removal at once, and shows only to who asks when the guest has let
+    go."""
 
     def __init__(self, address: str = "") -> None:
         super().__init__(address)
@@ -237,7 +259,10 @@ class Stepped(Scripted):
         self.parts: dict[str, list[str]] = {}
 
     def steps(self, drive: BlockDrive, image: OpenedImage) -> Sequence[Step]:
-        return [Step(name, partial(self._do, drive, name), partial(self._undo, drive, name)) for name in self.NAMES]
+        return [
+            Step(name, partial(self._do, drive, name), partial(self._undo, drive, name))
+            for name in self.NAMES
+        ]
 
     async def _do(self, drive: BlockDrive, name: str) -> None:
         self.request(name)
@@ -248,7 +273,13 @@ class Stepped(Scripted):
         self.parts[drive.id].remove(name)
 
     async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
-        return Inventory(held={name: Held(parts == [*self.NAMES], VIRTIO_BLK) for name, parts in self.parts.items() if parts})
+        return Inventory(
+            held={
+                name: Held(parts == [*self.NAMES], VIRTIO_BLK)
+                for name, parts in self.parts.items()
+                if parts
+            }
+        )
 
     async def request_removal(self, drive: BlockDrive) -> bool:
         self.request("remove")

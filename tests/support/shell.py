@@ -28,13 +28,19 @@ class Shell:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.vm = self.machine("vm1")
-        self.environment = {name: value for name, value in os.environ.items() if name not in ("PYBLOCK_VM", "PYBLOCK_SANDBOX", "COLUMNS")}
+        self.environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in ("PYBLOCK_VM", "PYBLOCK_SANDBOX", "COLUMNS")
+        }
         self.environment["PYBLOCK_STATE_DIR"] = str(folder)
 
     def __call__(self, *arguments: str | Path, vm: str | None = OWN, patch: str = "") -> Done:
         """One command, whatever its end. `patch` is Python that runs before it."""
         command = self.command(*arguments, vm=vm, patch=patch)
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=LONG, check=False)
+        return subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=LONG, check=False
+        )
 
     def run_in_store(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Runs what another program would do that uses the same state folder."""
@@ -54,7 +60,11 @@ class Shell:
 
     def command(self, *arguments: str | Path, vm: str | None = OWN, patch: str = "") -> list[str]:
         vm = self.vm if vm == OWN else vm
-        program = [sys.executable, "-c", f"{patch}\nfrom pyblock.cli import main; main()"] if patch else PROGRAM
+        program = (
+            [sys.executable, "-c", f"{patch}\nfrom pyblock.cli import main; main()"]
+            if patch
+            else PROGRAM
+        )
         return [*program, *(["--vm", vm] if vm is not None else []), *map(str, arguments)]
 
     def fine(self, *arguments: str | Path, vm: str | None = OWN) -> str:
@@ -82,13 +92,17 @@ class Shell:
         return done.stderr
 
 
-def on_terminal(shell: Shell, *arguments: str | Path, vm: str | None = OWN, columns: int = 100) -> tuple[int, str]:
+def on_terminal(
+    shell: Shell, *arguments: str | Path, vm: str | None = OWN, columns: int = 100
+) -> tuple[int, str]:
     """The status of a command, and what it wrote to a terminal of so many columns."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     environment = {**shell.environment, "TERM": "xterm"}
     command = shell.command(*arguments, vm=vm)
-    with subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs) as process:
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.DEVNULL, stdout=theirs, stderr=theirs
+    ) as process:
         os.close(theirs)
         text = b""
         try:

@@ -1,4 +1,5 @@
-"""What a sandbox and its machine in memory hold, as a value: taken before and after a refusal, the two must be equal."""
+"""What a sandbox and its machine in memory hold, as a value: taken before and after a refusal, the
+two must be equal."""
 
 from __future__ import annotations
 
@@ -28,14 +29,22 @@ class Busy(NamedTuple):
 
 
 def _device(device: Any) -> tuple[Any, ...]:
-    drive = msgspec.structs.astuple(device.drive) if isinstance(device, BlockDevice) and device.drive else None
+    drive = (
+        msgspec.structs.astuple(device.drive)
+        if isinstance(device, BlockDevice) and device.drive
+        else None
+    )
     phase = device.phase if isinstance(device, BlockDevice) else None
     return (id(device), device.id, device.info, phase, device.attach_count, device.ref_count, drive)
 
 
 def ordinals(sandbox: Sandbox) -> dict[str, list[int]]:
     """The ordinals that are taken, by family."""
-    return {prefix: list(taken) for prefix, taken in sandbox._machine.allotment._ordinals.items() if len(taken)}
+    return {
+        prefix: list(taken)
+        for prefix, taken in sandbox._machine.allotment._ordinals.items()
+        if len(taken)
+    }
 
 
 def drive_ids(sandbox: Sandbox) -> set[str]:
@@ -47,7 +56,9 @@ def snapshot(sandbox: Sandbox) -> dict[str, Any]:
     """Everything that an operation of a sandbox may change."""
     return {
         "devices": [_device(device) for device in sandbox.manager],
-        "identities": {identity: device.id for identity, device in sandbox.manager._by_identity.items()},
+        "identities": {
+            identity: device.id for identity, device in sandbox.manager._by_identity.items()
+        },
         "index": list(sandbox.index),
         "ordinals": ordinals(sandbox),
         "drive IDs": drive_ids(sandbox),
@@ -58,7 +69,12 @@ def snapshot(sandbox: Sandbox) -> dict[str, Any]:
 def machine(vm: MemoryHypervisor) -> dict[str, Any]:
     """What the machine has, and every step that it was ever asked for."""
     slots = vm._slots
-    return {"backends": dict(vm.backends), "devices": dict(vm.devices), "journal": list(vm.journal), "slots": slots}
+    return {
+        "backends": dict(vm.backends),
+        "devices": dict(vm.devices),
+        "journal": list(vm.journal),
+        "slots": slots,
+    }
 
 
 def plug_in(vm: MemoryHypervisor, sandbox: Sandbox) -> None:
@@ -72,8 +88,11 @@ def plug_in(vm: MemoryHypervisor, sandbox: Sandbox) -> None:
 
 
 @contextmanager
-def refused(sandbox: Sandbox, vm: MemoryHypervisor, kind: type[PyblockError], *texts: str) -> Iterator[None]:
-    """The body raises exactly this error, all the texts are in its message, and nothing was changed or sent."""
+def refused(
+    sandbox: Sandbox, vm: MemoryHypervisor, kind: type[PyblockError], *texts: str
+) -> Iterator[None]:
+    """The body raises exactly this error, all the texts are in its message, and nothing was changed
+    or sent."""
     before = snapshot(sandbox), machine(vm)
     with pytest.raises(kind) as caught:
         yield

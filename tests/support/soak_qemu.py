@@ -1,9 +1,10 @@
-"""Soak on a real QEMU: memory over thousands of attaches and detaches in one process, and under a flood of events.
+"""Soak on a real QEMU: memory over thousands of attaches and detaches in one process, and under a
+flood of events.
 
     PYTHONPATH=tests python -m support.soak_qemu --pairs 5000 --events 1000000
 
-Resident memory is what the host pays, and what is printed; the short form counts what Python itself holds (tracemalloc), which nothing else
-on the machine changes. Exit status 1 when it grows.
+Resident memory is what the host pays, and what is printed; the short form counts what Python itself
+holds (tracemalloc), which nothing else on the machine changes. Exit status 1 when it grows.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from pyblock import AttachPending, DetachPending, PyblockError, Sandbox, Transpo
 from pyblock.store.sqlite.store import SqliteStore
 
 AT_ONCE = 20  # pairs; QEMU takes as long to let go of one disk as of many
-WARM_UP = 0.2  # of all pairs: what the allocator and the caches take by then is what they are to need
+# of all pairs: what the allocator and the caches take by then is what they are to need
+WARM_UP = 0.2
 PAIR_MAX = 200  # bytes that a pair may leave behind; an event that is kept for ever is 1,700
 SLACK = 1 << 20  # bytes of resident memory that may come beside it
 FLOOD_MAX = 64 << 20  # bytes that a flood may take at most
@@ -39,7 +41,11 @@ def resident() -> int:
 
 def peak() -> int:
     """The most that it had, since `forget_peak`."""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    [line] = [
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    ]
     return int(line.split()[1]) << 10
 
 
@@ -53,8 +59,11 @@ def traced() -> int:
     return tracemalloc.get_traced_memory()[0]
 
 
-async def pairs(machine: Machine, count: int, measure: Callable[[], int], say: Callable[[str], None]) -> float:
-    """Attaches and detaches so many times in one sandbox; returns the bytes that a pair after the warm-up left behind."""
+async def pairs(
+    machine: Machine, count: int, measure: Callable[[], int], say: Callable[[str], None]
+) -> float:
+    """Attaches and detaches so many times in one sandbox; returns the bytes that a pair after the
+    warm-up left behind."""
     store = SqliteStore(machine.folder / "soak.db")
     images = [machine.image(f"soak-{number}.img") for number in range(AT_ONCE)]
     done = warm = begin = 0
@@ -70,7 +79,10 @@ async def pairs(machine: Machine, count: int, measure: Callable[[], int], say: C
             if not begin and done >= count * WARM_UP:
                 warm, begin = measure(), done
             if before * 10 // count < done * 10 // count:
-                say(f"{time.monotonic() - began:7.1f} s  {done:>6,} pairs, resident {resident() / 2**20:.2f} MiB")
+                say(
+                    f"{time.monotonic() - began:7.1f} s  {done:>6,} pairs, resident "
+                    f"{resident() / 2**20:.2f} MiB"
+                )
         grown = measure() - warm
         assert not sandbox.devices and not len(sandbox.index)
     store.close()
@@ -78,7 +90,8 @@ async def pairs(machine: Machine, count: int, measure: Callable[[], int], say: C
 
 
 async def flood(machine: Machine, events: int, say: Callable[[str], None]) -> int:
-    """An attach that is flooded ends, typed, and the next goes as ever; returns the bytes that the process grew by at most."""
+    """An attach that is flooded ends, typed, and the next goes as ever; returns the bytes that the
+    process grew by at most."""
     path = machine.folder / "flood"
     images = [machine.image(f"flood-{number}.img") for number in range(2)]
     with Flood(path, machine.qmp_path, events):
@@ -92,14 +105,21 @@ async def flood(machine: Machine, events: int, say: Callable[[str], None]) -> in
             except PyblockError as error:
                 ended = f"{type(error).__name__}: {error}"
             grown = peak() - before
-            say(f"{events:,} events in {time.monotonic() - began:.1f} s during one attach: {ended}; {grown / 2**20:.1f} MiB more at most")
+            say(
+                f"{events:,} events in {time.monotonic() - began:.1f} s during one attach: "
+                f"{ended}; {grown / 2**20:.1f} MiB more at most"
+            )
             await works_again(sandbox, images[1])
-            say(f"after it the sandbox works as before, with {len(sandbox.devices)} devices; {(resident() - before) / 2**20:.1f} MiB more")
+            say(
+                f"after it the sandbox works as before, with {len(sandbox.devices)} devices; "
+                f"{(resident() - before) / 2**20:.1f} MiB more"
+            )
     return grown
 
 
 async def works_again(sandbox: Sandbox, image: Path) -> None:
-    """Returns when an image came and went. The flood may have cost the connection once more: then what was cut off is called again."""
+    """Returns when an image came and went. The flood may have cost the connection once more: then
+    what was cut off is called again."""
     async with asyncio.timeout(TIMEOUT):
         while True:
             try:
@@ -132,7 +152,12 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
         good &= a_pair <= allowed
         grown = asyncio.run(flood(machine, given.events, say))
         good &= grown <= FLOOD_MAX
-    say("memory stays" if good else f"VIOLATION: memory grows ({PAIR_MAX} bytes a pair and {FLOOD_MAX >> 20} MiB for a flood are allowed)")
+    say(
+        "memory stays"
+        if good
+        else f"VIOLATION: memory grows ({PAIR_MAX} bytes a pair and {FLOOD_MAX >> 20} MiB for a "
+        "flood are allowed)"
+    )
     return 0 if good else 1
 
 

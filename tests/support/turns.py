@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 SOON = 0.05  # seconds: a deadline meant to pass
-BEGUN = 1.0  # seconds: the same, where the VMM must have been reached by then, on a busy machine too
+# seconds: the same, where the VMM must have been reached by then, on a busy machine too
+BEGUN = 1.0
 LATE = 30.0  # seconds: one that is not
 
 
@@ -27,5 +28,6 @@ async def at_rest() -> None:
     loop: Any = asyncio.get_running_loop()
     while True:
         await asyncio.sleep(0)
-        if not loop._ready:  # whoever had something to do had its turn before this one, and left nothing
+        if not loop._ready:
+            # whoever had something to do had its turn before this one, and left nothing
             return

@@ -1,4 +1,5 @@
-"""A device's row as a store has it, read past pyblock, so that it can be judged: what is not written follows from the rest."""
+"""A device's row as a store has it, read past pyblock, so that it can be judged: what is not
+written follows from the rest."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from typing import NamedTuple
 
 
 class Written(NamedTuple):
-    """What a row says of its device. `drive_id` is "" and `number` (its index) -1 where no drive is held."""
+    """What a row says of its device. `drive_id` is "" and `number` (its index) -1 where no drive is
+    held."""
 
     phase: str
     attach_count: int
@@ -22,4 +24,10 @@ def written(device_id: str, data: bytes) -> Written:
     index = said.get("index", -1)
     drive_id = said.get("drive_id", f"drive-{device_id}") if index >= 0 else ""
     identity = said.get("identity")
-    return Written(said.get("phase", "attached"), said.get("attach_count", 1), drive_id, index, identity and tuple(identity))
+    return Written(
+        said.get("phase", "attached"),
+        said.get("attach_count", 1),
+        drive_id,
+        index,
+        identity and tuple(identity),
+    )

@@ -1,21 +1,29 @@
-"""The host's database file: opened, checked, brought to this version, and shared with other processes, threads and event loops.
+"""The host's database file: opened, checked, brought to this version, and shared with other
+processes, threads and event loops.
 
-Machines die with the host, so it has to survive the death of any process and no more. What is written is in the kernel's page cache, which
-outlives its process; nothing is ever waited for on the disk (`synchronous=OFF`), neither a commit nor a checkpoint, for both happen in the
-event loop and a slow disk would stop all sandboxes for a second. So a crash of the host may leave the file with some pages old and some
-new. That is seen, and does no harm: whoever opens the database when nobody else has it checks it as a whole; and the owners' file, which
-*is* synced once a boot, tells what an earlier boot wrote (`boot.py`), which is removed, or put aside where it is damaged. Of what is kept
-in doubt no machine runs either, if it is of an earlier boot; recovery asks for them, and `forget` gives them up.
+Machines die with the host, so it has to survive the death of any process and no more. What is
+written is in the kernel's page cache, which outlives its process; nothing is ever waited for on the
+disk (`synchronous=OFF`), neither a commit nor a checkpoint, for both happen in the event loop and a
+slow disk would stop all sandboxes for a second. So a crash of the host may leave the file with some
+pages old and some new. That is seen, and does no harm: whoever opens the database when nobody else
+has it checks it as a whole; and the owners' file, which *is* synced once a boot, tells what an
+earlier boot wrote (`boot.py`), which is removed, or put aside where it is damaged. Of what is kept
+in doubt no machine runs either, if it is of an earlier boot; recovery asks for them, and `forget`
+gives them up.
 
-A transaction is some tens of microseconds, so it runs in the event loop; only waiting for another process's lock yields to others. A
-signal handler may run at any bytecode of it, raise, and fork. Hence the two things that must end with a transaction, the mutex and the
-transaction itself, are held by `with` on objects of C: an exception cannot come between their beginning and the promise of their end.
+A transaction is some tens of microseconds, so it runs in the event loop; only waiting for another
+process's lock yields to others. A signal handler may run at any bytecode of it, raise, and fork.
+Hence the two things that must end with a transaction, the mutex and the transaction itself, are
+held by `with` on objects of C: an exception cannot come between their beginning and the promise of
+their end.
 """
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures.thread  # noqa: F401 - else asyncio.to_thread imports it, at a moment when no file can be opened perhaps
+
+# else asyncio.to_thread imports it, at a moment when no file can be opened perhaps
+import concurrent.futures.thread  # noqa: F401
 import contextlib
 import errno
 import logging
@@ -30,7 +38,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from pyblock.disk.lineage import Identity, lineage_of
-from pyblock.errors import DescriptorsExhausted, InvalidState, NewerState, PyblockError, StoreBusy, StoreError
+from pyblock.errors import (
+    DescriptorsExhausted,
+    InvalidState,
+    NewerState,
+    PyblockError,
+    StoreBusy,
+    StoreError,
+)
 from pyblock.store import files
 from pyblock.store.base import PATIENCE
 from pyblock.store.record import encode, encode_sandbox
@@ -40,7 +55,8 @@ from pyblock.store.sqlite.owner import OwnerLock
 log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x7062_6C6B  # "pblk" in the file's header: whose database it is
-# Each brings the database from the version before to its own, which is its place in this list, counted from 1.
+# Each brings the database from the version before to its own, which is its place in this list,
+# counted from 1.
 MIGRATIONS = (
     """
     CREATE TABLE host (boot TEXT NOT NULL, owners INTEGER NOT NULL);
@@ -48,8 +64,9 @@ MIGRATIONS = (
     CREATE TABLE device (sandbox TEXT NOT NULL, id TEXT NOT NULL, state BLOB NOT NULL, image TEXT, access INTEGER, UNIQUE (sandbox, id));
     CREATE INDEX claim ON device (image, access, sandbox) WHERE image IS NOT NULL;
     INSERT INTO host VALUES ('', 0);
-    """,
-    # A device's row has its claim on the image itself (`top`); these are on what lies under that. They hold while that claim does.
+    """,  # noqa: E501
+    # A device's row has its claim on the image itself (`top`); these are on what lies under that.
+    # They hold while that claim does.
     """
     CREATE TABLE under (image TEXT NOT NULL, access INTEGER NOT NULL, sandbox TEXT NOT NULL, device TEXT NOT NULL, top TEXT NOT NULL);
     CREATE INDEX under_image ON under (image, access);
@@ -57,26 +74,30 @@ MIGRATIONS = (
     CREATE TRIGGER under_goes AFTER DELETE ON device BEGIN
         DELETE FROM under WHERE sandbox = OLD.sandbox AND device = OLD.id;
     END;
-    """,
+    """,  # noqa: E501
     # What two addresses of one machine have in common, '' where nobody knows.
     """
     ALTER TABLE sandbox ADD COLUMN machine TEXT NOT NULL DEFAULT '';
     CREATE INDEX machine ON sandbox (machine) WHERE machine <> '';
     """,
-    # Which boot it is of is noted beside it since. Without a boot_id here a process of version 1, which would believe it, clears nothing.
+    # Which boot it is of is noted beside it since. Without a boot_id here a process of version 1,
+    # which would believe it, clears nothing.
     """
     UPDATE host SET boot = '';
     """,
-    # `state` has records since (`record.py`), which `_rewrite` makes of the rows of before. One that cannot be read stays as it is.
+    # `state` has records since (`record.py`), which `_rewrite` makes of the rows of before. One
+    # that cannot be read stays as it is.
     "",
 )
 RECORDS = 5  # the first version whose rows are records
-CHECKPOINT_PAGES = 200  # of the journal, until they are copied into the database: some tenths of a millisecond
+# of the journal, until they are copied into the database: some tenths of a millisecond
+CHECKPOINT_PAGES = 200
 FIRST_PAUSE = 0.0005  # seconds until a lock is tried again; a transaction holds it for less
 LAST_PAUSE = 0.02
 INTERRUPTED = 0.01  # seconds between two tries of a fork to end what another thread opens
 
-_DAMAGE = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR)  # the last: a table is not there
+# the last: a table is not there
+_DAMAGE = (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_ERROR)
 
 Result = TypeVar("Result")
 
@@ -84,7 +105,8 @@ _spoiled: set[str] = set()  # databases that a parent had open in the middle of 
 
 
 class SqliteFile:
-    """:param path: the database; made if absent, private to its user. Its folder must be there, on a local file system, and writable by
+    """:param path: the database; made if absent, private to its user. Its folder must be there, on
+    a local file system, and writable by
         this user only.
 
     Raises StoreError where there is no such path.
@@ -98,11 +120,16 @@ class SqliteFile:
         try:
             self.path = Path(path).absolute()
         except OSError as error:
-            text = f"store {os.fspath(path)!r}: the working folder is gone ({error.strerror}); give an absolute path"
+            text = (
+                f"store {os.fspath(path)!r}: the working folder is gone ({error.strerror}); give "
+                "an absolute path"
+            )
             raise StoreError(text, path=os.fsdecode(path)) from error
         self._where = str(self.path)
         self._inode = (0, 0)  # of what was opened
-        self._mutex = threading.RLock()  # of threads with event loops of their own; a signal handler comes in where its thread is inside
+        # of threads with event loops of their own; a signal handler comes in where its thread is
+        # inside
+        self._mutex = threading.RLock()
         self._opening: sqlite3.Connection | None = None
         self._in_opening = False
         forks.watch(self)
@@ -118,9 +145,16 @@ class SqliteFile:
         """What errors call it."""
         return f"store {str(self.path)!r}"
 
-    async def transact(self, work: Callable[[sqlite3.Connection], Result], deadline: float | None, *, writes: bool = True) -> Result:
-        """Runs a transaction as soon as no other process holds the lock; what it runs may be run again, after a transaction that came to
-        nothing. Raises StoreBusy when that is not before the deadline, an event-loop time in seconds (None: PATIENCE from now)."""
+    async def transact(
+        self,
+        work: Callable[[sqlite3.Connection], Result],
+        deadline: float | None,
+        *,
+        writes: bool = True,
+    ) -> Result:
+        """Runs a transaction as soon as no other process holds the lock; what it runs may be run
+        again, after a transaction that came to nothing. Raises StoreBusy when that is not before
+        the deadline, an event-loop time in seconds (None: PATIENCE from now)."""
         loop = asyncio.get_running_loop()
         if deadline is None:
             deadline = loop.time() + PATIENCE
@@ -142,8 +176,11 @@ class SqliteFile:
             await asyncio.sleep(min(left, pause * random.uniform(0.5, 1.5)))
             pause = min(2 * pause, LAST_PAUSE)
 
-    def transact_now(self, work: Callable[[sqlite3.Connection], Result], *, writes: bool = True) -> Result:
-        """The same without waiting: raises StoreBusy when another process holds the lock, or the file is not open."""
+    def transact_now(
+        self, work: Callable[[sqlite3.Connection], Result], *, writes: bool = True
+    ) -> Result:
+        """The same without waiting: raises StoreBusy when another process holds the lock, or the
+        file is not open."""
         db, before = None, sys.exception()
         try:
             with self._mutex:
@@ -157,17 +194,25 @@ class SqliteFile:
                     found = (0, 0)
                 if found != self._inode:
                     raise StoreError(
-                        f"{self.name} was removed or replaced while it was in use; end what uses it, and look which one is right"
+                        f"{self.name} was removed or replaced while it was in use; end what uses "
+                        "it, and look which one is right"
                     )
                 with db:  # commits, or rolls back
                     db.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
                     result = work(db)
         except (sqlite3.Error, OSError) as error:
             ended_by = error.__context__
-            if ended_by is not None and ended_by is not before and not isinstance(ended_by, Exception):
-                raise ended_by from None  # what a signal handler raised; that nothing could be rolled back is no news then
+            if (
+                ended_by is not None
+                and ended_by is not before
+                and not isinstance(ended_by, Exception)
+            ):
+                # what a signal handler raised; that nothing could be rolled back is no news then
+                raise ended_by from None
             if db is not None and self._db is not db:
-                raise StoreBusy(f"{self.name} was closed in the middle of a transaction; nothing was changed") from error
+                raise StoreBusy(
+                    f"{self.name} was closed in the middle of a transaction; nothing was changed"
+                ) from error
             raise self._translated(error) from error
         return result
 
@@ -197,7 +242,8 @@ class SqliteFile:
             self._db = None
         self._opening, self._in_opening = None, False
         self.lock = None  # it is the parent's, and has closed itself
-        self._mutex = threading.RLock()  # the old one may be another thread's, which is not in the child
+        # the old one may be another thread's, which is not in the child
+        self._mutex = threading.RLock()
 
     def close_at_exit(self, deadline: float) -> None:
         """See forks.Database."""
@@ -208,7 +254,8 @@ class SqliteFile:
                 self._mutex.release()
 
     def _acquired(self, deadline: float) -> bool:
-        """Takes the mutex, and has a thread that is opening the database break off. False: it was not to be had before the deadline."""
+        """Takes the mutex, and has a thread that is opening the database break off. False: it was
+        not to be had before the deadline."""
         while not self._mutex.acquire(timeout=INTERRUPTED):
             if (opening := self._opening) is not None:
                 with contextlib.suppress(sqlite3.Error):  # it was closed at this moment
@@ -235,12 +282,13 @@ class SqliteFile:
     async def _in_thread(self, work: Callable[[], None]) -> None:
         try:
             await asyncio.to_thread(work)
-        except RuntimeError as error:  # no thread can be started: there are too many, or the interpreter ends
+        except RuntimeError as error:
+            # no thread can be started: there are too many, or the interpreter ends
             raise StoreError(f"{self.name} cannot be opened: {error}") from error
 
     def _open(self) -> None:
-        """Opens the database, made or brought to this version where that is needed; runs in a thread of its own. Waits for nobody, for
-        a fork would wait with it: raises StoreBusy."""
+        """Opens the database, made or brought to this version where that is needed; runs in a
+        thread of its own. Waits for nobody, for a fork would wait with it: raises StoreBusy."""
         if not self._mutex.acquire(blocking=False):
             raise StoreBusy(f"{self.name}: another thread uses it")
         try:
@@ -255,7 +303,8 @@ class SqliteFile:
             self._mutex.release()
 
     def _connected(self, had: OwnerLock | None) -> tuple[sqlite3.Connection, OwnerLock]:
-        """:param had: the lock that has accompanied the database all the time, if there is one: then it is as it was."""
+        """:param had: the lock that has accompanied the database all the time, if there is one:
+        then it is as it was."""
         lock = had
         try:
             self._check_files()
@@ -280,16 +329,25 @@ class SqliteFile:
             raise StoreError(f"{self.name} cannot be a file: {error}; give another path") from error
         if where in _spoiled:
             raise StoreError(
-                f"{self.name}: this process was forked while another thread was in the middle of a transaction, and can never use it; "
+                f"{self.name}: this process was forked while another thread was in the middle of "
+                "a transaction, and can never use it; "
                 "use the store in a process that was started otherwise"
             )
-        # One that exists is not opened here: closing it would drop the locks that SQLite has on it in this process.
+        # One that exists is not opened here: closing it would drop the locks that SQLite has on it
+        # in this process.
         with contextlib.suppress(FileExistsError):
-            os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+            os.close(
+                os.open(
+                    self.path,
+                    os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
+                    0o600,
+                )
+            )
         files.used.add(where)
 
     def _connected_alone(self, lock: OwnerLock) -> sqlite3.Connection:
-        """The database, while nobody else can open it: looked at as a whole, and without what an earlier boot left. Others may, after."""
+        """The database, while nobody else can open it: looked at as a whole, and without what an
+        earlier boot left. Others may, after."""
         now, noted = boot.this_boot(), boot.decode(lock.read_note())
         earlier = now.is_not(noted)
         try:
@@ -326,7 +384,10 @@ class SqliteFile:
                 self._clear(db)
             [mode] = db.execute("PRAGMA journal_mode = WAL").fetchone()
             if mode != "wal":
-                raise StoreError(f"{self.name}: SQLite has no WAL there (journal mode {mode}); put it on a local file system")
+                raise StoreError(
+                    f"{self.name}: SQLite has no WAL there (journal mode {mode}); put it on a "
+                    "local file system"
+                )
             db.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
         except BaseException:
             db.close()
@@ -337,24 +398,28 @@ class SqliteFile:
         """The version of the database, 0 for an empty one. Raises unless it is one of ours."""
         inside = db.in_transaction
         if not inside:
-            db.execute("BEGIN")  # what is read belongs to one moment: another process may be making the tables
+            # what is read belongs to one moment: another process may be making the tables
+            db.execute("BEGIN")
         [whose] = db.execute("PRAGMA application_id").fetchone()
         [version] = db.execute("PRAGMA user_version").fetchone()
         tables = db.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone()
         if not inside:
             db.execute("COMMIT")
         if whose != APPLICATION_ID and (whose or version or tables):
-            raise InvalidState(f"{self.name} is a SQLite database of something else; it is left as it is")
+            raise InvalidState(
+                f"{self.name} is a SQLite database of something else; it is left as it is"
+            )
         if version > len(MIGRATIONS):
             raise NewerState(
-                f"{self.name} was written by a newer pyblock (version {version}, this one reads up to {len(MIGRATIONS)}); "
+                f"{self.name} was written by a newer pyblock (version {version}, this one reads "
+                f"up to {len(MIGRATIONS)}); "
                 "it is left as it is"
             )
         return int(version)
 
     def _check_whole(self, db: sqlite3.Connection) -> None:
-        """Raises _Damage when something is missing, indexes included. Nobody else has the database open, so its file holds whole
-        pages."""
+        """Raises _Damage when something is missing, indexes included. Nobody else has the database
+        open, so its file holds whole pages."""
         [size] = db.execute("PRAGMA page_size").fetchone()
         if rest := self.path.stat().st_size % size:
             raise _Damage(f"cut off: {rest} bytes are no page of {size}")
@@ -367,7 +432,8 @@ class SqliteFile:
         if version == len(MIGRATIONS):
             return
         if version:
-            db.execute("SELECT 1 FROM host, sandbox, device LIMIT 0")  # nothing is written to what is ours by name only
+            # nothing is written to what is ours by name only
+            db.execute("SELECT 1 FROM host, sandbox, device LIMIT 0")
         db.execute("BEGIN IMMEDIATE")
         version = self._check(db)  # another process may have been here first
         for script in MIGRATIONS[version:]:
@@ -382,14 +448,19 @@ class SqliteFile:
         db.execute("COMMIT")
 
     def _tell_what_lies_under(self, db: sqlite3.Connection) -> None:
-        """Has the claims of version 1, which looked at a block device and no further, hold as those of now do."""
-        rows = db.execute("SELECT rowid, sandbox, id, image, access FROM device WHERE image LIKE 'block:%'").fetchall()
+        """Has the claims of version 1, which looked at a block device and no further, hold as those
+        of now do."""
+        rows = db.execute(
+            "SELECT rowid, sandbox, id, image, access FROM device WHERE image LIKE 'block:%'"
+        ).fetchall()
         for rowid, sandbox, device, image, access in rows:
             _, major, minor = image.split(":")
             try:
                 lineage = lineage_of(("block", int(major), int(minor)))
             except DescriptorsExhausted as error:
-                raise StoreError(f"{self.name} cannot be brought to this version now: {error}") from error
+                raise StoreError(
+                    f"{self.name} cannot be brought to this version now: {error}"
+                ) from error
             top = image_text(lineage.identity)
             db.execute("UPDATE device SET image = ? WHERE rowid = ?", (top, rowid))
             values = [(image_text(lower), access, sandbox, device, top) for lower in lineage.claims]
@@ -400,7 +471,12 @@ class SqliteFile:
         count = db.execute("DELETE FROM device").rowcount
         db.execute("DELETE FROM sandbox")
         db.execute("COMMIT")
-        log.warning("%s: %d devices of an earlier boot of this host are forgotten; their machines ended with it", self.name, count)
+        log.warning(
+            "%s: %d devices of an earlier boot of this host are forgotten; their machines ended "
+            "with it",
+            self.name,
+            count,
+        )
 
     def _put_aside(self, boot_id: str) -> None:
         """Renames a damaged database of an earlier boot, with what SQLite kept beside it."""
@@ -410,7 +486,12 @@ class SqliteFile:
                 os.replace(f"{self.path}{suffix}", f"{aside}{suffix}")  # noqa: PTH105
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{self.path}-shm")  # noqa: PTH108
-        log.warning("%s was damaged when the host went down, and is %r now; its machines ended with the host", self.name, aside)
+        log.warning(
+            "%s was damaged when the host went down, and is %r now; its machines ended with the "
+            "host",
+            self.name,
+            aside,
+        )
         self._check_files()  # makes it anew
 
     def _translated(self, error: sqlite3.Error | OSError | _Damage) -> PyblockError:
@@ -418,24 +499,41 @@ class SqliteFile:
             return InvalidState(f"{self.name} is {error}; it is left as it is")
         if isinstance(error, OSError):
             full = error.errno in (errno.EMFILE, errno.ENFILE)
-            advice = "close some, or raise the limit (ulimit -n)" if full else "name another folder in PYBLOCK_STATE_DIR, or mend this one"
+            advice = (
+                "close some, or raise the limit (ulimit -n)"
+                if full
+                else "name another folder in PYBLOCK_STATE_DIR, or mend this one"
+            )
             return StoreError(f"{self.name}: {error.strerror or error}; {advice}")
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return StoreBusy(f"{self.name}: another process has been holding its lock; nothing was changed")
+            return StoreBusy(
+                f"{self.name}: another process has been holding its lock; nothing was changed"
+            )
         if code == sqlite3.SQLITE_INTERRUPT:
-            return StoreBusy(f"{self.name}: another thread has forked the process while it was being opened; nothing was changed")
+            return StoreBusy(
+                f"{self.name}: another thread has forked the process while it was being opened; "
+                "nothing was changed"
+            )
         if code in _DAMAGE:
-            return InvalidState(f"{self.name} is not a store, or is damaged: {error}; it is left as it is")
-        return StoreError(f"{self.name}: {error}; nothing was changed (a full disk, or a folder that may not be written?)")
+            return InvalidState(
+                f"{self.name} is not a store, or is damaged: {error}; it is left as it is"
+            )
+        return StoreError(
+            f"{self.name}: {error}; nothing was changed (a full disk, or a folder that may not be "
+            "written?)"
+        )
 
 
 def _rewrite(db: sqlite3.Connection) -> None:
     """Makes records of rows of an older version; see old_rows.py."""
-    from pyblock.store.sqlite.old_rows import DAMAGE, record_of, sandbox_record_of  # noqa: PLC0415 - once in a store's life
+    # once in a store's life
+    from pyblock.store.sqlite.old_rows import DAMAGE, record_of, sandbox_record_of  # noqa: PLC0415
 
     held: dict[str, set[int]] = {}
-    for rowid, sandbox, device, data, image in db.execute("SELECT rowid, sandbox, id, state, image FROM device").fetchall():
+    for rowid, sandbox, device, data, image in db.execute(
+        "SELECT rowid, sandbox, id, state, image FROM device"
+    ).fetchall():
         with contextlib.suppress(*DAMAGE):
             record = record_of(device, data, image)
             db.execute("UPDATE device SET state = ? WHERE rowid = ?", (encode(record), rowid))
@@ -463,12 +561,14 @@ class _Damage(Exception):
 
 
 def _is_damage(error: _Damage | sqlite3.Error) -> bool:
-    """Whether the file is not whole, or is none of SQLite's; an error of the disk is another matter."""
+    """Whether the file is not whole, or is none of SQLite's; an error of the disk is another
+    matter."""
     return isinstance(error, _Damage) or getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGE
 
 
 def _keep_for_ever(*connections: sqlite3.Connection | None) -> None:
-    """Has them never be closed, not even at the end of the process: that would be done to the parent's files, with its locks."""
+    """Has them never be closed, not even at the end of the process: that would be done to the
+    parent's files, with its locks."""
     import ctypes  # noqa: PLC0415 - of no use but here, where a fork came in the worst of moments
 
     for each in filter(None, connections):

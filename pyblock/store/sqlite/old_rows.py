@@ -1,5 +1,6 @@
-"""Rows as the versions 1 to 4 of a store had them, read as records: the original's JSON, with what pyblock
-added under `Pyblock`. What belongs to a released version stays as it is here, whatever becomes of the rest.
+"""Rows as the versions 1 to 4 of a store had them, read as records: the original's JSON, with what
+pyblock added under `Pyblock`. What belongs to a released version stays as it is here, whatever
+becomes of the rest.
 """
 
 from __future__ import annotations
@@ -18,17 +19,44 @@ from pyblock.store.record import NO_DRIVE, UNTOLD, Record, SandboxRecord, check
 
 Json = dict[str, Any]
 
-_DEVICE_KEYS = {"ID", "Type", "RefCount", "AttachCount", "DevType", "Major", "Minor", "DriverOptions", "ColdPlug", "BlockDrive", "Pyblock"}
+_DEVICE_KEYS = {
+    "ID",
+    "Type",
+    "RefCount",
+    "AttachCount",
+    "DevType",
+    "Major",
+    "Minor",
+    "DriverOptions",
+    "ColdPlug",
+    "BlockDrive",
+    "Pyblock",
+}
 _DRIVE_KEYS = {
-    "File", "Format", "ID", "Index", "MmioAddr", "PCIAddr", "PCIPath", "SCSIAddr", "NvdimmID", "VirtPath", "DevNo", "Pmem",
+    "File", "Format", "ID", "Index", "MmioAddr", "PCIAddr", "PCIPath", "SCSIAddr", "NvdimmID",
+    "VirtPath", "DevNo", "Pmem",
     "ShareRW", "ReadOnly", "Pyblock",
 }  # fmt: skip
 _SANDBOX_KEYS = {"Pyblock", "Devices", "HypervisorState"}
 _OFFSETS = {"virtio-mmio": 1}  # where the guest's names begin while nothing else is known
-_SIGNS = (("SCSIAddr", "virtio-scsi"), ("DevNo", "virtio-blk-ccw"), ("MmioAddr", "virtio-mmio"), ("VirtPath", "virtio-blk"))
+_SIGNS = (
+    ("SCSIAddr", "virtio-scsi"),
+    ("DevNo", "virtio-blk-ccw"),
+    ("MmioAddr", "virtio-mmio"),
+    ("VirtPath", "virtio-blk"),
+)
 
 # What reading something else than such a row may come to.
-DAMAGE = (msgspec.MsgspecError, ValueError, TypeError, KeyError, AttributeError, RecursionError, InvalidID, StateError)
+DAMAGE = (
+    msgspec.MsgspecError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RecursionError,
+    InvalidID,
+    StateError,
+)
 
 
 def record_of(device_id: str, row: bytes, image: str | None) -> Record:
@@ -60,8 +88,15 @@ def sandbox_record_of(row: bytes, held: Collection[int]) -> SandboxRecord:
     hypervisor = old.get("HypervisorState", {"BlockIndexMap": {}})
     mapped = (hypervisor or {}).get("BlockIndexMap") or {}
     taken = notes["Taken"] if "Taken" in notes else [int(text) for text in mapped]
-    record: SandboxRecord = msgspec.convert({"offsets": notes.get("Offsets", {}), "taken": sorted(set(taken) - set(held))}, SandboxRecord)
-    plain = hypervisor is not None and hypervisor.keys() <= {"BlockIndexMap"} and not any(mapped.values())
+    record: SandboxRecord = msgspec.convert(
+        {"offsets": notes.get("Offsets", {}), "taken": sorted(set(taken) - set(held))},
+        SandboxRecord,
+    )
+    plain = (
+        hypervisor is not None
+        and hypervisor.keys() <= {"BlockIndexMap"}
+        and not any(mapped.values())
+    )
     if old.get("Devices") or old.keys() - _SANDBOX_KEYS or not plain:
         record.kata = Raw(msgspec.json.encode(old))
     return record
@@ -75,8 +110,10 @@ def _object(value: Any) -> Json:
 
 def _generic(old: Json) -> Json:
     return {
-        "generic": True, "serial": None, "dev_type": old.get("DevType", ""), "major": old.get("Major", 0),
-        "minor": old.get("Minor", 0), "options": old.get("DriverOptions") or {}, "phase": _phase(old, {}),
+        "generic": True, "serial": None, "dev_type": old.get("DevType", ""),
+        "major": old.get("Major", 0),
+        "minor": old.get("Minor", 0), "options": old.get("DriverOptions") or {},
+        "phase": _phase(old, {}),
     }  # fmt: skip
 
 
@@ -94,7 +131,8 @@ def _block(old: Json, image: str | None) -> Json:
         options = {name: value for name, value in options.items() if name != "block-driver"}
         special = ("", -1, -1) if special[1] <= 0 else special
     told = {
-        "path": path, "driver": driver, "serial": notes.get("Serial"), "options": options, "format": notes.get("Format"),
+        "path": path, "driver": driver, "serial": notes.get("Serial"), "options": options,
+        "format": notes.get("Format"),
         "read_only": notes.get("ReadOnly", False) or held.get("ReadOnly", False),
         "share": notes.get("Share", False) or held.get("ShareRW", False),
         "dev_type": special[0], "major": special[1], "minor": special[2],
@@ -116,7 +154,12 @@ def _driver(name: str | None, drive: Json) -> str:
 
 
 def _is_our_own(old: Json, notes: Json, drive: Json, driver: str) -> bool:
-    if not notes.get("Path") or old.keys() - _DEVICE_KEYS or old.get("ColdPlug") or old.get("DevType") != "b":
+    if (
+        not notes.get("Path")
+        or old.keys() - _DEVICE_KEYS
+        or old.get("ColdPlug")
+        or old.get("DevType") != "b"
+    ):
         return False
     if (old.get("DriverOptions") or {}).get("block-driver") != driver:
         return False
@@ -130,14 +173,23 @@ def _is_our_own(old: Json, notes: Json, drive: Json, driver: str) -> bool:
 
 
 def _is_imported(drive: Json) -> bool:
-    return "Pyblock" not in drive or drive["Pyblock"].get("Imported", False) or "ReadOnly" not in drive
+    return (
+        "Pyblock" not in drive or drive["Pyblock"].get("Imported", False) or "ReadOnly" not in drive
+    )
 
 
-def _identity(image: str | None, special: tuple[str, int, int], path: str, driver: str) -> Identity | None:
+def _identity(
+    image: str | None, special: tuple[str, int, int], path: str, driver: str
+) -> Identity | None:
     if image is not None:
         kind, major, minor = image.split(":")
         return (kind, int(major), int(minor))
-    if special[0] == "b" and special[1] > 0 <= special[2] and driver != "nvdimm" and not is_file(path):
+    if (
+        special[0] == "b"
+        and special[1] > 0 <= special[2]
+        and driver != "nvdimm"
+        and not is_file(path)
+    ):
         return ("block", special[1], special[2])
     return identity_of(path)
 
@@ -153,9 +205,11 @@ def _drive(drive: Json, driver: str) -> Json:
         "drive_id": drive["ID"], "index": drive["Index"], "place": notes.get("Slot"),
         "ordinal": notes["Ordinal"] if told else UNTOLD,
         "offset": notes.get("Offset", 0) if told else _OFFSETS.get(driver, 0),
-        "pci_path": _pci_path(drive), "dev_no": _dev_no(drive), "guest_match": notes.get("GuestMatch"),
+        "pci_path": _pci_path(drive), "dev_no": _dev_no(drive),
+        "guest_match": notes.get("GuestMatch"),
         "known_name": notes.get("KnownName") if told else _told_name(drive, driver),
-        "imported": _is_imported(drive), "unverified": notes.get("Unverified", False), "crowded": notes.get("Crowded", False),
+        "imported": _is_imported(drive), "unverified": notes.get("Unverified", False),
+        "crowded": notes.get("Crowded", False),
     }  # fmt: skip
 
 
@@ -175,7 +229,11 @@ def _told_name(drive: Json, driver: str) -> str | None:
     if driver != "nvdimm":
         return drive.get("VirtPath") or None
     number = drive.get("NvdimmID", "")
-    return f"/dev/pmem{int(number)}" if number.isascii() and number.isdigit() and len(number) < 8 else None
+    return (
+        f"/dev/pmem{int(number)}"
+        if number.isascii() and number.isdigit() and len(number) < 8
+        else None
+    )
 
 
 def _readable(old: Json, row: bytes) -> bytes:

@@ -1,6 +1,8 @@
-"""The host's store: sandboxes, their owners, and a row for each device, in one SQLite database (WAL) that many processes use at once.
+"""The host's store: sandboxes, their owners, and a row for each device, in one SQLite database
+(WAL) that many processes use at once.
 
-Every method is one transaction. What it costs does not depend on how much is in the database: every look-up has an index.
+Every method is one transaction. What it costs does not depend on how much is in the database: every
+look-up has an index.
 """
 
 from __future__ import annotations
@@ -17,7 +19,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from pyblock.disk.lineage import Identity, in_words
-from pyblock.errors import ImageInUse, InvalidValue, SandboxBusy, SandboxConflict, StateError, StoreError, UnknownSandbox
+from pyblock.errors import (
+    ImageInUse,
+    InvalidValue,
+    SandboxBusy,
+    SandboxConflict,
+    StateError,
+    StoreError,
+    UnknownSandbox,
+)
 from pyblock.store.base import Claim, Claimant, Relation, Row, Standing, Store, Stored
 from pyblock.store.record import drive_id_of
 from pyblock.store.sqlite.file import SqliteFile, image_text, image_told
@@ -29,7 +39,10 @@ READ_ONLY, SHARE = 1, 2  # the bits of `access`
 
 
 # A device of a sandbox that is its owner's, whose number comes last.
-_ITS = "sandbox = ? AND id = ? AND EXISTS (SELECT 1 FROM sandbox WHERE sandbox.id = device.sandbox AND owner = ?)"
+_ITS = (
+    "sandbox = ? AND id = ? AND EXISTS (SELECT 1 FROM sandbox WHERE sandbox.id = device.sandbox "
+    "AND owner = ?)"
+)
 _DELETE = f"DELETE FROM device WHERE {_ITS}"
 _UPDATE = f"UPDATE device SET state = ? WHERE {_ITS}"
 
@@ -40,27 +53,35 @@ def _against(access: int) -> str:
     return ", ".join(str(each) for each in range(4) if not claims[access].fits(claims[each]))
 
 
-# By access: who holds a claim on an image that this one does not fit, or on what lies on it. The same image a second time in one sandbox is
-# that sandbox's own business.
+# By access: who holds a claim on an image that this one does not fit, or on what lies on it. The
+# same image a second time in one sandbox is that sandbox's own business.
 _SAME = "SELECT sandbox, id, access, 1 FROM device WHERE image = :image AND access IN ({})"
 _HOLDERS = tuple(
     (
-        _SAME + " AND sandbox <> :own UNION ALL SELECT device.sandbox, id, device.access, 0 FROM under "
+        _SAME
+        + " AND sandbox <> :own UNION ALL SELECT device.sandbox, id, device.access, 0 FROM under "
         "JOIN device ON device.sandbox = under.sandbox AND id = device AND device.image = top "
-        "WHERE under.image = :image AND under.access IN ({}) AND (device.sandbox, id) <> (:own, :device) LIMIT 1"
+        "WHERE under.image = :image AND under.access IN ({}) AND (device.sandbox, id) <> (:own, "
+        ":device) LIMIT 1"
     ).format(against, against)
     for against in map(_against, range(4))
 )
-_HOLDERS_UNDER = tuple((_SAME + " AND (sandbox, id) <> (:own, :device) LIMIT 1").format(_against(access)) for access in range(4))
+_HOLDERS_UNDER = tuple(
+    (_SAME + " AND (sandbox, id) <> (:own, :device) LIMIT 1").format(_against(access))
+    for access in range(4)
+)
 
 
 class SqliteStore(Store):
-    """:param path: the database; made if absent, private to its user. Its folder must be there, on a local file system."""
+    """:param path: the database; made if absent, private to its user. Its folder must be there, on
+    a local file system."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._file = SqliteFile(path)
-        self._owner: tuple[OwnerLock, int] | None = None  # the lock that shows that this process lives, and its number there
-        self._mine: dict[str, int] = {}  # sandboxes that this process has open, and which opening of all it was
+        # the lock that shows that this process lives, and its number there
+        self._owner: tuple[OwnerLock, int] | None = None
+        # sandboxes that this process has open, and which opening of all it was
+        self._mine: dict[str, int] = {}
         self._openings = itertools.count(1)
         self._given_up: set[str] = set()  # sandboxes that it closed, which is not written down yet
 
@@ -100,8 +121,14 @@ class SqliteStore(Store):
         self._given_up.add(sandbox_id)  # with the next transaction, if not with this one
         await self._change(lambda db: None, deadline)
 
-    def abandon(self, sandbox_id: str, opening: int, loop: asyncio.AbstractEventLoop | None = None) -> bool:
-        if self._mine.get(sandbox_id) != opening or self._owner is None or self._owner[0] is not self._file.lock:
+    def abandon(
+        self, sandbox_id: str, opening: int, loop: asyncio.AbstractEventLoop | None = None
+    ) -> bool:
+        if (
+            self._mine.get(sandbox_id) != opening
+            or self._owner is None
+            or self._owner[0] is not self._file.lock
+        ):
             return False
         del self._mine[sandbox_id]
         self._given_up.add(sandbox_id)
@@ -116,7 +143,9 @@ class SqliteStore(Store):
             self._file.transact_now(lambda db: given_up.extend(self._give_up(db)))
             self._given_up.difference_update(given_up)
 
-    async def _change(self, work: Callable[[sqlite3.Connection], Result], deadline: float | None) -> Result:
+    async def _change(
+        self, work: Callable[[sqlite3.Connection], Result], deadline: float | None
+    ) -> Result:
         """A transaction that also writes down what was given up."""
         given_up: list[str] = []
 
@@ -137,26 +166,44 @@ class SqliteStore(Store):
         own: bytes | None = None,
         all_or_none: bool = False,
     ) -> dict[str, ImageInUse]:
-        work = partial(self._write, sandbox_id=sandbox_id, rows=rows, own=own, all_or_none=all_or_none)
+        work = partial(
+            self._write, sandbox_id=sandbox_id, rows=rows, own=own, all_or_none=all_or_none
+        )
         try:
             # Mostly nothing was given up, and it is a transaction of its own.
-            return await (self._change(work, deadline) if self._given_up else self._file.transact(work, deadline))
+            return await (
+                self._change(work, deadline)
+                if self._given_up
+                else self._file.transact(work, deadline)
+            )
         except _Refused as refused:
             return refused.errors
 
     async def meet(self, sandbox_id: str, machine: str, deadline: float | None = None) -> None:
         await self._change(lambda db: self._meet(db, sandbox_id, machine), deadline)
 
-    async def drives_of_others(self, sandbox_id: str, machine: str, deadline: float | None = None) -> set[str]:
+    async def drives_of_others(
+        self, sandbox_id: str, machine: str, deadline: float | None = None
+    ) -> set[str]:
         def work(db: sqlite3.Connection) -> set[str]:
-            others = "SELECT id FROM sandbox WHERE id <> :own AND (machine = '' OR :machine = '' OR machine = :machine)"
-            rows = db.execute(f"SELECT id, state FROM device WHERE sandbox IN ({others})", {"own": sandbox_id, "machine": machine})
-            return {drive_id for device_id, data in rows if (drive_id := drive_id_of(device_id, data))}
+            others = (
+                "SELECT id FROM sandbox WHERE id <> :own AND (machine = '' OR :machine = '' OR "
+                "machine = :machine)"
+            )
+            rows = db.execute(
+                f"SELECT id, state FROM device WHERE sandbox IN ({others})",
+                {"own": sandbox_id, "machine": machine},
+            )
+            return {
+                drive_id for device_id, data in rows if (drive_id := drive_id_of(device_id, data))
+            }
 
         return await self._file.transact(work, deadline, writes=False)
 
     async def read(self, sandbox_id: str, deadline: float | None = None) -> Stored:
-        return await self._file.transact(lambda db: self._read(db, sandbox_id), deadline, writes=False)
+        return await self._file.transact(
+            lambda db: self._read(db, sandbox_id), deadline, writes=False
+        )
 
     async def find(self, vm: str, deadline: float | None = None) -> str | None:
         if not vm.isascii():
@@ -170,19 +217,31 @@ class SqliteStore(Store):
 
     async def sandboxes(self, deadline: float | None = None) -> list[str]:
         return await self._file.transact(
-            lambda db: [row[0] for row in db.execute("SELECT id FROM sandbox ORDER BY id")], deadline, writes=False
+            lambda db: [row[0] for row in db.execute("SELECT id FROM sandbox ORDER BY id")],
+            deadline,
+            writes=False,
         )
 
     async def standings(self, deadline: float | None = None) -> list[Standing]:
-        query = "SELECT id, vm, owner, owner_text, (SELECT COUNT(*) FROM device WHERE sandbox = sandbox.id) FROM sandbox ORDER BY id"
+        query = (
+            "SELECT id, vm, owner, owner_text, (SELECT COUNT(*) FROM device WHERE sandbox = "
+            "sandbox.id) FROM sandbox ORDER BY id"
+        )
 
         def work(db: sqlite3.Connection) -> list[Standing]:
-            return [Standing(name, vm or "", self._living(owner, text), count) for name, vm, owner, text, count in db.execute(query)]
+            return [
+                Standing(name, vm or "", self._living(owner, text), count)
+                for name, vm, owner, text, count in db.execute(query)
+            ]
 
         return await self._file.transact(work, deadline, writes=False)
 
-    async def holders(self, image: Identity, under: Sequence[Identity] = (), deadline: float | None = None) -> list[Claimant]:
-        return await self._file.transact(lambda db: self._holders(db, image, under), deadline, writes=False)
+    async def holders(
+        self, image: Identity, under: Sequence[Identity] = (), deadline: float | None = None
+    ) -> list[Claimant]:
+        return await self._file.transact(
+            lambda db: self._holders(db, image, under), deadline, writes=False
+        )
 
     def close(self) -> None:
         self._file.close()
@@ -195,17 +254,28 @@ class SqliteStore(Store):
         lock, number = self._register(db)
         if vm:
             self._take_machine(db, sandbox_id, vm)
-        row = db.execute("SELECT vm, owner, owner_text FROM sandbox WHERE id = ?", (sandbox_id,)).fetchone()
+        row = db.execute(
+            "SELECT vm, owner, owner_text FROM sandbox WHERE id = ?", (sandbox_id,)
+        ).fetchone()
         if row is None:
-            db.execute("INSERT INTO sandbox (id, vm, owner_text, state) VALUES (?, ?, '', x'')", (sandbox_id, vm or None))
+            db.execute(
+                "INSERT INTO sandbox (id, vm, owner_text, state) VALUES (?, ?, '', x'')",
+                (sandbox_id, vm or None),
+            )
         else:
             had, owner, text = row
-            if (owner == number and sandbox_id in self._mine) or (owner is not None and owner != number and lock.lives(owner)):
-                why = f"sandbox {sandbox_id!r} belongs to {text}; it is free when that closes it or ends"
+            if (owner == number and sandbox_id in self._mine) or (
+                owner is not None and owner != number and lock.lives(owner)
+            ):
+                why = (
+                    f"sandbox {sandbox_id!r} belongs to {text}; it is free when that closes it or "
+                    "ends"
+                )
                 raise SandboxBusy(why, sandbox=sandbox_id, owner=text)
             if had is not None and had != vm:
                 raise SandboxConflict(
-                    f"sandbox {sandbox_id!r} is in the store with the machine {had}, not {vm or 'one in memory'}; "
+                    f"sandbox {sandbox_id!r} is in the store with the machine {had}, not "
+                    f"{vm or 'one in memory'}; "
                     f"if that machine is gone, give it up with: pyblock forget {sandbox_id}",
                     sandbox=sandbox_id,
                     vm=had,
@@ -213,31 +283,47 @@ class SqliteStore(Store):
                 )
         program = Path(sys.argv[0]).name.encode(errors="backslashreplace").decode() or "python"
         text = f"process {os.getpid()} ({program})"
-        db.execute("UPDATE sandbox SET owner = ?, owner_text = ?, vm = ? WHERE id = ?", (number, text, vm or None, sandbox_id))
+        db.execute(
+            "UPDATE sandbox SET owner = ?, owner_text = ?, vm = ? WHERE id = ?",
+            (number, text, vm or None, sandbox_id),
+        )
         return self._read(db, sandbox_id)
 
     def _take_machine(self, db: sqlite3.Connection, sandbox_id: str, vm: str) -> None:
-        """Raises SandboxConflict when the machine belongs to another sandbox. One whose process died with nothing in it does not count."""
-        row = db.execute("SELECT id, owner, state FROM sandbox WHERE vm = ? AND id <> ?", (vm, sandbox_id)).fetchone()
+        """Raises SandboxConflict when the machine belongs to another sandbox. One whose process
+        died with nothing in it does not count."""
+        row = db.execute(
+            "SELECT id, owner, state FROM sandbox WHERE vm = ? AND id <> ?", (vm, sandbox_id)
+        ).fetchone()
         if row is None:
             return
         other, owner, state = row
-        empty = not state and db.execute("SELECT 1 FROM device WHERE sandbox = ? LIMIT 1", (other,)).fetchone() is None
+        empty = (
+            not state
+            and db.execute("SELECT 1 FROM device WHERE sandbox = ? LIMIT 1", (other,)).fetchone()
+            is None
+        )
         if not empty or (owner is not None and self._lives(owner)):
-            text = f"the machine {vm} belongs to sandbox {other!r} in the {self._file.name}, not to {sandbox_id!r}"
+            text = (
+                f"the machine {vm} belongs to sandbox {other!r} in the {self._file.name}, not to "
+                f"{sandbox_id!r}"
+            )
             raise SandboxConflict(text, sandbox=sandbox_id, vm=vm, holder=other)
         db.execute("DELETE FROM sandbox WHERE id = ?", (other,))
 
     def _meet(self, db: sqlite3.Connection, sandbox_id: str, machine: str) -> None:
         self._check_owned(db, sandbox_id)
-        row = db.execute("SELECT id, vm, owner FROM sandbox WHERE machine = ? AND id <> ?", (machine, sandbox_id)).fetchone()
+        row = db.execute(
+            "SELECT id, vm, owner FROM sandbox WHERE machine = ? AND id <> ?", (machine, sandbox_id)
+        ).fetchone()
         if row is not None:
             other, vm, owner = row
             if (owner is not None and self._lives(owner)) or db.execute(
                 "SELECT 1 FROM device WHERE sandbox = ? LIMIT 1", (other,)
             ).fetchone():
                 raise SandboxConflict(
-                    f"the machine of sandbox {sandbox_id!r} is that of sandbox {other!r}, which has another address for it ({vm}); "
+                    f"the machine of sandbox {sandbox_id!r} is that of sandbox {other!r}, which "
+                    f"has another address for it ({vm}); "
                     "one machine belongs to one sandbox",
                     sandbox=sandbox_id,
                     vm=vm,
@@ -247,13 +333,18 @@ class SqliteStore(Store):
         db.execute("UPDATE sandbox SET machine = ? WHERE id = ?", (machine, sandbox_id))
 
     def _register(self, db: sqlite3.Connection) -> tuple[OwnerLock, int]:
-        """The lock that shows that this process lives, and its number, which it keeps even if the transaction comes to nothing."""
+        """The lock that shows that this process lives, and its number, which it keeps even if the
+        transaction comes to nothing."""
         lock = self._file.lock
         if lock is None:
             raise StoreError(f"{self._file.name} was closed at this moment")
         if self._owner is not None and self._owner[0] is lock:
-            # The transaction that counted it may have come to nothing: nobody else may have it after this process.
-            db.execute("UPDATE host SET owners = :number WHERE owners < :number", {"number": self._owner[1]})
+            # The transaction that counted it may have come to nothing: nobody else may have it
+            # after this process.
+            db.execute(
+                "UPDATE host SET owners = :number WHERE owners < :number",
+                {"number": self._owner[1]},
+            )
             return self._owner
         self._mine.clear()  # of a parent, or of the time before `close`
         self._given_up.clear()
@@ -263,20 +354,29 @@ class SqliteStore(Store):
             try:
                 lock.take(number)
             except BlockingIOError:
-                continue  # of a process whose transaction came to nothing, or that uses a database which was here before this one
+                # of a process whose transaction came to nothing, or that uses a database which was
+                # here before this one
+                continue
             self._owner = lock, number
             return self._owner
 
     def _give_up(self, db: sqlite3.Connection) -> list[str]:
-        """Has the sandboxes that were closed be nobody's; one of which nothing is kept goes. Returns them."""
+        """Has the sandboxes that were closed be nobody's; one of which nothing is kept goes.
+        Returns them."""
         if not self._given_up or self._owner is None or self._owner[0] is not self._file.lock:
             return []
         given_up = list(self._given_up)  # one more may come at any moment, out of a deleted object
         for sandbox_id in given_up:
             key = (sandbox_id, self._owner[1])
             kept = "EXISTS (SELECT 1 FROM device WHERE sandbox = sandbox.id)"
-            if not db.execute(f"DELETE FROM sandbox WHERE id = ? AND owner = ? AND state = x'' AND NOT {kept}", key).rowcount:
-                db.execute("UPDATE sandbox SET owner = NULL, owner_text = '' WHERE id = ? AND owner = ?", key)
+            if not db.execute(
+                f"DELETE FROM sandbox WHERE id = ? AND owner = ? AND state = x'' AND NOT {kept}",
+                key,
+            ).rowcount:
+                db.execute(
+                    "UPDATE sandbox SET owner = NULL, owner_text = '' WHERE id = ? AND owner = ?",
+                    key,
+                )
         return given_up
 
     def _write(
@@ -288,12 +388,20 @@ class SqliteStore(Store):
         own: bytes | None,
         all_or_none: bool,
     ) -> dict[str, ImageInUse]:
-        number = self._owner[1] if self._owner is not None and self._owner[0] is self._file.lock else None
+        number = (
+            self._owner[1]
+            if self._owner is not None and self._owner[0] is self._file.lock
+            else None
+        )
         owned = False  # whoever has changed a row as its owner is that
         refused: dict[str, ImageInUse] = {}
         found = rows()
-        for row in found:  # those that go come first: another may have their image, or their index, by now
-            if row.record is None and db.execute(_DELETE, (sandbox_id, row.device_id, number)).rowcount:
+        # those that go come first: another may have their image, or their index, by now
+        for row in found:
+            if (
+                row.record is None
+                and db.execute(_DELETE, (sandbox_id, row.device_id, number)).rowcount
+            ):
                 owned = True
         for row in found:
             if row.record is None:
@@ -312,18 +420,38 @@ class SqliteStore(Store):
         return refused
 
     def _check_owned(self, db: sqlite3.Connection, sandbox_id: str) -> None:
-        number = self._owner[1] if self._owner is not None and self._owner[0] is self._file.lock else None
-        if db.execute("SELECT 1 FROM sandbox WHERE id = ? AND owner = ?", (sandbox_id, number)).fetchone() is None:
-            owner, text = db.execute("SELECT owner, owner_text FROM sandbox WHERE id = ?", (sandbox_id,)).fetchone() or (None, "")
-            why = f"{self._file.name}: sandbox {sandbox_id!r} is not this process's any more; nothing was changed"
+        number = (
+            self._owner[1]
+            if self._owner is not None and self._owner[0] is self._file.lock
+            else None
+        )
+        if (
+            db.execute(
+                "SELECT 1 FROM sandbox WHERE id = ? AND owner = ?", (sandbox_id, number)
+            ).fetchone()
+            is None
+        ):
+            owner, text = db.execute(
+                "SELECT owner, owner_text FROM sandbox WHERE id = ?", (sandbox_id,)
+            ).fetchone() or (None, "")
+            why = (
+                f"{self._file.name}: sandbox {sandbox_id!r} is not this process's any more; "
+                "nothing was changed"
+            )
             raise StoreError(why, sandbox=sandbox_id, owner=self._living(owner, text))
 
-    def _insert(self, db: sqlite3.Connection, sandbox_id: str, row: Row, record: bytes) -> ImageInUse | None:
-        """Writes a row that is new, or whose claim is; who holds a claim that it does not fit, if somebody does."""
+    def _insert(
+        self, db: sqlite3.Connection, sandbox_id: str, row: Row, record: bytes
+    ) -> ImageInUse | None:
+        """Writes a row that is new, or whose claim is; who holds a claim that it does not fit, if
+        somebody does."""
         claim = row.claim
         image = access = None
         if claim is not None:
-            image, access = image_text(claim.identity), READ_ONLY * claim.read_only | SHARE * claim.share
+            image, access = (
+                image_text(claim.identity),
+                READ_ONLY * claim.read_only | SHARE * claim.share,
+            )
             asked = {"image": image, "own": sandbox_id, "device": row.device_id}
             if (found := db.execute(_HOLDERS[access], asked).fetchone()) is not None:
                 return self._held(db, claim, found[:3], "it" if found[3] else "what lies on it")
@@ -331,49 +459,89 @@ class SqliteStore(Store):
                 return holder
         db.execute(
             "INSERT INTO device VALUES (?, ?, ?, ?, ?) ON CONFLICT (sandbox, id) "
-            "DO UPDATE SET state = excluded.state, image = excluded.image, access = excluded.access",
+            "DO UPDATE SET state = excluded.state, image = excluded.image, access = "
+            "excluded.access",
             (sandbox_id, row.device_id, record, image, access),
         )
         if claim is not None and claim.under:  # most have nothing under them
-            db.execute("DELETE FROM under WHERE sandbox = ? AND device = ?", (sandbox_id, row.device_id))
-            values = [(image_text(lower), access, sandbox_id, row.device_id, image) for lower in claim.under]
+            db.execute(
+                "DELETE FROM under WHERE sandbox = ? AND device = ?", (sandbox_id, row.device_id)
+            )
+            values = [
+                (image_text(lower), access, sandbox_id, row.device_id, image)
+                for lower in claim.under
+            ]
             db.executemany("INSERT INTO under VALUES (?, ?, ?, ?, ?)", values)
         return None
 
-    def _holder_under(self, db: sqlite3.Connection, asked: dict[str, str], claim: Claim, access: int) -> ImageInUse | None:
+    def _holder_under(
+        self, db: sqlite3.Connection, asked: dict[str, str], claim: Claim, access: int
+    ) -> ImageInUse | None:
         """Who holds a claim on what lies under the image that this one does not fit."""
         for lower in claim.under:
-            found = db.execute(_HOLDERS_UNDER[access], {**asked, "image": image_text(lower)}).fetchone()
+            found = db.execute(
+                _HOLDERS_UNDER[access], {**asked, "image": image_text(lower)}
+            ).fetchone()
             if found is not None:
                 return self._held(db, claim, found[:3], f"what lies under it ({in_words(lower)})")
         return None
 
-    def _held(self, db: sqlite3.Connection, claim: Claim, found: tuple[str, str, int], what: str) -> ImageInUse:
+    def _held(
+        self, db: sqlite3.Connection, claim: Claim, found: tuple[str, str, int], what: str
+    ) -> ImageInUse:
         holder, device_id, access = found
-        [owner, text] = db.execute("SELECT owner, owner_text FROM sandbox WHERE id = ?", (holder,)).fetchone() or (None, "")
+        [owner, text] = db.execute(
+            "SELECT owner, owner_text FROM sandbox WHERE id = ?", (holder,)
+        ).fetchone() or (None, "")
         lives = owner is not None and self._lives(owner)
         wants, has = ("read" if each else "write" for each in (claim.read_only, access & READ_ONLY))
-        who = f"of {text}" if lives else f"that no process has open (if its machine is gone: pyblock forget {holder})"
+        who = (
+            f"of {text}"
+            if lives
+            else f"that no process has open (if its machine is gone: pyblock forget {holder})"
+        )
         return ImageInUse(
-            f"cannot be claimed to {wants} it: device {device_id} of sandbox {holder!r}, {who}, has claimed {what} to {has} it; "
+            f"cannot be claimed to {wants} it: device {device_id} of sandbox {holder!r}, {who}, "
+            f"has claimed {what} to {has} it; "
             "detach it there, or have both share it on purpose",
             holder=holder,
             owner=text if lives else "",
         )
 
     def _read(self, db: sqlite3.Connection, sandbox_id: str) -> Stored:
-        row = db.execute("SELECT vm, owner, owner_text, state FROM sandbox WHERE id = ?", (sandbox_id,)).fetchone()
+        row = db.execute(
+            "SELECT vm, owner, owner_text, state FROM sandbox WHERE id = ?", (sandbox_id,)
+        ).fetchone()
         if row is None:
-            raise UnknownSandbox(f"no sandbox {sandbox_id!r} in the {self._file.name}", sandbox=sandbox_id)
+            raise UnknownSandbox(
+                f"no sandbox {sandbox_id!r} in the {self._file.name}", sandbox=sandbox_id
+            )
         vm, owner, text, own = row
-        devices = db.execute("SELECT id, state FROM device WHERE sandbox = ? ORDER BY rowid", (sandbox_id,)).fetchall()
-        return Stored(sandbox_id, vm or "", self._living(owner, text), own, devices, f"{self._file.name}, sandbox {sandbox_id!r}")
+        devices = db.execute(
+            "SELECT id, state FROM device WHERE sandbox = ? ORDER BY rowid", (sandbox_id,)
+        ).fetchall()
+        return Stored(
+            sandbox_id,
+            vm or "",
+            self._living(owner, text),
+            own,
+            devices,
+            f"{self._file.name}, sandbox {sandbox_id!r}",
+        )
 
-    def _holders(self, db: sqlite3.Connection, image: Identity, under: Sequence[Identity]) -> list[Claimant]:
-        whose = "SELECT device.sandbox, owner, owner_text, device.id, device.image, device.access, device.state FROM device"
+    def _holders(
+        self, db: sqlite3.Connection, image: Identity, under: Sequence[Identity]
+    ) -> list[Claimant]:
+        whose = (
+            "SELECT device.sandbox, owner, owner_text, device.id, device.image, device.access, "
+            "device.state FROM device"
+        )
         whose += " JOIN sandbox ON sandbox.id = device.sandbox"
         itself = f"{whose} WHERE device.image = ? ORDER BY device.rowid"
-        on_it = f"{whose} JOIN under ON under.sandbox = device.sandbox AND device = device.id AND top = device.image WHERE under.image = ?"
+        on_it = (
+            f"{whose} JOIN under ON under.sandbox = device.sandbox AND device = device.id AND top "
+            "= device.image WHERE under.image = ?"
+        )
         queries: list[tuple[Relation, str, Identity]] = [
             ("it", itself, image),
             *(("under it", itself, lower) for lower in under),
@@ -381,7 +549,9 @@ class SqliteStore(Store):
         ]
         found: dict[tuple[str, str], Claimant] = {}
         for relation, query, asked in queries:
-            for sandbox_id, owner, text, device_id, claimed, access, data in db.execute(query, (image_text(asked),)):
+            for sandbox_id, owner, text, device_id, claimed, access, data in db.execute(
+                query, (image_text(asked),)
+            ):
                 holder = Claimant(
                     sandbox_id, self._living(owner, text), device_id, image_told(claimed), relation,
                     bool(access & READ_ONLY), bool(access & SHARE), data,
@@ -411,5 +581,8 @@ def _check_text(vm: str) -> None:
     try:
         vm.encode()
     except UnicodeEncodeError:
-        text = f"the VMM's address {vm!r} is no UTF-8 and cannot be written down; give its socket another name"
+        text = (
+            f"the VMM's address {vm!r} is no UTF-8 and cannot be written down; give its socket "
+            "another name"
+        )
         raise InvalidValue(text, vm=vm, value=vm) from None

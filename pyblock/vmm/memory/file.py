@@ -1,6 +1,8 @@
-"""A machine in memory that outlives its process, kept in a file: for callers' own tests of what a restart finds.
+"""A machine in memory that outlives its process, kept in a file: for callers' own tests of what a
+restart finds.
 
-The file is the machine: an empty one is a machine that was just started, and one that is not there is a machine that has ended.
+The file is the machine: an empty one is a machine that was just started, and one that is not there
+is a machine that has ended.
 """
 
 from __future__ import annotations
@@ -64,17 +66,29 @@ class FileMachine(MemoryHypervisor):
             text = self._path.read_bytes()
         except OSError as error:
             why = f"{error.strerror}; an empty file there would be a new machine"
-            raise VmmUnreachable(f"machine in memory {str(self._path)!r}: {why}", path=str(self._path)) from error
+            raise VmmUnreachable(
+                f"machine in memory {str(self._path)!r}: {why}", path=str(self._path)
+            ) from error
         try:
             have = msgspec.json.decode(text or b"{}", type=_Contents)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             why = f"is no machine in memory: {error!r}"
-            raise VmmProtocolError(f"file {str(self._path)!r} {why}", path=str(self._path)) from error
-        self.backends, self.devices, self._places = have.backends, have.devices, set(have.devices.values())
+            raise VmmProtocolError(
+                f"file {str(self._path)!r} {why}", path=str(self._path)
+            ) from error
+        self.backends, self.devices, self._places = (
+            have.backends,
+            have.devices,
+            set(have.devices.values()),
+        )
 
     def _write(self) -> None:
         new = self._path.with_name(self._path.name + ".new")
-        new.write_bytes(msgspec.json.format(msgspec.json.encode(_Contents(self.backends, self.devices)), indent=1))
+        new.write_bytes(
+            msgspec.json.format(
+                msgspec.json.encode(_Contents(self.backends, self.devices)), indent=1
+            )
+        )
         new.replace(self._path)
 
 

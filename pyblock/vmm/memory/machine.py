@@ -1,4 +1,5 @@
-"""A machine that exists in memory only, for callers' own tests: it keeps what it was given, and fails when it is told to.
+"""A machine that exists in memory only, for callers' own tests: it keeps what it was given, and
+fails when it is told to.
 
 Any of its STEPS can be refused, delayed, held back or lost. It is no guest: names stay predictions.
 """
@@ -15,7 +16,14 @@ from typing import Literal
 import msgspec
 
 from pyblock.core.naming import LUNS
-from pyblock.disk.drivers import DRIVERS, NVDIMM, VIRTIO_BLK, VIRTIO_BLK_CCW, VIRTIO_MMIO, VIRTIO_SCSI
+from pyblock.disk.drivers import (
+    DRIVERS,
+    NVDIMM,
+    VIRTIO_BLK,
+    VIRTIO_BLK_CCW,
+    VIRTIO_MMIO,
+    VIRTIO_SCSI,
+)
 from pyblock.disk.image import OpenedImage
 from pyblock.disk.model import BlockDrive, Place
 from pyblock.errors import ConnectionLost, InvalidValue, SlotsExhausted, VmmRefused, VmmUnreachable
@@ -30,9 +38,10 @@ _PCI_PATH = re.compile(r"([0-9a-f]{2})/([0-9a-f]{2})")
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """What befalls a step once: `refuse` (the VMM says no), `delay` (it takes `seconds`), `hold` (it waits for `let_go`), `lose` (the
-    connection breaks before the reply), `break` (the adapter fails with what is no error of pyblock's, a KeyError). Of the last two `done`
-    tells whether the request had been carried out."""
+    """What befalls a step once: `refuse` (the VMM says no), `delay` (it takes `seconds`), `hold`
+    (it waits for `let_go`), `lose` (the connection breaks before the reply), `break` (the adapter
+    fails with what is no error of pyblock's, a KeyError). Of the last two `done` tells whether the
+    request had been carried out."""
 
     kind: Literal["refuse", "delay", "hold", "lose", "break"]
     seconds: float = 0.0
@@ -40,7 +49,8 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 class _Driver:
-    """How a drive is presented there: the place that it takes, if it takes one, and where a guest would find it."""
+    """How a drive is presented there: the place that it takes, if it takes one, and where a guest
+    would find it."""
 
     offer = Offer()
 
@@ -146,16 +156,30 @@ class MemoryHypervisor(Hypervisor):
     offers: Mapping[str, Offer] = OFFERS
     lanes: int | None = None
     losses = 0
-    STEPS: tuple[str, ...] = ("backend-add", "device-add", "device-del", "device-gone", "backend-del")
+    STEPS: tuple[str, ...] = (
+        "backend-add",
+        "device-add",
+        "device-del",
+        "device-gone",
+        "backend-del",
+    )
 
     __slots__ = (
         "_existing", "_faults", "_gates", "_keep_journal", "_places", "_slot_count", "_slots",
         "backends", "dead", "devices", "journal", "label",
     )  # fmt: skip
 
-    def __init__(self, label: str = "", *, slots: int = BRIDGES * BRIDGE_SLOTS, existing: tuple[FoundDisk, ...] = ()) -> None:
+    def __init__(
+        self,
+        label: str = "",
+        *,
+        slots: int = BRIDGES * BRIDGE_SLOTS,
+        existing: tuple[FoundDisk, ...] = (),
+    ) -> None:
         if not 0 <= slots <= BRIDGES * BRIDGE_SLOTS:
-            raise InvalidValue(f"slots {slots!r} is not in 0 … {BRIDGES * BRIDGE_SLOTS}", value=slots)
+            raise InvalidValue(
+                f"slots {slots!r} is not in 0 … {BRIDGES * BRIDGE_SLOTS}", value=slots
+            )
         self.label = label
         self.backends: dict[str, str] = {}
         self.devices: dict[str, str] = {}
@@ -174,9 +198,12 @@ class MemoryHypervisor(Hypervisor):
         return ""  # it ends with its process
 
     def fail(self, step: str, fault: Fault, *, times: int = 1) -> None:
-        """Has the next `times` runs of a step meet with a fault. Raises InvalidValue for a step that is not in STEPS."""
+        """Has the next `times` runs of a step meet with a fault. Raises InvalidValue for a step
+        that is not in STEPS."""
         if step not in self.STEPS:
-            raise InvalidValue(f"step {step!r} is unknown; known are {', '.join(self.STEPS)}", value=step)
+            raise InvalidValue(
+                f"step {step!r} is unknown; known are {', '.join(self.STEPS)}", value=step
+            )
         self._faults = self._faults or {}
         self._faults.setdefault(step, deque()).extend([fault] * times)
 
@@ -191,8 +218,14 @@ class MemoryHypervisor(Hypervisor):
         if self.dead:
             raise self._dead()
         known = {drive.id for drive in ours}
-        kinds = {drive_id: DRIVERS[place.partition(" ")[0]] for drive_id, place in self.devices.items()}
-        others = [FoundDisk(drive_id, kind.family) for drive_id, kind in kinds.items() if drive_id not in known]
+        kinds = {
+            drive_id: DRIVERS[place.partition(" ")[0]] for drive_id, place in self.devices.items()
+        }
+        others = [
+            FoundDisk(drive_id, kind.family)
+            for drive_id, kind in kinds.items()
+            if drive_id not in known
+        ]
         ids = dict.fromkeys([*self.backends, *self.devices])
         held = {one: Held(one in self.devices, kinds.get(one, VIRTIO_SCSI)) for one in ids}
         return Inventory([*self._existing, *others], held, frozenset(self.backends.values()))
@@ -217,7 +250,10 @@ class MemoryHypervisor(Hypervisor):
         """Takes the lowest free PCI slot. Raises SlotsExhausted."""
         lowest = (~self._slots & (self._slots + 1)).bit_length() - 1
         if lowest >= self._slot_count:
-            text = f"no free PCI slot for drive {drive.id}: the machine in memory has {self._slot_count}"
+            text = (
+                f"no free PCI slot for drive {drive.id}: the machine in memory has "
+                f"{self._slot_count}"
+            )
             raise SlotsExhausted(text, **drive.facts)
         self._slots |= 1 << lowest
         return lowest
@@ -228,7 +264,11 @@ class MemoryHypervisor(Hypervisor):
 
     def steps(self, drive: BlockDrive, image: OpenedImage) -> Sequence[Step]:
         return (
-            Step("backend-add", partial(self.backend_add, drive, image), partial(self.remove_rest, drive)),
+            Step(
+                "backend-add",
+                partial(self.backend_add, drive, image),
+                partial(self.remove_rest, drive),
+            ),
             Step("device-add", partial(self.device_add, drive)),
         )
 
@@ -237,7 +277,12 @@ class MemoryHypervisor(Hypervisor):
 
         def do() -> None:
             if drive.id in self.backends:
-                raise VmmRefused(f"backend {drive.id} exists already", step="backend-add", request=drive.id, reply="duplicate")
+                raise VmmRefused(
+                    f"backend {drive.id} exists already",
+                    step="backend-add",
+                    request=drive.id,
+                    reply="duplicate",
+                )
             self.backends[drive.id] = image.path
 
         await self._step("backend-add", drive, do)
@@ -245,10 +290,17 @@ class MemoryHypervisor(Hypervisor):
     async def device_add(self, drive: BlockDrive) -> None:
         def do() -> None:
             if drive.id in self.devices:
-                raise VmmRefused(f"device {drive.id} exists already", step="device-add", request=drive.id, reply="duplicate")
+                raise VmmRefused(
+                    f"device {drive.id} exists already",
+                    step="device-add",
+                    request=drive.id,
+                    reply="duplicate",
+                )
             place = f"{drive.kind.name} {drive.place or drive.index}"
             if place in self._places:
-                raise VmmRefused(f"place {place} is taken", step="device-add", request=drive.id, reply="in use")
+                raise VmmRefused(
+                    f"place {place} is taken", step="device-add", request=drive.id, reply="in use"
+                )
             self.devices[drive.id] = place
             self._places.add(place)
 
@@ -274,7 +326,12 @@ class MemoryHypervisor(Hypervisor):
     async def remove_rest(self, drive: BlockDrive) -> None:
         def do() -> None:
             if drive.id in self.devices:
-                raise VmmRefused(f"backend {drive.id} is in use", step="backend-del", request=drive.id, reply="in use")
+                raise VmmRefused(
+                    f"backend {drive.id} is in use",
+                    step="backend-del",
+                    request=drive.id,
+                    reply="in use",
+                )
             self.backends.pop(drive.id, None)
 
         await self._step("backend-del", drive, do)
@@ -298,7 +355,10 @@ class MemoryHypervisor(Hypervisor):
             return do()
         if fault.kind == "refuse":
             raise VmmRefused(
-                f"{step} of drive {drive.id} was refused, as it was told to be", step=step, request=drive.id, reply="told to refuse"
+                f"{step} of drive {drive.id} was refused, as it was told to be",
+                step=step,
+                request=drive.id,
+                reply="told to refuse",
             )
         if fault.kind == "delay":
             await asyncio.sleep(fault.seconds)
@@ -308,10 +368,14 @@ class MemoryHypervisor(Hypervisor):
         elif not fault.done:
             if fault.kind == "break":
                 raise KeyError(f"told to break before {step}")
-            raise ConnectionLost(f"the connection broke before {step} of drive {drive.id} was carried out")
+            raise ConnectionLost(
+                f"the connection broke before {step} of drive {drive.id} was carried out"
+            )
         do()
         if fault.kind == "lose":
-            raise ConnectionLost(f"the connection broke before {step} of drive {drive.id} was answered")
+            raise ConnectionLost(
+                f"the connection broke before {step} of drive {drive.id} was answered"
+            )
         if fault.kind == "break":
             raise KeyError(f"told to break after {step}")
 

@@ -26,8 +26,9 @@ from pyblock.vmm.unix import real_path
 
 OFFERS = {each.driver.name: each.offer for each in DRIVERS}
 
-# QEMU works off its commands one by one, and each takes longer the more block nodes there are: with a hundred drives begun at once, every
-# device would be added among a hundred nodes. A few in flight keep QEMU busy.
+# QEMU works off its commands one by one, and each takes longer the more block nodes there are: with
+# a hundred drives begun at once, every device would be added among a hundred nodes. A few in flight
+# keep QEMU busy.
 _LANES = 4
 
 
@@ -36,15 +37,19 @@ class _Uuid(msgspec.Struct):
 
 
 class QemuHypervisor(Hypervisor):
-    """:param address: the path of the machine's QMP socket. QEMU serves one client at a time there; give pyblock a monitor of its own."""
+    """:param address: the path of the machine's QMP socket. QEMU serves one client at a time there;
+    give pyblock a monitor of its own."""
 
     def __init__(self, address: str) -> None:
         self._qmp = QmpSession(address)
         self._descriptors = DescriptorSets(self._qmp)
         self._places = Places(self._qmp, TYPES)
-        self._drivers = {each.driver.name: each(self._qmp, self._descriptors, self._places) for each in DRIVERS}
+        self._drivers = {
+            each.driver.name: each(self._qmp, self._descriptors, self._places) for each in DRIVERS
+        }
         self._other = Other(self._qmp, self._descriptors, self._places)
-        self._leaving: dict[str, tuple[str, asyncio.Future[None]]] = {}  # drive ID to the device that was asked to leave
+        # drive ID to the device that was asked to leave
+        self._leaving: dict[str, tuple[str, asyncio.Future[None]]] = {}
         self._nudges: dict[str, asyncio.Task[None]] = {}  # by drive ID
 
     @property
@@ -72,12 +77,15 @@ class QemuHypervisor(Hypervisor):
 
     async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
         with self._descriptors.watched() as moved:
-            listing = await take_listing(self._qmp, await self._places.look(), TYPES, {drive.id for drive in ours})
+            listing = await take_listing(
+                self._qmp, await self._places.look(), TYPES, {drive.id for drive in ours}
+            )
         self._descriptors.learn(listing.sets, listing.unused, moved)
         return msgspec.structs.replace(listing.inventory, machine=await self._machine())
 
     async def _machine(self) -> str:
-        """What two monitors of this machine have in common: QEMU's process, or its UUID where the peer is something in between."""
+        """What two monitors of this machine have in common: QEMU's process, or its UUID where the
+        peer is something in between."""
         if process := qemu_process(self._qmp.peer):
             return process
         uuid = (await self._qmp.ask(_Uuid, "query-uuid")).UUID
@@ -102,17 +110,26 @@ class QemuHypervisor(Hypervisor):
         self._driver(drive).give_back(drive)
 
     def steps(self, drive: BlockDrive, image: OpenedImage) -> Sequence[Step]:
-        driver, sent = self._driver(drive), list[Answer]()  # to device_add, where that went along with the backend
+        # to device_add, where that went along with the backend
+        driver, sent = self._driver(drive), list[Answer]()
         return (
-            Step("backend-add", partial(self._add_backend, driver, drive, image, sent), partial(self.remove_rest, drive)),
+            Step(
+                "backend-add",
+                partial(self._add_backend, driver, drive, image, sent),
+                partial(self.remove_rest, drive),
+            ),
             Step("device-add", partial(self._add_device, driver, drive, image, sent)),
         )
 
-    async def _add_backend(self, driver: QemuDriver, drive: BlockDrive, image: OpenedImage, sent: list[Answer]) -> None:
+    async def _add_backend(
+        self, driver: QemuDriver, drive: BlockDrive, image: OpenedImage, sent: list[Answer]
+    ) -> None:
         if (answer := await driver.add_backend(drive, image)) is not None:
             sent.append(answer)
 
-    async def _add_device(self, driver: QemuDriver, drive: BlockDrive, image: OpenedImage, sent: list[Answer]) -> None:
+    async def _add_device(
+        self, driver: QemuDriver, drive: BlockDrive, image: OpenedImage, sent: list[Answer]
+    ) -> None:
         if not drive.verified:
             driver.check_opened(drive, image)
         try:
@@ -127,7 +144,8 @@ class QemuHypervisor(Hypervisor):
     async def request_removal(self, drive: BlockDrive) -> bool:
         if await self._ask_to_leave(drive, drive.id):
             return True
-        # The original names the device otherwise than its node ("virtio-drive-…"), and its drives can be loaded from its state.
+        # The original names the device otherwise than its node ("virtio-drive-…"), and its drives
+        # can be loaded from its state.
         user = await self._driver(drive).user(drive)
         return user is not None and await self._ask_to_leave(drive, user)
 
@@ -147,7 +165,8 @@ class QemuHypervisor(Hypervisor):
     async def removed(self, drive: BlockDrive) -> None:
         _, leaving = self._leaving[drive.id]
         try:
-            await asyncio.wait([leaving])  # a cancellation ends the waiting, not what others may wait for
+            # a cancellation ends the waiting, not what others may wait for
+            await asyncio.wait([leaving])
         finally:
             self._leaving.pop(drive.id, None)  # two may wait for one that is nobody's
         leaving.result()
@@ -160,7 +179,8 @@ class QemuHypervisor(Hypervisor):
 
     async def _nudge(self, drive: BlockDrive) -> None:
         device_id, _ = self._leaving.get(drive.id, (drive.id, None))
-        with contextlib.suppress(PyblockError):  # the operation that waits for the confirmation hears of a lost connection itself
+        # the operation that waits for the confirmation hears of a lost connection itself
+        with contextlib.suppress(PyblockError):
             try:
                 await self._qmp.execute("device_del", {"id": device_id}, step="device-del")
             except VmmRefused as error:
@@ -185,5 +205,6 @@ def _not_found(error: VmmRefused) -> bool:
 
 
 def _is_pending(error: VmmRefused) -> bool:
-    # QEMU 6.0 and later refuse a second device_del while the first is pending; there is no error class of its own for it.
+    # QEMU 6.0 and later refuse a second device_del while the first is pending; there is no error
+    # class of its own for it.
     return "already in the process of unplug" in error.reply["desc"]

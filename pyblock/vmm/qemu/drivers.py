@@ -1,7 +1,8 @@
-"""QEMU's drivers, one class each: what a drive is there (a backend and the device that uses it), which place
-it takes, and where the guest then finds it.
+"""QEMU's drivers, one class each: what a drive is there (a backend and the device that uses it),
+which place it takes, and where the guest then finds it.
 
-A new driver is a class here and a row in DRIVERS; what the machine's own disks are follows from the classes.
+A new driver is a class here and a row in DRIVERS; what the machine's own disks are follows from the
+classes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from pyblock.core.naming import LUNS
 from pyblock.disk.drivers import NVDIMM, PMEM, SD, VD, VIRTIO_BLK, VIRTIO_SCSI, Driver
 from pyblock.disk.image import OpenedImage
 from pyblock.disk.model import BlockDrive, Place
-from pyblock.errors import ImageReplaced, PyblockError, SlotsExhausted, TransportError, UnknownDriver, VmmRefused
+from pyblock.errors import (
+    ImageReplaced,
+    PyblockError,
+    SlotsExhausted,
+    TransportError,
+    UnknownDriver,
+    VmmRefused,
+)
 from pyblock.vmm.base import Offer, Unsettled
 from pyblock.vmm.qemu.descriptors import DescriptorSets, Passed, set_behind
 from pyblock.vmm.qemu.inventory import KATA_MEMORY, KATA_NVDIMM, memory_modules, nodes, user_of
@@ -80,11 +88,13 @@ class QemuDriver(ABC):
 
     @abstractmethod
     def device(self, drive: BlockDrive) -> dict[str, Any]:
-        """The arguments of device_add. What QEMU assumes anyway is left out: it takes 4 µs to read a byte."""
+        """The arguments of device_add. What QEMU assumes anyway is left out: it takes 4 µs to read
+        a byte."""
 
     @abstractmethod
     async def user(self, drive: BlockDrive) -> str | None:
-        """The ID of the device that uses the drive's backend, whoever named it; None where there is none."""
+        """The ID of the device that uses the drive's backend, whoever named it; None where there is
+        none."""
 
     # Its backend.
 
@@ -93,16 +103,20 @@ class QemuDriver(ABC):
         """What adds the backend, with the image under that path of QEMU's."""
 
     @abstractmethod
-    async def add_passed(self, drive: BlockDrive, image: OpenedImage, passed: Passed) -> Answer | None:
+    async def add_passed(
+        self, drive: BlockDrive, image: OpenedImage, passed: Passed
+    ) -> Answer | None:
         """Adds the backend, with the image as it was handed over. See `add_backend`."""
 
     @abstractmethod
     def deletion(self, name: str) -> Command:
-        """What removes a backend of that name. Nothing but its name is told: it must work when the image is long gone."""
+        """What removes a backend of that name. Nothing but its name is told: it must work when the
+        image is long gone."""
 
     @abstractmethod
     async def backend_name(self, drive: BlockDrive) -> str | None:
-        """What QEMU calls the drive's backend, which another program may have named; None where it has none."""
+        """What QEMU calls the drive's backend, which another program may have named; None where it
+        has none."""
 
     async def add_backend(self, drive: BlockDrive, image: OpenedImage) -> Answer | None:
         """Hands the image over and adds the backend that reads and writes it. Where device_add was
@@ -114,20 +128,29 @@ class QemuDriver(ABC):
         return None
 
     async def _add_by_path(self, drive: BlockDrive, image: OpenedImage) -> None:
-        """For a QEMU that no descriptor reaches: what it opened is looked at before the guest gets it (`check_opened`)."""
+        """For a QEMU that no descriptor reaches: what it opened is looked at before the guest gets
+        it (`check_opened`)."""
         image.check_path()
         self._sets.note(drive.id, None)
         await self._execute(self.backend(drive, image, drive.file), "backend-add")
         drive.verified = False
 
     def check_opened(self, drive: BlockDrive, image: OpenedImage) -> None:
-        """Raises ImageReplaced when QEMU can be seen to have opened something else than was claimed."""
+        """Raises ImageReplaced when QEMU can be seen to have opened something else than was
+        claimed."""
         has = has_open(self._qmp.peer, image)
         drive.verified = bool(has)
         if has is None:
-            log.warning("drive %s: QEMU takes no descriptor, and what it opened as %r cannot be seen", drive.id, drive.file)
+            log.warning(
+                "drive %s: QEMU takes no descriptor, and what it opened as %r cannot be seen",
+                drive.id,
+                drive.file,
+            )
         elif not has:
-            text = f"what QEMU opened as {drive.file!r} is not what was claimed: its path leads elsewhere there"
+            text = (
+                f"what QEMU opened as {drive.file!r} is not what was claimed: its path leads "
+                "elsewhere there"
+            )
             raise ImageReplaced(text, **drive.facts)
 
     async def remove_backend(self, drive: BlockDrive) -> None:
@@ -163,15 +186,20 @@ class OnNode(QemuDriver):
         driver = "host_device" if image.is_block else "file"
         return "blockdev-add", {"driver": driver, "node-name": drive.id, "filename": file, **access}
 
-    async def add_passed(self, drive: BlockDrive, image: OpenedImage, passed: Passed) -> Answer | None:
-        """Sends both commands in one write where nobody else can have a node of that name: QEMU adds
-        the device whatever became of the node, and the guest would get the other's image."""
+    async def add_passed(
+        self, drive: BlockDrive, image: OpenedImage, passed: Passed
+    ) -> Answer | None:
+        """Sends both commands in one write where nobody else can have a node of that name: QEMU
+        adds the device whatever became of the node, and the guest would get the other's image."""
         node = self.backend(drive, image, f"/dev/fdset/{passed.set}")
         answer: Answer | None = None
         try:
             if drive.fresh:
-                added, answer = await self._qmp.send_both(Sent(*node, "backend-add"), Sent("device_add", self.device(drive), "device-add"))
-                with contextlib.suppress(PyblockError):  # is answered last; what it says is the next step's
+                added, answer = await self._qmp.send_both(
+                    Sent(*node, "backend-add"), Sent("device_add", self.device(drive), "device-add")
+                )
+                # is answered last; what it says is the next step's
+                with contextlib.suppress(PyblockError):
                     await answer
                 await added
             else:
@@ -183,8 +211,11 @@ class OnNode(QemuDriver):
             raise
         return answer
 
-    async def _see_it_come_to_nothing(self, drive: BlockDrive, answer: Answer, refusal: VmmRefused) -> None:
-        """Returns when the guest has no device of a node that was refused. Unsettled when it may."""
+    async def _see_it_come_to_nothing(
+        self, drive: BlockDrive, answer: Answer, refusal: VmmRefused
+    ) -> None:
+        """Returns when the guest has no device of a node that was refused. Unsettled when it
+        may."""
         try:
             await answer
         except VmmRefused:
@@ -193,7 +224,10 @@ class OnNode(QemuDriver):
             if not error.sent:
                 return
             raise
-        refusal.add_note(f"the node was somebody else's, and the guest had it until {drive.id} was unplugged again")
+        refusal.add_note(
+            f"the node was somebody else's, and the guest had it until {drive.id} was unplugged "
+            "again"
+        )
         try:
             leaving = await self._qmp.leaving(drive.id)
             await self._qmp.execute("device_del", {"id": drive.id}, step="device-del")
@@ -235,10 +269,14 @@ class OnMemory(QemuDriver):
         memory = {"qom-type": "memory-backend-file", "id": drive.id, "mem-path": file}
         return "object-add", {**memory, "size": image.size, "share": True, **access}
 
-    async def add_passed(self, drive: BlockDrive, image: OpenedImage, passed: Passed) -> None:  # device_add never goes along
-        """Memory opens no set, but a path of QEMU's own to the descriptor in it. It has the file mapped from then on."""
+    # device_add never goes along
+    async def add_passed(self, drive: BlockDrive, image: OpenedImage, passed: Passed) -> None:
+        """Memory opens no set, but a path of QEMU's own to the descriptor in it. It has the file
+        mapped from then on."""
         try:
-            await self._execute(self.backend(drive, image, f"/proc/self/fd/{passed.descriptor}"), "backend-add")
+            await self._execute(
+                self.backend(drive, image, f"/proc/self/fd/{passed.descriptor}"), "backend-add"
+            )
         except VmmRefused as refusal:
             self._sets.remove(drive.id)
             if "No such file" not in refusal.reply["desc"]:  # which is to say: it has no /proc
@@ -255,7 +293,10 @@ class OnMemory(QemuDriver):
         return next((name for name in (drive.id, KATA_MEMORY + drive.id) if name in objects), None)
 
     async def user(self, drive: BlockDrive) -> str | None:
-        return next((name for _, name in await memory_modules(self._qmp) if name == KATA_NVDIMM + drive.id), None)
+        return next(
+            (name for _, name in await memory_modules(self._qmp) if name == KATA_NVDIMM + drive.id),
+            None,
+        )
 
 
 class OnPci(QemuDriver):
@@ -293,7 +334,8 @@ class OnPci(QemuDriver):
         """Where the device goes, as device_add takes it."""
         bus, _, number = (drive.place or "").rpartition("/")
         slot = self._places.slot(drive.place)
-        where = {} if slot is not None and slot.port else {"addr": f"0x{number}"}  # behind a port there is one place
+        # behind a port there is one place
+        where = {} if slot is not None and slot.port else {"addr": f"0x{number}"}
         return {"bus": bus, **where}
 
 
@@ -316,11 +358,18 @@ class ScsiDisk(OnNode):
 
     def device(self, drive: BlockDrive) -> dict[str, Any]:
         target, lun = divmod(drive.index, LUNS)
-        return {"driver": "scsi-hd", "bus": drive.place, "scsi-id": target, "lun": lun, **self._options(drive)}
+        return {
+            "driver": "scsi-hd",
+            "bus": drive.place,
+            "scsi-id": target,
+            "lun": lun,
+            **self._options(drive),
+        }
 
     def recognize(self, drive: BlockDrive) -> None:
         target, lun = divmod(drive.index, LUNS)
-        # The guest numbers its SCSI hosts itself, and SATA ports count among them: only what follows the host's number is a fact.
+        # The guest numbers its SCSI hosts itself, and SATA ports count among them: only what
+        # follows the host's number is a fact.
         drive.guest_match = f":0:{target}:{lun}/block/"
 
 
@@ -328,7 +377,8 @@ class VirtioBlk(OnPci, OnNode):
     """A PCI device of its own."""
 
     driver = VIRTIO_BLK
-    offer = Offer(serial_max=20, descriptors=True, removal_time=0.2)  # with ACPI hot-plug; 6.3 s with native PCIe hot-plug
+    # with ACPI hot-plug; 6.3 s with native PCIe hot-plug
+    offer = Offer(serial_max=20, descriptors=True, removal_time=0.2)
     types = (DiskType("pci", r"virtio-blk-.*", VD), DiskType("mmio", r"virtio-blk-device", VD))
 
     def device(self, drive: BlockDrive) -> dict[str, Any]:
@@ -336,7 +386,8 @@ class VirtioBlk(OnPci, OnNode):
 
 
 class Nvdimm(OnMemory):
-    """A memory module, in the lowest free memory slot. QEMU 7.2 lets go of none: it says so to each removal."""
+    """A memory module, in the lowest free memory slot. QEMU 7.2 lets go of none: it says so to each
+    removal."""
 
     driver = NVDIMM
     offer = Offer(share=True, descriptors=True)
@@ -350,12 +401,15 @@ class Nvdimm(OnMemory):
 
 
 class Other(OnNode):
-    """What another program plugged in by a driver that is not offered here: it can be told to leave, and no more."""
+    """What another program plugged in by a driver that is not offered here: it can be told to
+    leave, and no more."""
 
     types = ()
 
     def device(self, drive: BlockDrive) -> dict[str, Any]:
-        raise UnknownDriver(f"QEMU is not told to plug in drives by driver {drive.driver!r}", **drive.facts)
+        raise UnknownDriver(
+            f"QEMU is not told to plug in drives by driver {drive.driver!r}", **drive.facts
+        )
 
 
 DRIVERS: tuple[type[QemuDriver], ...] = (ScsiDisk, VirtioBlk, Nvdimm)

@@ -25,7 +25,8 @@ class Places:
         self._qmp = qmp
         self._types = types
         self._tree: Tree | None = None
-        self._slots: dict[str, tuple[str, Slot | None]] = {}  # name to our drive, and the slot if we chose it
+        # name to our drive, and the slot if we chose it
+        self._slots: dict[str, tuple[str, Slot | None]] = {}
         self._buses: dict[tuple[Hop, ...], int] = {}
         self._asked_at = (-1, -1)  # as _now was when a stopped machine had numbered no more buses
         self._losses = 0
@@ -67,16 +68,19 @@ class Places:
         return self._slots.get(name or "", ("", None))[1]
 
     def give_back(self, name: str | None, drive_id: str) -> None:
-        """Takes note that the drive's slot is free. Of one that was never taken it is not known which that is."""
+        """Takes note that the drive's slot is free. Of one that was never taken it is not known
+        which that is."""
         if name is None or self._slots.get(name, ("", None))[0] != drive_id:
             self._tree = None
             return
         del self._slots[name]
         if self._tree is not None and all(slot.name != name for slot in self._tree.free):
-            self._tree = None  # it was read while the drive was there, so it does not list the slot as free
+            # it was read while the drive was there, so it does not list the slot as free
+            self._tree = None
 
     async def guest_match(self, slot: Slot) -> str | None:
-        """See BlockDrive.guest_match. Asks for the numbers of the buses only while one on the way is not known and may be by now."""
+        """See BlockDrive.guest_match. Asks for the numbers of the buses only while one on the way
+        is not known and may be by now."""
         if self._losses != self._qmp.losses:  # another machine may answer by now
             self._losses = self._qmp.losses
             self._buses = {}
@@ -85,7 +89,8 @@ class Places:
         return slot.guest_match(self._buses)
 
     async def _number(self) -> None:
-        """While a machine is stopped, its firmware numbers nothing: what was not there will not be until it goes on."""
+        """While a machine is stopped, its firmware numbers nothing: what was not there will not be
+        until it goes on."""
         now = (self._qmp.losses, self._qmp.resumes)
         if self._asked_at == now:
             return

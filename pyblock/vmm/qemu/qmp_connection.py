@@ -1,9 +1,11 @@
-"""One connection to a QMP monitor: bytes to messages, and each reply to whoever asked. Knows no command.
+"""One connection to a QMP monitor: bytes to messages, and each reply to whoever asked. Knows no
+command.
 
-Nothing here grows with what the peer sends: a line has an end, events are handed on and forgotten, and a peer that sends too many of them
-loses its connection. The socket is read and written here and not by a transport of asyncio's, since a descriptor has to leave with the
-first byte of its own command. What waits to be sent goes in one write; of what has come, a few messages are handed over in each turn of the
-event loop.
+Nothing here grows with what the peer sends: a line has an end, events are handed on and forgotten,
+and a peer that sends too many of them loses its connection. The socket is read and written here and
+not by a transport of asyncio's, since a descriptor has to leave with the first byte of its own
+command. What waits to be sent goes in one write; of what has come, a few messages are handed over
+in each turn of the event loop.
 """
 
 from __future__ import annotations
@@ -21,17 +23,27 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from pyblock.errors import ConnectionLost, PyblockError, VmmProtocolError, VmmRefused, VmmUnreachable, shown
+from pyblock.errors import (
+    ConnectionLost,
+    PyblockError,
+    VmmProtocolError,
+    VmmRefused,
+    VmmUnreachable,
+    shown,
+)
 from pyblock.vmm.turns import turn_of
 from pyblock.vmm.unix import peer_of
 
-LINE_MAX = 64 << 20  # bytes of one message: a listing of block nodes has 0.9 KB a disk, and a sandbox 65,536 disks
+# bytes of one message: a listing of block nodes has 0.9 KB a disk, and a sandbox 65,536 disks
+LINE_MAX = 64 << 20
 EVENTS_MAX = 100_000  # within EVENTS_TIME; 10,000 disks that leave at once send 20,000
 EVENTS_TIME = 10.0  # seconds
-UNANSWERED_MAX = 100_000  # commands; a sandbox of 65,536 disks that lets go of all of them at once sends as many
+# commands; a sandbox of 65,536 disks that lets go of all of them at once sends as many
+UNANSWERED_MAX = 100_000
 UNSENT_MAX = 64 << 20  # bytes that wait for a peer that does not read
 _TIDY_MIN = 100  # commands that wait before it is looked for those that nobody waits for any more
-STRAYS_MAX = 64  # messages before the greeting: replies that an earlier client did not wait for (QEMU 10)
+# messages before the greeting: replies that an earlier client did not wait for (QEMU 10)
+STRAYS_MAX = 64
 _CHUNK = 65536
 _TOGETHER_MAX = 64  # commands in one write
 
@@ -76,7 +88,18 @@ class Request:
     :ivar late: is called with the reply when whoever asked has gone.
     """
 
-    __slots__ = ("arguments", "begun", "behind", "command", "data", "descriptor", "future", "late", "number", "step")
+    __slots__ = (
+        "arguments",
+        "begun",
+        "behind",
+        "command",
+        "data",
+        "descriptor",
+        "future",
+        "late",
+        "number",
+        "step",
+    )
 
     def __init__(
         self,
@@ -96,7 +119,11 @@ class Request:
         self.late = late
         self.behind = behind
         self.begun = False
-        message = {"execute": command, "id": number} if not arguments else {"execute": command, "arguments": arguments, "id": number}
+        message = (
+            {"execute": command, "id": number}
+            if not arguments
+            else {"execute": command, "arguments": arguments, "id": number}
+        )
         self.data = memoryview(_encoder.encode(message) + b"\n")
         self.future: asyncio.Future[msgspec.Raw] = asyncio.get_running_loop().create_future()
 
@@ -143,14 +170,17 @@ class Connection:
         self._loop = asyncio.get_running_loop()
         self._greeting: asyncio.Future[None] = self._loop.create_future()
         self._greeting.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self._numbers = count(random.randrange(1000, 10000))  # else a stray reply could be taken for one of ours
+        # else a stray reply could be taken for one of ours
+        self._numbers = count(random.randrange(1000, 10000))
         self._asked: dict[int | str | None, Request] = {}
         self._unsent: deque[Request] = deque()
         self._unsent_size = 0
         self._tidy_at = _TIDY_MIN
-        self._waiting = False  # for the peer to read: the event loop tells when the socket takes more
+        # for the peer to read: the event loop tells when the socket takes more
+        self._waiting = False
         self._line = bytearray()  # the beginning of a message whose end has not come
-        self._held: list[bytes] = []  # messages that have come and wait for the loop's next turn, the next one last
+        # messages that have come and wait for the loop's next turn, the next one last
+        self._held: list[bytes] = []
         self._turn = turn_of(self._loop)
         self._passing: Request | None = None  # with a descriptor, until it is answered
         self._passed = asyncio.Event()
@@ -161,14 +191,15 @@ class Connection:
         self._loop.add_reader(peer, self._readable)
 
     async def greeted(self) -> None:
-        """Returns when the peer has greeted as a QMP monitor does. Raises VmmProtocolError when it says something else, or hangs up."""
+        """Returns when the peer has greeted as a QMP monitor does. Raises VmmProtocolError when it
+        says something else, or hangs up."""
         await self._greeting
 
     async def turn(self) -> None:
         """Returns when no descriptor is on its way. The caller then sends one before it next waits.
 
-        QEMU keeps the last descriptor that it has read, and gives it to the next `add-fd` that it *carries out*: of two on their way at
-        once, each may get the other's file, without a word.
+        QEMU keeps the last descriptor that it has read, and gives it to the next `add-fd` that it
+        *carries out*: of two on their way at once, each may get the other's file, without a word.
         """
         while self._passing is not None:
             await self._passed.wait()
@@ -184,23 +215,31 @@ class Connection:
     ) -> asyncio.Future[msgspec.Raw]:
         """Sends a command; the future is done with its reply.
 
-        VmmRefused: the peer said no. ConnectionLost and VmmProtocolError: the connection ended after the first byte had been sent.
-        VmmUnreachable: it ended before. A future that is cancelled changes nothing once a byte was sent: a command is never cut, and `late`
-        gets its reply. Before, the command may be left out: a machine that was stopped for long is not to work off what nobody waits for.
+        VmmRefused: the peer said no. ConnectionLost and VmmProtocolError: the connection ended
+        after the first byte had been sent. VmmUnreachable: it ended before. A future that is
+        cancelled changes nothing once a byte was sent: a command is never cut, and `late` gets its
+        reply. Before, the command may be left out: a machine that was stopped for long is not to
+        work off what nobody waits for.
         """
         self._check(command)
         try:
             descriptor = None if descriptor is None else os.dup(descriptor)
         except OSError as error:
-            raise VmmUnreachable(f"{self._where}: {command} was not sent: {error.strerror} in this process") from error
-        request = Request(command, arguments, step or command, next(self._numbers), descriptor, late)
+            raise VmmUnreachable(
+                f"{self._where}: {command} was not sent: {error.strerror} in this process"
+            ) from error
+        request = Request(
+            command, arguments, step or command, next(self._numbers), descriptor, late
+        )
         if descriptor is not None:
             self._passing = request
             self._passed.clear()
         self._enqueue(request)
         return request.future
 
-    def send_both(self, first: Command, second: Command) -> tuple[asyncio.Future[msgspec.Raw], asyncio.Future[msgspec.Raw]]:
+    def send_both(
+        self, first: Command, second: Command
+    ) -> tuple[asyncio.Future[msgspec.Raw], asyncio.Future[msgspec.Raw]]:
         """Sends two commands in one write, so that the peer can read the second while it carries
         out the first. See `send`.
 
@@ -214,7 +253,8 @@ class Connection:
         return leading.future, following.future
 
     def send_all(self, commands: Sequence[Command]) -> list[asyncio.Future[msgspec.Raw]]:
-        """Sends commands that have nothing to do with each other, in as few writes as possible. See `send`."""
+        """Sends commands that have nothing to do with each other, in as few writes as possible. See
+        `send`."""
         for command in commands[:1]:
             self._check(command.name)
         requests = [Request(*command, next(self._numbers)) for command in commands]
@@ -224,11 +264,16 @@ class Connection:
     def _check(self, command: str) -> None:
         """Raises VmmUnreachable when nothing can be sent."""
         if self.ended is not None:
-            raise VmmUnreachable(f"{self._where}: the connection was gone before {command} was sent ({self.ended})")
+            raise VmmUnreachable(
+                f"{self._where}: the connection was gone before {command} was sent ({self.ended})"
+            )
         if len(self._unsent) >= self._tidy_at:
             self._tidy()
         if self._unsent_size > UNSENT_MAX or len(self._asked) >= UNANSWERED_MAX:
-            waiting = f"{self._unsent_size} bytes wait to be read by the peer, {len(self._asked)} commands for its answer"
+            waiting = (
+                f"{self._unsent_size} bytes wait to be read by the peer, {len(self._asked)} "
+                "commands for its answer"
+            )
             raise VmmUnreachable(f"{self._where}: {waiting}; {command} was not sent")
 
     def _enqueue(self, *requests: Request) -> None:
@@ -265,10 +310,14 @@ class Connection:
 
     def _lost(self, request: Request, error: PyblockError) -> PyblockError:
         if not request.begun:
-            return VmmUnreachable(f"{self._where}: the connection ended before {request.command} was sent ({error})")
+            return VmmUnreachable(
+                f"{self._where}: the connection ended before {request.command} was sent ({error})"
+            )
         if isinstance(error, VmmProtocolError):
             return VmmProtocolError(f"{error}; {request.command} was not answered")
-        return ConnectionLost(f"{self._where}: the connection broke before {request.command} was answered ({error})")
+        return ConnectionLost(
+            f"{self._where}: the connection broke before {request.command} was answered ({error})"
+        )
 
     def _tidy(self) -> None:
         kept: deque[Request] = deque()
@@ -292,7 +341,11 @@ class Connection:
                     break
                 together.append(request)
             try:
-                self._sent(self._socket.sendmsg([request.data for request in together], _rights(together[0].descriptor)))
+                self._sent(
+                    self._socket.sendmsg(
+                        [request.data for request in together], _rights(together[0].descriptor)
+                    )
+                )
             except (BlockingIOError, InterruptedError):
                 if not self._waiting:
                     self._waiting = True
@@ -335,7 +388,9 @@ class Connection:
             lines[0], self._line = bytes(self._line) + lines[0], bytearray()
         self._line += rest
         if len(self._line) > LINE_MAX:
-            return self.close(VmmProtocolError(f"{self._where}: a message has over {LINE_MAX} bytes"))
+            return self.close(
+                VmmProtocolError(f"{self._where}: a message has over {LINE_MAX} bytes")
+            )
         lines.reverse()
         self._held = lines
         self._hand_over()
@@ -355,34 +410,53 @@ class Connection:
             message = _decoder.decode(line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             text = shown(line[:200].decode(errors="replace"), 80)
-            return self.close(VmmProtocolError(f"{self._where}: what answers does not speak QMP ({shown(str(error))}: {text})"))
+            return self.close(
+                VmmProtocolError(
+                    f"{self._where}: what answers does not speak QMP ({shown(str(error))}: {text})"
+                )
+            )
         if not self._greeting.done():
             self._greet(message)
         elif message.event is not msgspec.UNSET:
             self._event(message.event, None if message.data is msgspec.UNSET else message.data)
         elif message.id is not None:
             self._reply(message)
-        elif message.error is not msgspec.UNSET:  # of a command that it could not read, whichever that was
-            self.close(VmmProtocolError(f"{self._where}: the peer could not read a command: {shown(message.error.desc)}"))
+        elif message.error is not msgspec.UNSET:
+            # of a command that it could not read, whichever that was
+            self.close(
+                VmmProtocolError(
+                    f"{self._where}: the peer could not read a command: {shown(message.error.desc)}"
+                )
+            )
         else:
             text = shown(line[:200].decode(errors="replace"), 80)
-            self.close(VmmProtocolError(f"{self._where}: a message is neither an event nor a reply: {text}"))
+            self.close(
+                VmmProtocolError(
+                    f"{self._where}: a message is neither an event nor a reply: {text}"
+                )
+            )
 
     def _greet(self, message: Message) -> None:
         if message.greeting is not msgspec.UNSET:
-            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # then it offers none
+            # then it offers none
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
                 self.offers = _greeting.decode(message.greeting).capabilities
             return self._greeting.set_result(None)
         self._strays += 1
         if (message.id is None and message.event is msgspec.UNSET) or self._strays > STRAYS_MAX:
-            self.close(VmmProtocolError(f"{self._where}: what answers does not speak QMP (no greeting)"))
+            self.close(
+                VmmProtocolError(f"{self._where}: what answers does not speak QMP (no greeting)")
+            )
 
     def _event(self, name: str, data: msgspec.Raw | None) -> None:
         self._events += 1
         if self._events > EVENTS_MAX:
             now = self._loop.time()
             if now - self._events_since < EVENTS_TIME:
-                text = f"{self._where}: the peer sent {self._events} events within {EVENTS_TIME:g} s, the last {shown(name, 40)!r}"
+                text = (
+                    f"{self._where}: the peer sent {self._events} events within {EVENTS_TIME:g} "
+                    f"s, the last {shown(name, 40)!r}"
+                )
                 return self.close(VmmProtocolError(text))
             self._events, self._events_since = 1, now
         self._on_event(name, data)
@@ -392,7 +466,11 @@ class Connection:
         if request is None:
             return  # to an earlier client
         if not request.begun:  # it cannot know of it
-            return self.close(VmmProtocolError(f"{self._where}: the peer answered {request.command} before it was sent"))
+            return self.close(
+                VmmProtocolError(
+                    f"{self._where}: the peer answered {request.command} before it was sent"
+                )
+            )
         del self._asked[message.id]
         self._answered(request)
         future = request.future
@@ -400,7 +478,10 @@ class Connection:
             if request.late is not None and message.returned is not msgspec.UNSET:
                 request.late(message.returned)
         elif (message.error is msgspec.UNSET) == (message.returned is msgspec.UNSET):
-            text = f"{self._where}: the reply to {request.command} has to say either what it returns or what is wrong"
+            text = (
+                f"{self._where}: the reply to {request.command} has to say either what it returns "
+                "or what is wrong"
+            )
             _fail(future, VmmProtocolError(text))
         elif message.error is not msgspec.UNSET:
             _fail(future, _refused(request, message.error))
@@ -420,7 +501,11 @@ def _fail(future: asyncio.Future[msgspec.Raw], error: PyblockError) -> None:
 
 def _rights(descriptor: int | None) -> list[tuple[int, int, array.array[int]]]:
     """What goes along with a write that passes a descriptor."""
-    return [] if descriptor is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+    return (
+        []
+        if descriptor is None
+        else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))]
+    )
 
 
 def _refused(request: Request, refusal: Refusal) -> VmmRefused:

@@ -1,4 +1,5 @@
-"""The block index against a set with a linear probe, in every state that a random user can bring it to, and under threads."""
+"""The block index against a set with a linear probe, in every state that a random user can bring it
+to, and under threads."""
 
 from __future__ import annotations
 
@@ -20,11 +21,19 @@ from pyblock.core.index import BlockIndex
 from pyblock.errors import IndexesExhausted, IndexFree, IndexTaken, InvalidIndex
 
 CAPACITIES = [1, 2, 63, 64, 65, 127, 128, 4095, 4096, 4097, 65536, 262144, 262145, 2**20]
-OUTSIDE_INT64 = [2**63, 2**64, -(2**63) - 1, 10**30, -(10**30), pytest.param(10**5000, id="10^5000")]
+OUTSIDE_INT64 = [
+    2**63,
+    2**64,
+    -(2**63) - 1,
+    10**30,
+    -(10**30),
+    pytest.param(10**5000, id="10^5000"),
+]
 
 
 class Machine(RuleBasedStateMachine):
-    """Does everything to a BlockIndex and to the oracle; indexes are drawn near the borders of words and levels."""
+    """Does everything to a BlockIndex and to the oracle; indexes are drawn near the borders of
+    words and levels."""
 
     @initialize(capacity=st.sampled_from([1, 63, 64, 65, 4096, 4097, 65536, 2**20]))
     def start(self, capacity: int) -> None:
@@ -75,7 +84,10 @@ class Machine(RuleBasedStateMachine):
             self.index.reserve_many(values)
             self.naive.taken.update(values)
         else:
-            with pytest.raises(IndexTaken if 0 <= bad < self.naive.capacity else InvalidIndex, match=f"index {bad}[, ]"):
+            with pytest.raises(
+                IndexTaken if 0 <= bad < self.naive.capacity else InvalidIndex,
+                match=f"index {bad}[, ]",
+            ):
                 self.index.reserve_many(values)
 
     @rule(seed=st.integers(0, 1000))
@@ -187,7 +199,13 @@ def test_values_out_of_range(value: int) -> None:
 @pytest.mark.parametrize("value", [None, "1", 1.0, b"1", [1]])
 def test_values_of_another_type(value: Any) -> None:
     index = BlockIndex(64)
-    attempts: list[Callable[[Any], object]] = [index.reserve, index.release, index.__contains__, index.acquire_many, BlockIndex]
+    attempts: list[Callable[[Any], object]] = [
+        index.reserve,
+        index.release,
+        index.__contains__,
+        index.acquire_many,
+        BlockIndex,
+    ]
     for attempt in attempts:
         with pytest.raises(TypeError):
             attempt(value)
@@ -236,7 +254,8 @@ def test_repr_truth_and_slots() -> None:
 
 
 def test_threads_never_share_an_index() -> None:
-    """8 threads, 1,000,000 pairs of acquire and release; each writes its number into what it was given."""
+    """8 threads, 1,000,000 pairs of acquire and release; each writes its number into what it was
+    given."""
     index, threads, pairs = BlockIndex(4096), 8, 125_000
     owner = [0] * 4096
     start = threading.Barrier(threads)
@@ -295,7 +314,8 @@ def test_asked_after_it_was_deleted() -> None:
 
 
 def test_a_child_forked_while_threads_are_inside() -> None:
-    """It has the index, but not the threads: no lock is taken for ever, and no step is half done."""
+    """It has the index, but not the threads: no lock is taken for ever, and no step is half
+    done."""
     index, over, many = BlockIndex(65536), threading.Event(), 5000
 
     def churn() -> None:

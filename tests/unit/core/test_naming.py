@@ -1,4 +1,5 @@
-"""Names, SCSI addresses and IDs: every number up to 2^20 against the oracle, and every text that is not quite one."""
+"""Names, SCSI addresses and IDs: every number up to 2^20 against the oracle, and every text that is
+not quite one."""
 
 from __future__ import annotations
 
@@ -12,14 +13,22 @@ from hypothesis import strategies as st
 from support import oracle
 
 from pyblock.core import naming
-from pyblock.core.naming import drive_index, drive_name, drive_names, make_name_id, scsi_address, scsi_index
+from pyblock.core.naming import (
+    drive_index,
+    drive_name,
+    drive_names,
+    make_name_id,
+    scsi_address,
+    scsi_index,
+)
 from pyblock.errors import InvalidAddress, InvalidID, InvalidIndex, InvalidName, InvalidValue
 
 ALL = 2**20
 INT64_MAX = 2**63 - 1
 HUGE = pytest.param(10**5000, id="10^5000")  # too long for Python to print
 
-# --- drive names --------------------------------------------------------------------------------------------------------------------
+# --- drive names
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -49,7 +58,9 @@ def naive_names(prefix: str) -> list[str]:
     """All names below ALL in order, without the arithmetic that could be wrong on both sides."""
     alphabet = "abcdefghijklmnopqrstuvwxyz"
     rows = (itertools.product(alphabet, repeat=length) for length in itertools.count(1))
-    return [prefix + "".join(row) for row in itertools.islice(itertools.chain.from_iterable(rows), ALL)]
+    return [
+        prefix + "".join(row) for row in itertools.islice(itertools.chain.from_iterable(rows), ALL)
+    ]
 
 
 def test_every_name_and_its_inverse() -> None:
@@ -73,7 +84,9 @@ def test_drive_name_inverse(number: int, prefix: str) -> None:
 @example(1020, 8)
 @example(0, 0)
 def test_drive_names_are_single_names(first: int, count: int) -> None:
-    assert drive_names(first, count, "sd") == [oracle.drive_name(number, "sd") for number in range(first, first + count)]
+    assert drive_names(first, count, "sd") == [
+        oracle.drive_name(number, "sd") for number in range(first, first + count)
+    ]
 
 
 @pytest.mark.parametrize("number", [-1, -(2**63), INT64_MAX + 1, 2**64, -(2**64), HUGE])
@@ -97,7 +110,11 @@ def test_drive_name_fills_31_bytes_and_no_more() -> None:
     assert drive_name(25, prefix) == prefix + "z"
     assert drive_index(prefix + "z", prefix) == 25
     assert drive_names(24, 2, prefix) == [prefix + "y", prefix + "z"]
-    for attempt in (lambda: drive_name(26, prefix), lambda: drive_names(25, 2, prefix), lambda: drive_name(0, prefix + "p")):
+    for attempt in (
+        lambda: drive_name(26, prefix),
+        lambda: drive_names(25, 2, prefix),
+        lambda: drive_name(0, prefix + "p"),
+    ):
         with pytest.raises(InvalidName, match="31 bytes"):
             attempt()
     with pytest.raises(InvalidName):
@@ -109,8 +126,10 @@ def test_drive_name_fills_31_bytes_and_no_more() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "", "v", "vd", "sda", "vdA", "vd1", "vda1", "vdé", "vd\uff41", "vd\u0661", "vda\n", "\nvda", "vd\na", "vda\0", "vd\0a", "vda ",
-        " vda", "+vda", "vd-a", "/dev/vda", "vd" + "a" * 30, "vdcrpxnlskvljfhi", "vdzzzzzzzzzzzzzz", "vd" + "z" * 29,
+        "", "v", "vd", "sda", "vdA", "vd1", "vda1", "vdé", "vd\uff41", "vd\u0661", "vda\n", "\nvda",
+        "vd\na", "vda\0", "vd\0a", "vda ",
+        " vda", "+vda", "vd-a", "/dev/vda", "vd" + "a" * 30, "vdcrpxnlskvljfhi", "vdzzzzzzzzzzzzzz",
+        "vd" + "z" * 29,
         "vd\ud800", "x" * 10**6,
     ],
 )  # fmt: skip
@@ -125,7 +144,12 @@ def test_drive_index_takes_only_what_drive_name_writes(text: str) -> None:
     try:
         number = drive_index(text)
     except InvalidName:
-        assert not (text.startswith("vd") and text[2:].isascii() and text[2:].islower() and text[2:].isalpha())
+        assert not (
+            text.startswith("vd")
+            and text[2:].isascii()
+            and text[2:].islower()
+            and text[2:].isalpha()
+        )
     else:
         assert drive_name(number) == text
 
@@ -138,7 +162,11 @@ def test_prefix_with_newline() -> None:
 
 @pytest.mark.parametrize("prefix", ["\ud800", "\udfff"])
 def test_prefix_that_is_no_utf8(prefix: str) -> None:
-    for attempt in (lambda: drive_name(0, prefix), lambda: drive_names(0, 1, prefix), lambda: drive_index("vda", prefix)):
+    for attempt in (
+        lambda: drive_name(0, prefix),
+        lambda: drive_names(0, 1, prefix),
+        lambda: drive_index("vda", prefix),
+    ):
         with pytest.raises(InvalidName, match="surrogate"):
             attempt()
 
@@ -152,7 +180,12 @@ def test_numbers_of_another_type(number: Any) -> None:
 
 @pytest.mark.parametrize("text", [None, 1, b"vda", ["vda"]])
 def test_texts_of_another_type(text: Any) -> None:
-    for function in (drive_index, scsi_index, lambda each: make_name_id("drive", each), lambda each: drive_name(0, each)):
+    for function in (
+        drive_index,
+        scsi_index,
+        lambda each: make_name_id("drive", each),
+        lambda each: drive_name(0, each),
+    ):
         with pytest.raises(TypeError):
             function(text)
 
@@ -172,11 +205,20 @@ def test_first_use_by_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(naming, "_ready_names", {})
     monkeypatch.setattr(naming, "_ready_addresses", ())
     with ThreadPoolExecutor(8) as pool:
-        got = list(pool.map(lambda number: (drive_name(number), drive_name(number, "sd"), scsi_address(number)), range(1100)))
-    assert got == [(oracle.drive_name(n), oracle.drive_name(n, "sd"), oracle.scsi_address(n)) for n in range(1100)]
+        got = list(
+            pool.map(
+                lambda number: (drive_name(number), drive_name(number, "sd"), scsi_address(number)),
+                range(1100),
+            )
+        )
+    assert got == [
+        (oracle.drive_name(n), oracle.drive_name(n, "sd"), oracle.scsi_address(n))
+        for n in range(1100)
+    ]
 
 
-# --- SCSI addresses -----------------------------------------------------------------------------------------------------------------
+# --- SCSI addresses
+# --------------------------------------------------------------------------------------------------
 
 
 def test_every_scsi_address_and_its_inverse() -> None:
@@ -196,8 +238,10 @@ def test_scsi_address_out_of_range(index: int) -> None:
 @pytest.mark.parametrize(
     "address",
     [
-        "", ":", "1", "1:", ":1", "01:1", "1:01", "00:0", "+1:1", "-1:1", "1:-1", " 1:1", "1:1 ", "1:1\n", "1\n:1", "1:1\0", "1:1:1",
-        "\u0661:0", "\u00b2:0", "\uff11:0", "0x1:0", "1_0:0", "1.0:0", "256:0", "0:256", "1000:0", f"{2**64}:0", f"0:{2**64 + 1}",
+        "", ":", "1", "1:", ":1", "01:1", "1:01", "00:0", "+1:1", "-1:1", "1:-1", " 1:1", "1:1 ",
+        "1:1\n", "1\n:1", "1:1\0", "1:1:1",
+        "\u0661:0", "\u00b2:0", "\uff11:0", "0x1:0", "1_0:0", "1.0:0", "256:0", "0:256", "1000:0",
+        f"{2**64}:0", f"0:{2**64 + 1}",
         "9" * 10**5 + ":0", "0:\ud800",
     ],
 )  # fmt: skip
@@ -218,7 +262,8 @@ def test_scsi_index_takes_only_what_scsi_address_writes(text: str) -> None:
         assert scsi_address(index) == text
 
 
-# --- drive IDs ----------------------------------------------------------------------------------------------------------------------
+# --- drive IDs
+# --------------------------------------------------------------------------------------------------
 
 
 def test_the_oracle_knows_siphash() -> None:
@@ -226,7 +271,12 @@ def test_the_oracle_knows_siphash() -> None:
     assert oracle.siphash(bytes(range(16)), bytes(range(15))) == 0xA129CA6149BE45E5
 
 
-@given(st.text(min_size=1, max_size=12), st.text(min_size=1, max_size=80), st.integers(0, 64), st.integers(0, INT64_MAX))
+@given(
+    st.text(min_size=1, max_size=12),
+    st.text(min_size=1, max_size=80),
+    st.integers(0, 64),
+    st.integers(0, INT64_MAX),
+)
 @example("drive", "1" * 25, 31, 0)
 @example("drive", "1" * 26, 31, 0)
 @example("drive", "é" * 13, 31, 0)
@@ -251,7 +301,10 @@ def test_ids_with_one_beginning_stay_apart() -> None:
 
 
 def test_salts_give_other_ids() -> None:
-    assert len({make_name_id("drive", "1" * 64, salt=salt) for salt in [*range(1000), INT64_MAX]}) == 1001
+    assert (
+        len({make_name_id("drive", "1" * 64, salt=salt) for salt in [*range(1000), INT64_MAX]})
+        == 1001
+    )
     assert make_name_id("drive", "1", salt=7) == "drive-1"
 
 
@@ -283,7 +336,10 @@ def test_id_limit_edges() -> None:
                 make_name_id("drive", device_id, salt=salt)
 
 
-@pytest.mark.parametrize(("kind", "device_id"), [("", "1"), ("drive", ""), ("", ""), ("drive", "\ud800"), ("\ud800", "1"), ("k" * 40, "1")])
+@pytest.mark.parametrize(
+    ("kind", "device_id"),
+    [("", "1"), ("drive", ""), ("", ""), ("drive", "\ud800"), ("\ud800", "1"), ("k" * 40, "1")],
+)
 def test_ids_that_cannot_be_made(kind: str, device_id: str) -> None:
     with pytest.raises(InvalidID):
         make_name_id(kind, device_id)

@@ -1,4 +1,5 @@
-"""The joint between the header and Python: everything that is declared is there, and every status has its exception."""
+"""The joint between the header and Python: everything that is declared is there, and every status
+has its exception."""
 
 from __future__ import annotations
 
@@ -20,7 +21,9 @@ HEADER = (ROOT / "csrc" / "pyblock.h").read_text(encoding="utf-8")
 REGION = HEADER.split("/* >>> cffi */")[1].split("/* <<< cffi */")[0]
 STATUSES = {name: int(value) for name, value in re.findall(r"#define PB_(E\w+) (-\d+)", REGION)}
 # A declaration and the comment that stands right above it.
-DECLARATIONS = re.findall(r"/\*((?:(?!\*/).)*)\*/\n[\w ]+?\*?(pb_\w+)\(((?:(?!\);).)*)\);", REGION, re.DOTALL)
+DECLARATIONS = re.findall(
+    r"/\*((?:(?!\*/).)*)\*/\n[\w ]+?\*?(pb_\w+)\(((?:(?!\);).)*)\);", REGION, re.DOTALL
+)
 
 
 def test_the_header_was_understood() -> None:
@@ -39,7 +42,9 @@ def test_every_function_is_in_lib_as_declared(function: str) -> None:
     assert len(ffi.typeof(getattr(lib, function)).args) == parameters.count(",") + 1
 
 
-@pytest.mark.parametrize("comment, function", [row[:2] for row in DECLARATIONS], ids=[row[1] for row in DECLARATIONS])
+@pytest.mark.parametrize(
+    "comment, function", [row[:2] for row in DECLARATIONS], ids=[row[1] for row in DECLARATIONS]
+)
 def test_every_status_of_a_function_has_its_exception(comment: str, function: str) -> None:
     named = {STATUSES[name] for name in re.findall(r"\bPB_(E[A-Z]+)\b", comment)}
     assert named == set(_native.FAULTS.get(function, {}))
@@ -47,7 +52,9 @@ def test_every_status_of_a_function_has_its_exception(comment: str, function: st
 
 def test_statuses_are_those_of_the_header() -> None:
     assert {name: getattr(_native, name) for name in STATUSES} == STATUSES
-    assert set(STATUSES.values()) == {status for faults in _native.FAULTS.values() for status in faults}
+    assert set(STATUSES.values()) == {
+        status for faults in _native.FAULTS.values() for status in faults
+    }
 
 
 @pytest.mark.parametrize("function", sorted(_native.FAULTS))
@@ -73,7 +80,9 @@ def test_counts_and_lists_of_the_bare_functions() -> None:
 
 def test_an_index_is_freed_with_its_last_reference() -> None:
     def resident() -> int:
-        return int(re.findall(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))[0])
+        return int(
+            re.findall(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))[0]
+        )
 
     def churn() -> None:
         for _ in range(500):
@@ -93,7 +102,11 @@ def test_only_native_touches_the_core() -> None:
 
 
 def test_the_build_refuses_a_header_without_marks() -> None:
-    code = "import runpy; runpy.run_path('pyblock/core/_native_build.py')['declarations']('no marks')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    code = (
+        "import runpy; runpy.run_path('pyblock/core/_native_build.py')['declarations']('no marks')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert "RuntimeError" in done.stderr
     assert ">>> cffi" in done.stderr

@@ -14,7 +14,9 @@ from pyblock.core.plan import plan, plan_many
 from pyblock.errors import IndexesExhausted, InvalidIndex, InvalidValue
 
 
-def pair(index: set[int], ordinals: set[int], capacity: int = 65536) -> tuple[BlockIndex, BlockIndex]:
+def pair(
+    index: set[int], ordinals: set[int], capacity: int = 65536
+) -> tuple[BlockIndex, BlockIndex]:
     both = BlockIndex(capacity), BlockIndex(capacity)
     both[0].reserve_many(index)
     both[1].reserve_many(ordinals)

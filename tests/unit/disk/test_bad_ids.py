@@ -1,4 +1,5 @@
-"""IDs and serials: what a VMM could not carry whole is refused, and what has to be shortened stays apart."""
+"""IDs and serials: what a VMM could not carry whole is refused, and what has to be shortened stays
+apart."""
 
 from __future__ import annotations
 
@@ -42,9 +43,13 @@ BAD_CHARACTERS = [
 ]
 
 
-@pytest.mark.parametrize("character", BAD_CHARACTERS, ids=[f"U+{ord(character):04X}" for character in BAD_CHARACTERS])
+@pytest.mark.parametrize(
+    "character", BAD_CHARACTERS, ids=[f"U+{ord(character):04X}" for character in BAD_CHARACTERS]
+)
 @pytest.mark.parametrize("where", ["{}", "{}id", "i{}d", "id{}"])
-async def test_characters_that_qemu_refuses(busy: Busy, make_image: MakeImage, character: str, where: str) -> None:
+async def test_characters_that_qemu_refuses(
+    busy: Busy, make_image: MakeImage, character: str, where: str
+) -> None:
     device_id = where.format(character)
     with refused(busy.sandbox, busy.vm, InvalidID, repr(device_id), repr(character)):
         await busy.sandbox.attach(make_image("new"), device_id=device_id)
@@ -72,7 +77,9 @@ async def test_ids_that_are_fine(busy: Busy, make_image: MakeImage, device_id: s
         assert device.held.id == f"drive-{device_id}"
 
 
-@pytest.mark.parametrize("sandbox_id", ["", " ", "a b", "-a", ".a", "a/b", "ä", "a\n", "x" * 129, 5, None, b"s1"])
+@pytest.mark.parametrize(
+    "sandbox_id", ["", " ", "a b", "-a", ".a", "a/b", "ä", "a\n", "x" * 129, 5, None, b"s1"]
+)
 def test_sandbox_ids(sandbox_id: Any) -> None:
     with pytest.raises(InvalidID) as caught:
         Sandbox(sandbox_id, "memory:")
@@ -82,7 +89,12 @@ def test_sandbox_ids(sandbox_id: Any) -> None:
 async def test_long_ids_with_one_beginning_stay_apart(make_image: MakeImage) -> None:
     vm = MemoryHypervisor()
     async with Sandbox("s1", vm) as sandbox:
-        devices = [await sandbox.attach(make_image(f"image{n}"), device_id="same-in-the-first-25-bytes" + str(n) * 20) for n in range(3)]
+        devices = [
+            await sandbox.attach(
+                make_image(f"image{n}"), device_id="same-in-the-first-25-bytes" + str(n) * 20
+            )
+            for n in range(3)
+        ]
         names = {device.held.id for device in devices}
         assert len(names) == 3
         assert all(len(drive_id) <= ID_MAX for drive_id in names)
@@ -92,10 +104,13 @@ async def test_long_ids_with_one_beginning_stay_apart(make_image: MakeImage) -> 
 
 
 LONG = "a-device-id-of-more-than-twenty-five-bytes"
-LOOKALIKE = make_name_id("drive", LONG).removeprefix("drive-")  # short enough to be carried as it is
+# short enough to be carried as it is
+LOOKALIKE = make_name_id("drive", LONG).removeprefix("drive-")
 
 
-async def test_an_id_is_shortened_otherwise_where_anothers_looks_like_that(make_image: MakeImage) -> None:
+async def test_an_id_is_shortened_otherwise_where_anothers_looks_like_that(
+    make_image: MakeImage,
+) -> None:
     vm = MemoryHypervisor()
     async with Sandbox("s1", vm) as sandbox:
         lookalike = await sandbox.attach(make_image("first"), device_id=LOOKALIKE)
@@ -108,7 +123,9 @@ async def test_an_id_is_shortened_otherwise_where_anothers_looks_like_that(make_
         assert vm.devices.keys() == {long.held.id}
 
 
-async def test_an_id_that_fits_is_refused_where_anothers_was_shortened_to_it(make_image: MakeImage) -> None:
+async def test_an_id_that_fits_is_refused_where_anothers_was_shortened_to_it(
+    make_image: MakeImage,
+) -> None:
     vm = MemoryHypervisor()
     async with Sandbox("s1", vm) as sandbox:
         await sandbox.attach(make_image("first"), device_id=LONG)
@@ -128,19 +145,48 @@ async def test_length_of_a_serial(busy: Busy, make_image: MakeImage, driver: str
         device = await busy.sandbox.attach(make_image("fits"), driver=driver, serial="s" * room)
         assert device.held.serial == "s" * room
     serial = "s" * (room + 1)
-    with refused(busy.sandbox, busy.vm, InvalidSerial, repr(serial), str(room) if room else "no serial", driver):
+    with refused(
+        busy.sandbox,
+        busy.vm,
+        InvalidSerial,
+        repr(serial),
+        str(room) if room else "no serial",
+        driver,
+    ):
         await busy.sandbox.attach(make_image("new"), driver=driver, serial=serial)
 
 
-@pytest.mark.parametrize("serial", ["", " ", "two words", " lead", "trail ", "tab\t", "nul\0", "line\n", "é", "中文", "\x7f", "\ud800"])
+@pytest.mark.parametrize(
+    "serial",
+    [
+        "",
+        " ",
+        "two words",
+        " lead",
+        "trail ",
+        "tab\t",
+        "nul\0",
+        "line\n",
+        "é",
+        "中文",
+        "\x7f",
+        "\ud800",
+    ],
+)
 @pytest.mark.parametrize("driver", ["virtio-scsi", "virtio-blk"])
-async def test_characters_of_a_serial(busy: Busy, make_image: MakeImage, driver: str, serial: str) -> None:
+async def test_characters_of_a_serial(
+    busy: Busy, make_image: MakeImage, driver: str, serial: str
+) -> None:
     with refused(busy.sandbox, busy.vm, InvalidSerial, repr(serial)):
         await busy.sandbox.attach(make_image("new"), driver=driver, serial=serial)
 
 
 @pytest.mark.parametrize("driver", CARRIES)
-async def test_the_id_is_the_serial_only_where_it_fits_whole(busy: Busy, make_image: MakeImage, driver: str) -> None:
+async def test_the_id_is_the_serial_only_where_it_fits_whole(
+    busy: Busy, make_image: MakeImage, driver: str
+) -> None:
     for length in (20, 21, 36, 37):
-        device = await busy.sandbox.attach(make_image(f"image{length}"), driver=driver, device_id="i" * length)
+        device = await busy.sandbox.attach(
+            make_image(f"image{length}"), driver=driver, device_id="i" * length
+        )
         assert device.held.serial == ("i" * length if length <= CARRIES[driver] else None)

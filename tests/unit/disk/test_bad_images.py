@@ -1,4 +1,5 @@
-"""What cannot be plugged in is refused before anything happens, and one host object is one device, however it is spelled."""
+"""What cannot be plugged in is refused before anything happens, and one host object is one device,
+however it is spelled."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ pytestmark = pytest.mark.anyio
 
 
 def make_socket(path: Path) -> None:
-    folder = os.open(path.parent, os.O_RDONLY)  # bound through the folder, so that the path stays under 107 bytes
+    # bound through the folder, so that the path stays under 107 bytes
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
         with socket.socket(socket.AF_UNIX) as server:
             server.bind(f"/proc/self/fd/{folder}/{path.name}")
@@ -81,8 +83,10 @@ async def test_a_special_that_is_none(busy: Busy, make_image: MakeImage) -> None
 
 
 def as_nobody(mode: int, *, read_only: bool) -> str:
-    """What a user who owns nothing is told about root's image of that mode: the error, or "attached"."""
-    folder = tempfile.mkdtemp(prefix="pyblock-", dir="/tmp")  # pytest's own folder shuts out other users
+    """What a user who owns nothing is told about root's image of that mode: the error, or
+    "attached"."""
+    # pytest's own folder shuts out other users
+    folder = tempfile.mkdtemp(prefix="pyblock-", dir="/tmp")
     try:
         os.chmod(folder, 0o755)  # noqa: PTH101
         path = Path(folder, "image")
@@ -122,7 +126,9 @@ def test_image_of_another_user(mode: int, read_only: bool, outcome: str) -> None
     assert as_nobody(mode, read_only=read_only) == outcome
 
 
-async def test_image_that_may_not_be_opened(busy: Busy, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_image_that_may_not_be_opened(
+    busy: Busy, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = make_image("locked")
     monkeypatch.setattr(os, "access", lambda *_, **__: False)
     with refused(busy.sandbox, busy.vm, InvalidImage, str(path), "read and written"):
@@ -176,7 +182,9 @@ async def test_another_spelling_is_the_same_device(tmp_path: Path, spelling: str
     ],
 )
 @pytest.mark.parametrize("spelling", ["itself", "hard link"])
-async def test_same_image_in_another_form(busy: Busy, spelling: str, asked: dict[str, object], texts: tuple[str, ...]) -> None:
+async def test_same_image_in_another_form(
+    busy: Busy, spelling: str, asked: dict[str, object], texts: tuple[str, ...]
+) -> None:
     path = SPELLINGS[spelling](Path(busy.scsi.info.path))
     with refused(busy.sandbox, busy.vm, DeviceConflict, path, *texts):
         await busy.sandbox.attach(path, **asked)  # type: ignore[arg-type]
@@ -193,7 +201,9 @@ async def test_same_id_for_another_image(busy: Busy, make_image: MakeImage) -> N
         await busy.sandbox.attach(make_image("new"), device_id="scsi")
 
 
-async def test_an_image_replaced_under_its_name_is_another_device(busy: Busy, make_image: MakeImage) -> None:
+async def test_an_image_replaced_under_its_name_is_another_device(
+    busy: Busy, make_image: MakeImage
+) -> None:
     path = Path(busy.scsi.info.path)
     new = make_image("new")
     new.rename(path)
@@ -221,24 +231,33 @@ def test_block_special_by_number(tmp_path: Path) -> None:
 async def test_a_real_block_special(make_image: MakeImage) -> None:
     image = make_image("backing")
     made = (
-        subprocess.run(["losetup", "--find", "--show", str(image)], capture_output=True, text=True, check=False)
+        subprocess.run(
+            ["losetup", "--find", "--show", str(image)], capture_output=True, text=True, check=False
+        )
         if shutil.which("losetup")
         else None
     )
     if made is None or made.returncode:
-        pytest.skip(f"no loop device can be made here: {made.stderr.strip() if made else 'no losetup'}")
+        pytest.skip(
+            f"no loop device can be made here: {made.stderr.strip() if made else 'no losetup'}"
+        )
     loop = made.stdout.strip()
     try:
         number = Path(loop).stat().st_rdev
         vm = MemoryHypervisor()
         async with Sandbox("s1", vm) as sandbox:
-            by_number = await sandbox.attach(DeviceInfo(dev_type="b", major=os.major(number), minor=os.minor(number)))
+            by_number = await sandbox.attach(
+                DeviceInfo(dev_type="b", major=os.major(number), minor=os.minor(number))
+            )
             assert by_number.info.path == loop
             assert await sandbox.attach(loop) is by_number
             assert await sandbox.attach(DeviceInfo(path=loop, dev_type="b")) is by_number
             assert by_number.attach_count == 3
             state = sandbox.state()
             assert state.devices
-            assert (state.devices[0].major, state.devices[0].minor) == (os.major(number), os.minor(number))
+            assert (state.devices[0].major, state.devices[0].minor) == (
+                os.major(number),
+                os.minor(number),
+            )
     finally:
         subprocess.run(["losetup", "--detach", loop], check=True)

@@ -48,10 +48,20 @@ def write_head(path: Path, head: bytes) -> Path:
 
 @pytest.mark.parametrize("read_only", [False, True])
 @pytest.mark.parametrize("what", HEADS)
-async def test_a_container_is_refused_by_name(busy: Busy, make_image: MakeImage, what: str, read_only: bool) -> None:
+async def test_a_container_is_refused_by_name(
+    busy: Busy, make_image: MakeImage, what: str, read_only: bool
+) -> None:
     path = write_head(make_image("img"), HEADS[what])
     name = what.partition(",")[0]
-    with refused(busy.sandbox, busy.vm, InvalidImage, repr(str(path)), f"begins like {name},", "format='raw'", "a guest can write"):
+    with refused(
+        busy.sandbox,
+        busy.vm,
+        InvalidImage,
+        repr(str(path)),
+        f"begins like {name},",
+        "format='raw'",
+        "a guest can write",
+    ):
         await busy.sandbox.attach(path, read_only=read_only)
 
 
@@ -118,7 +128,8 @@ async def test_what_was_written_after_the_look(make_image: MakeImage, store: Hel
 
 
 async def test_a_guest_that_writes_to_its_disk_is_in_nobodys_way(make_image: MakeImage) -> None:
-    """The disk is there as raw, and counting it once more plugs nothing in. When it is to come anew, somebody has to say what it is."""
+    """The disk is there as raw, and counting it once more plugs nothing in. When it is to come
+    anew, somebody has to say what it is."""
     path, vm = make_image("img"), MemoryHypervisor()
     async with Sandbox("s1", vm) as sandbox:
         device = await sandbox.attach(path)
@@ -192,7 +203,10 @@ async def test_what_was_said_is_saved(make_image: MakeImage) -> None:
         text = encode(sandbox.state())
     async with Sandbox("s2", MemoryHypervisor()) as other:
         await other.restore(decode(text, where="here"))
-        assert {device.id: device.info.format for device in other.devices} == {"said": "raw", "unsaid": None}
+        assert {device.id: device.info.format for device in other.devices} == {
+            "said": "raw",
+            "unsaid": None,
+        }
         assert encode(other.state()).replace(b'"s2"', b'"s1"') == text
     other_way = json.loads(text)
     assert other_way["Devices"][0]["Pyblock"].pop("Format") == "raw"
@@ -204,11 +218,15 @@ async def test_what_was_said_is_saved(make_image: MakeImage) -> None:
 async def test_a_filesystem_type_is_no_format(make_image: MakeImage) -> None:
     """What Kata calls Format is the type of the file system that the guest shall expect."""
     async with Sandbox("s1", MemoryHypervisor()) as sandbox:
-        device = await sandbox.attach(DeviceInfo(path=str(make_image("img")), options={"fstype": "ext4"}))
+        device = await sandbox.attach(
+            DeviceInfo(path=str(make_image("img")), options={"fstype": "ext4"})
+        )
         assert (device.info.format, device.held.format) == (None, "ext4")
 
 
-async def test_a_disk_whose_beginning_cannot_be_read(busy: Busy, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_disk_whose_beginning_cannot_be_read(
+    busy: Busy, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object) -> bytes:
         raise OSError(5, "Input/output error")
 

@@ -1,4 +1,5 @@
-"""A path leads where the kernel says that it leads, now and when it is opened later; never where its text seems to lead."""
+"""A path leads where the kernel says that it leads, now and when it is opened later; never where
+its text seems to lead."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ async def test_a_file_is_no_folder(busy: Busy, tmp_path: Path, end: str) -> None
         await busy.sandbox.attach(path)
 
 
-async def test_a_relative_path_stays_the_same_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_relative_path_stays_the_same_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     image(tmp_path / "one" / "img", b"1")
     image(tmp_path / "two" / "img", b"2")
     monkeypatch.chdir(tmp_path / "one")
@@ -63,7 +66,8 @@ async def test_a_relative_path_stays_the_same_image(tmp_path: Path, monkeypatch:
 
 
 def test_what_is_kept_is_the_callers_path(tmp_path: Path) -> None:
-    """Links stay in it: what is behind them later, a listing and another program know under this path."""
+    """Links stay in it: what is behind them later, a listing and another program know under this
+    path."""
     image(tmp_path / "disk", b"x")
     link = tmp_path / "by-id"
     link.symlink_to("disk")
@@ -87,7 +91,9 @@ def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
     def look() -> str:
         os.chdir(gone)
         gone.rmdir()
-        with pytest.raises(InvalidImage, match="'img' is relative, and the working directory is gone"):
+        with pytest.raises(
+            InvalidImage, match="'img' is relative, and the working directory is gone"
+        ):
             inspect_image("img", read_only=True)
         return "refused"
 

@@ -1,4 +1,5 @@
-"""What lies under a block device, out of a sysfs that was put together here and out of the real one."""
+"""What lies under a block device, out of a sysfs that was put together here and out of the real
+one."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ class Sysfs:
         self.path = str(root / "dev" / "block")
         Path(self.path).mkdir(parents=True)
 
-    def disk(self, name: str, number: str, *, slaves: tuple[Path, ...] = (), backing: str | None = None) -> Path:
+    def disk(
+        self, name: str, number: str, *, slaves: tuple[Path, ...] = (), backing: str | None = None
+    ) -> Path:
         folder = self.root / "devices" / name
         folder.mkdir(parents=True)
         (folder / "dev").write_text(f"{number}\n")
@@ -92,10 +95,20 @@ def test_a_partition_lies_on_its_disk(sysfs: Sysfs) -> None:
 
 def test_a_device_mapper_node_lies_on_all_its_parts(sysfs: Sysfs) -> None:
     one, two = sysfs.disk("sda", "8:0"), sysfs.disk("sdb", "8:16")
-    md = sysfs.disk("md0", "9:0", slaves=(sysfs.partition(one, "sda1", "8:1"), sysfs.partition(two, "sdb1", "8:17")))
+    md = sysfs.disk(
+        "md0",
+        "9:0",
+        slaves=(sysfs.partition(one, "sda1", "8:1"), sysfs.partition(two, "sdb1", "8:17")),
+    )
     sysfs.disk("dm-0", "252:0", slaves=(md, one))
     assert sysfs.lineage(252, 0).identity == block(252, 0)
-    assert set(sysfs.lineage(252, 0).under) == {block(9, 0), block(8, 0), block(8, 1), block(8, 16), block(8, 17)}
+    assert set(sysfs.lineage(252, 0).under) == {
+        block(9, 0),
+        block(8, 0),
+        block(8, 1),
+        block(8, 16),
+        block(8, 17),
+    }
 
 
 def test_no_descriptor_left(sysfs: Sysfs, make_image: MakeImage) -> None:
@@ -124,8 +137,11 @@ def test_what_is_neither() -> None:
         assert in_words(identity)
 
 
-def test_a_loop_device_that_cannot_be_asked_lies_on_what_its_path_leads_to(sysfs: Sysfs, make_image: MakeImage) -> None:
-    """A path of another mount namespace may lead elsewhere here: nothing is the same because of it."""
+def test_a_loop_device_that_cannot_be_asked_lies_on_what_its_path_leads_to(
+    sysfs: Sysfs, make_image: MakeImage
+) -> None:
+    """A path of another mount namespace may lead elsewhere here: nothing is the same because of
+    it."""
     image = make_image("img")
     sysfs.disk("loop900", "7:900", backing=str(image))
     sysfs.disk("loop901", "7:901", backing=f"{image} (deleted)")
@@ -141,12 +157,24 @@ def test_a_loop_device_is_its_file(loops: Loops, make_image: MakeImage) -> None:
     assert lineage_of(number(loop)) == Lineage(file(image), names=(number(loop),))
     assert identity_of(loop) == identity_of(str(image)) == file(image)
     found = inspect_image(loop, read_only=False)
-    assert (found.identity, found.under, found.is_block, found.number) == (file(image), (number(loop),), True, number(loop)[1:])
+    assert (found.identity, found.under, found.is_block, found.number) == (
+        file(image),
+        (number(loop),),
+        True,
+        number(loop)[1:],
+    )
     with open_image(loop, read_only=True) as opened:
-        assert (opened.identity, opened.under, opened.is_block, opened.size) == (file(image), (), True, 1 << 20)
+        assert (opened.identity, opened.under, opened.is_block, opened.size) == (
+            file(image),
+            (),
+            True,
+            1 << 20,
+        )
 
 
-def test_a_loop_device_on_a_loop_device_is_the_same_file(loops: Loops, make_image: MakeImage) -> None:
+def test_a_loop_device_on_a_loop_device_is_the_same_file(
+    loops: Loops, make_image: MakeImage
+) -> None:
     image = make_image("img")
     lower = loops.loop(image)
     upper = loops.loop(lower)
@@ -154,7 +182,9 @@ def test_a_loop_device_on_a_loop_device_is_the_same_file(loops: Loops, make_imag
 
 
 @pytest.mark.parametrize("more", [("--offset", "4096"), ("--sizelimit", "8192")])
-def test_a_loop_device_over_a_part_lies_on_its_file(loops: Loops, make_image: MakeImage, more: tuple[str, ...]) -> None:
+def test_a_loop_device_over_a_part_lies_on_its_file(
+    loops: Loops, make_image: MakeImage, more: tuple[str, ...]
+) -> None:
     image = make_image("img")
     loop = loops.loop(image, *more)
     assert lineage_of(number(loop)) == Lineage(number(loop), (file(image),))

@@ -34,18 +34,26 @@ async def test_unknown_options_are_refused_by_name(
 
 async def test_known_options(make_image: MakeImage) -> None:
     async with Sandbox("s1", MemoryHypervisor()) as sandbox:
-        device = await sandbox.attach(DeviceInfo(path=str(make_image("img")), options={"block-driver": "virtio-blk", "fstype": "xfs"}))
+        device = await sandbox.attach(
+            DeviceInfo(
+                path=str(make_image("img")), options={"block-driver": "virtio-blk", "fstype": "xfs"}
+            )
+        )
         assert (device.held.driver, device.held.format) == ("virtio-blk", "xfs")
 
 
 async def test_a_generic_devices_options_are_only_kept(busy: Busy) -> None:
-    device = busy.sandbox.manager.obtain(DeviceInfo(dev_type="c", major=10, minor=229, options={"x": "y"}))
+    device = busy.sandbox.manager.obtain(
+        DeviceInfo(dev_type="c", major=10, minor=229, options={"x": "y"})
+    )
     assert device.info.options == {"x": "y"}
 
 
 async def test_a_loaded_state_keeps_whatever_it_has() -> None:
     options = {"block-driver": "virtio-scsi", "io.katacontainers.hypothetical": "x"}
-    state = samples.sandbox([samples.device(0, samples.drive(0, SCSIAddr="0:0"), DriverOptions=options)], [0])
+    state = samples.sandbox(
+        [samples.device(0, samples.drive(0, SCSIAddr="0:0"), DriverOptions=options)], [0]
+    )
     async with Sandbox("s1", MemoryHypervisor()) as sandbox:
         await sandbox.restore(decode(samples.text(state), where="a sample"))
         [saved] = sandbox.state().devices or []

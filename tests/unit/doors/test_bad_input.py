@@ -1,4 +1,5 @@
-"""Every wrong argument has its own error, which names the value; and nothing was changed, nothing sent."""
+"""Every wrong argument has its own error, which names the value; and nothing was changed, nothing
+sent."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ async def test_driver_that_this_vmm_does_not_have(make_image: MakeImage) -> None
             await sandbox.attach(make_image("new"), driver="virtio-mmio")
 
 
-@pytest.mark.parametrize("address", ["", "qemu", "xen:/run/vm", "QEMU:/run/vm", ":", "/run/vm1/qmp.sock", " qemu:/run"])
+@pytest.mark.parametrize(
+    "address", ["", "qemu", "xen:/run/vm", "QEMU:/run/vm", ":", "/run/vm1/qmp.sock", " qemu:/run"]
+)
 def test_unknown_scheme(address: str) -> None:
     for kind in (Sandbox, BlockingSandbox):
         with pytest.raises(UnknownScheme) as caught:
@@ -94,7 +97,9 @@ def test_numbers_without_a_name(number: int) -> None:
         pyblock.drive_name(number)
 
 
-@pytest.mark.parametrize("name", ["", "vd", "vdA", "vd1", "sda", "/dev/vda", "vda ", "vd" + "z" * 30])
+@pytest.mark.parametrize(
+    "name", ["", "vd", "vdA", "vd1", "sda", "/dev/vda", "vda ", "vd" + "z" * 30]
+)
 def test_malformed_names(name: str) -> None:
     with pytest.raises(InvalidName) as caught:
         pyblock.drive_index(name)
@@ -108,7 +113,23 @@ def test_indexes_without_an_address(index: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["", ":", "1", "1:", ":1", "256:0", "0:256", "-1:0", "01:0", "1:2:3", " 1:2", "1:2\n", "\uff11:2", "0x1:0"]
+    "address",
+    [
+        "",
+        ":",
+        "1",
+        "1:",
+        ":1",
+        "256:0",
+        "0:256",
+        "-1:0",
+        "01:0",
+        "1:2:3",
+        " 1:2",
+        "1:2\n",
+        "\uff11:2",
+        "0x1:0",
+    ],
 )
 def test_malformed_scsi_addresses(address: str) -> None:
     with pytest.raises(InvalidAddress) as caught:
@@ -128,7 +149,9 @@ def test_release_of_a_free_index() -> None:
     assert list(index) == []
 
 
-@pytest.mark.parametrize("timeout", [-1, -0.001, math.nan, math.inf, -math.inf, True, False, "5", b"5", [5], 1 + 0j])
+@pytest.mark.parametrize(
+    "timeout", [-1, -0.001, math.nan, math.inf, -math.inf, True, False, "5", b"5", [5], 1 + 0j]
+)
 async def test_timeouts(busy: Busy, make_image: MakeImage, timeout: Any) -> None:
     path = make_image("new")
     with refused(busy.sandbox, busy.vm, InvalidTimeout, repr(timeout)):
@@ -255,8 +278,12 @@ def test_outside_with_blocking(make_image: MakeImage) -> None:
         sandbox.state()
 
 
-@pytest.mark.parametrize("more", [{"driver": "nvdimm"}, {"read_only": True}, {"serial": "S"}, {"device_id": "i"}])
-async def test_a_device_info_says_all_itself(busy: Busy, make_image: MakeImage, more: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "more", [{"driver": "nvdimm"}, {"read_only": True}, {"serial": "S"}, {"device_id": "i"}]
+)
+async def test_a_device_info_says_all_itself(
+    busy: Busy, make_image: MakeImage, more: dict[str, Any]
+) -> None:
     with refused(busy.sandbox, busy.vm, InvalidValue, "DeviceInfo"):
         await busy.sandbox.attach(DeviceInfo(path=str(make_image("new"))), **more)
 
@@ -280,7 +307,9 @@ async def test_more_images_than_indexes(make_image: MakeImage) -> None:
 
 
 @pytest.mark.parametrize("step", ["backend-add", "device-add"])
-async def test_one_image_among_many_is_refused_by_the_vmm(busy: Busy, make_image: MakeImage, step: str) -> None:
+async def test_one_image_among_many_is_refused_by_the_vmm(
+    busy: Busy, make_image: MakeImage, step: str
+) -> None:
     before = snapshot(busy.sandbox)
     had = set(busy.vm.devices), set(busy.vm.backends)
     busy.vm.fail(step, Fault("refuse"), times=2)

@@ -1,4 +1,5 @@
-"""The command line as a program: what it prints, how it ends, and that one call knows what an earlier one did."""
+"""The command line as a program: what it prints, how it ends, and that one call knows what an
+earlier one did."""
 
 from __future__ import annotations
 
@@ -23,7 +24,18 @@ from pyblock.store import files, state_folder
 
 SCRIPT = Path(sys.executable).with_name("pyblock")
 KEYS = {
-    *("device_id", "drive_id", "index", "driver", "host_path", "read_only", "attach_count", "scsi_addr", "pci_path", "nvdimm_id"),
+    *(
+        "device_id",
+        "drive_id",
+        "index",
+        "driver",
+        "host_path",
+        "read_only",
+        "attach_count",
+        "scsi_addr",
+        "pci_path",
+        "nvdimm_id",
+    ),
     *("virt_path", "predicted_name", "guest_match", "serial"),
 }
 
@@ -31,9 +43,15 @@ KEYS = {
 def test_one_call_knows_what_an_earlier_one_did(shell: Shell, make_image: MakeImage) -> None:
     one, two, three = (make_image(name) for name in ("one", "two", "three"))
     [first] = shell.json("attach", one, "--serial", "S-1")
-    assert (first["index"], first["predicted_name"], first["serial"], first["attach_count"]) == (0, "/dev/sda", "S-1", 1)
+    assert (first["index"], first["predicted_name"], first["serial"], first["attach_count"]) == (
+        0,
+        "/dev/sda",
+        "S-1",
+        1,
+    )
     [second, third] = shell.json("attach", two, three, "--driver", "virtio-blk", "--read-only")
-    assert [row["predicted_name"] for row in (second, third)] == [None, None]  # the guest may have seen either first
+    # the guest may have seen either first
+    assert [row["predicted_name"] for row in (second, third)] == [None, None]
     assert [row["guest_match"] is not None for row in (second, third)] == [True, True]
     [again] = shell.json("attach", one)
     assert (again["device_id"], again["attach_count"]) == (first["device_id"], 2)
@@ -59,11 +77,19 @@ def test_all_machines_in_one_list(shell: Shell, make_image: MakeImage) -> None:
     [one] = shell.json("attach", make_image("one"))
     [two] = shell.json("--sandbox", "two", "attach", make_image("two"), vm=shell.machine("vm2"))
     assert two["sandbox"] == "two"
-    assert sorted(row["device_id"] for row in shell.json("list", vm=None)) == sorted([one["device_id"], two["device_id"]])
+    assert sorted(row["device_id"] for row in shell.json("list", vm=None)) == sorted(
+        [one["device_id"], two["device_id"]]
+    )
     assert one["sandbox"] in (text := shell.fine("list", vm=None)) and "two" in text
     # The ID alone finds the machine, and the machine its sandbox.
-    assert shell.json("--sandbox", "two", "list", vm=None) == [two] == shell.json("list", vm=shell.machine("vm2"))
-    assert "vm2" in shell.refused("--sandbox", "three", "attach", make_image("three"), vm=shell.machine("vm2"))
+    assert (
+        shell.json("--sandbox", "two", "list", vm=None)
+        == [two]
+        == shell.json("list", vm=shell.machine("vm2"))
+    )
+    assert "vm2" in shell.refused(
+        "--sandbox", "three", "attach", make_image("three"), vm=shell.machine("vm2")
+    )
     shell.fine("--sandbox", "two", "detach", two["device_id"], vm=None)
     assert "no sandbox 'two'" in shell.refused("--sandbox", "two", "detach", "x", vm=None)
 
@@ -78,7 +104,12 @@ def test_an_image_has_one_writer(shell: Shell, make_image: MakeImage) -> None:
     image, other = make_image("image"), shell.machine("vm2")
     [row] = shell.json("attach", image)
     text = shell.refused("attach", image, vm=other)
-    assert str(image) in text and row["sandbox"] in text and row["device_id"] in text and "forget" in text
+    assert (
+        str(image) in text
+        and row["sandbox"] in text
+        and row["device_id"] in text
+        and "forget" in text
+    )
     shell.refused("attach", image, "--read-only", vm=other)
     shell.refused("attach", image, "--share", vm=other)  # both have to say so
     shell.fine("detach", row["device_id"])
@@ -106,9 +137,17 @@ def test_reconcile(shell: Shell, make_image: MakeImage) -> None:
         assert [each["error"] for each in answer["sandboxes"]] == [None]
         return {one["drive_id"]: (one["found"], one["outcome"]) for one in answer["findings"]}
 
-    assert outcomes("--dry-run") == {lost: ("lost", "left"), half: ("lost", "left"), orphan: ("orphan", "left")}
+    assert outcomes("--dry-run") == {
+        lost: ("lost", "left"),
+        half: ("lost", "left"),
+        orphan: ("orphan", "left"),
+    }
     assert shell.json("list") == rows and json.loads(path.read_text()) == machine
-    assert outcomes(vm=None) == {lost: ("lost", "freed"), half: ("lost", "removed"), orphan: ("orphan", "left")}
+    assert outcomes(vm=None) == {
+        lost: ("lost", "freed"),
+        half: ("lost", "removed"),
+        orphan: ("orphan", "left"),
+    }
     assert shell.json("list") == rows[:1]
     assert outcomes("--orphans") == {orphan: ("orphan", "removed")}
     assert outcomes() == {}
@@ -138,18 +177,36 @@ def test_import_then_export_keeps_all(shell: Shell, tmp_path: Path, name: str) -
     theirs.write_bytes(samples.text(samples.KATA[name]))
     shell.fine("import", theirs)
     shell.fine("export", ours)
-    assert samples.without_pyblock(json.loads(ours.read_bytes())) == samples.without_pyblock(samples.as_written(samples.KATA[name]))
+    assert samples.without_pyblock(json.loads(ours.read_bytes())) == samples.without_pyblock(
+        samples.as_written(samples.KATA[name])
+    )
 
 
 def test_keys_of_a_record(shell: Shell, make_image: MakeImage) -> None:
-    rows = {driver: shell.json("attach", make_image(driver), "--driver", driver)[0] for driver in ("virtio-scsi", "virtio-blk", "nvdimm")}
+    rows = {
+        driver: shell.json("attach", make_image(driver), "--driver", driver)[0]
+        for driver in ("virtio-scsi", "virtio-blk", "nvdimm")
+    }
     for driver, row in rows.items():
         assert row.keys() >= KEYS
-        assert (row["driver"], row["read_only"], row["drive_id"]) == (driver, False, f"drive-{row['device_id']}")
+        assert (row["driver"], row["read_only"], row["drive_id"]) == (
+            driver,
+            False,
+            f"drive-{row['device_id']}",
+        )
     scsi, blk, nvdimm = rows.values()
-    assert (scsi["scsi_addr"], scsi["pci_path"], scsi["virt_path"], scsi["nvdimm_id"]) == ("0:0", None, None, None)
+    assert (scsi["scsi_addr"], scsi["pci_path"], scsi["virt_path"], scsi["nvdimm_id"]) == (
+        "0:0",
+        None,
+        None,
+        None,
+    )
     assert (blk["scsi_addr"], blk["pci_path"], blk["virt_path"]) == (None, "02/00", "/dev/vda")
-    assert (nvdimm["nvdimm_id"], nvdimm["predicted_name"], nvdimm["serial"]) == ("0", "/dev/pmem0", None)
+    assert (nvdimm["nvdimm_id"], nvdimm["predicted_name"], nvdimm["serial"]) == (
+        "0",
+        "/dev/pmem0",
+        None,
+    )
     assert all(row["guest_match"] for row in rows.values())
     assert shell.json("list") == [*rows.values()]
 
@@ -159,15 +216,27 @@ def test_table(shell: Shell, make_image: MakeImage) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "nothing is attached\n")
     image = make_image("an-image-with-quite-a-long-name-that-nobody-may-cut-short.img")
     for text in (shell.fine("attach", image), shell.fine("list")):
-        assert all(word in text for word in ("device_id", "predicted_name", "/dev/sda", "virtio-scsi", image.name))
+        assert all(
+            word in text
+            for word in ("device_id", "predicted_name", "/dev/sda", "virtio-scsi", image.name)
+        )
 
 
 ERRORS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
     "missing image": (lambda folder: ["attach", f"{folder}/absent"], "absent"),
     "folder": (lambda folder: ["attach", str(folder)], "a directory"),
-    "one of two missing": (lambda folder: ["attach", f"{folder}/image", f"{folder}/absent"], "absent"),
-    "driver": (lambda folder: ["attach", f"{folder}/image", "--driver", "virtio-ide"], "'virtio-ide'"),
-    "serial": (lambda folder: ["attach", f"{folder}/image", "--serial", "two words"], "'two words'"),
+    "one of two missing": (
+        lambda folder: ["attach", f"{folder}/image", f"{folder}/absent"],
+        "absent",
+    ),
+    "driver": (
+        lambda folder: ["attach", f"{folder}/image", "--driver", "virtio-ide"],
+        "'virtio-ide'",
+    ),
+    "serial": (
+        lambda folder: ["attach", f"{folder}/image", "--serial", "two words"],
+        "'two words'",
+    ),
     "timeout": (lambda folder: ["attach", f"{folder}/image", "--timeout", "-1"], "-1"),
     "timeout nan": (lambda folder: ["attach", f"{folder}/image", "--timeout", "nan"], "nan"),
     "unknown device": (lambda folder: ["detach", "nothing"], "'nothing'"),
@@ -178,14 +247,18 @@ ERRORS: dict[str, tuple[Callable[[Path], list[str]], str]] = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_refusals_are_one_line(shell: Shell, make_image: MakeImage, tmp_path: Path, name: str) -> None:
+def test_refusals_are_one_line(
+    shell: Shell, make_image: MakeImage, tmp_path: Path, name: str
+) -> None:
     make_image("image")
     arguments, text = ERRORS[name]
     assert text in shell.refused(*arguments(tmp_path))
     assert shell.json("list") == []
 
 
-@pytest.mark.parametrize(("vm", "text"), [("xen:/run", "'xen:/run'"), ("", "''"), ("qemu:/nowhere/qmp", "/nowhere/qmp")])
+@pytest.mark.parametrize(
+    ("vm", "text"), [("xen:/run", "'xen:/run'"), ("", "''"), ("qemu:/nowhere/qmp", "/nowhere/qmp")]
+)
 def test_machines_that_are_none(shell: Shell, make_image: MakeImage, vm: str, text: str) -> None:
     assert text in shell.refused("attach", make_image("image"), vm=vm)
 
@@ -233,10 +306,19 @@ def test_help_version_demo(shell: Shell) -> None:
     assert "detached all: 0 devices, 0 indexes taken, 0 backends left" in text
 
 
-@pytest.mark.skipif(not SCRIPT.exists(), reason="the console script is not installed beside this Python")
+@pytest.mark.skipif(
+    not SCRIPT.exists(), reason="the console script is not installed beside this Python"
+)
 def test_the_installed_script(shell: Shell) -> None:
     for arguments, status in ((["name", "1"], 0), (["index", "x"], 1), (["plug"], 2)):
-        done = subprocess.run([SCRIPT, *arguments], env=shell.environment, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [SCRIPT, *arguments],
+            env=shell.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         assert done.returncode == status
 
 
@@ -264,7 +346,9 @@ def test_state_folder_by_environment(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("text", ["", None])
-def test_state_folder_of_root_and_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None) -> None:
+def test_state_folder_of_root_and_of_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None
+) -> None:
     if text is None:
         monkeypatch.delenv("PYBLOCK_STATE_DIR", raising=False)
     else:
@@ -313,7 +397,16 @@ def test_one_socket_has_one_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "link").symlink_to("qmp.sock")
     spellings = [f"qemu:{tmp_path}/qmp.sock", "qemu:qmp.sock", "qemu:./qmp.sock", "qemu:link"]
     assert len({asyncio.run(session.by_vm(vm)).sandbox_id for vm in spellings}) == 1
-    others = ["memory:", "memory:/a", "memory:/a/b", "memory:/a-b", "qemu:/a/b", "qemu:/a-b", "qemu:" + "/x" * 50, "qemu:" + "/x" * 51]
+    others = [
+        "memory:",
+        "memory:/a",
+        "memory:/a/b",
+        "memory:/a-b",
+        "qemu:/a/b",
+        "qemu:/a-b",
+        "qemu:" + "/x" * 50,
+        "qemu:" + "/x" * 51,
+    ]
     ids = {asyncio.run(session.by_vm(vm)).sandbox_id for vm in others}
     assert len(ids) == len(others)
     for each in ids:
@@ -322,14 +415,21 @@ def test_one_socket_has_one_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_commands_at_once_take_their_turns(shell: Shell, make_image: MakeImage) -> None:
     images = [make_image(f"image{number}") for number in range(8)]
-    running = [subprocess.Popen(shell.command("attach", image), env=shell.environment, stdout=subprocess.DEVNULL) for image in images]
+    running = [
+        subprocess.Popen(
+            shell.command("attach", image), env=shell.environment, stdout=subprocess.DEVNULL
+        )
+        for image in images
+    ]
     assert [process.wait(60) for process in running] == [0] * 8
     rows = shell.json("list")
     assert [row["index"] for row in rows] == [*range(8)]
     assert {row["host_path"] for row in rows} == {str(image) for image in images}
 
 
-def test_a_command_waits_for_another(shell: Shell, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_waits_for_another(
+    shell: Shell, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     [row] = shell.json("attach", make_image("one"))
     monkeypatch.setenv("PYBLOCK_STATE_DIR", str(shell.folder))
     command = shell.command("attach", make_image("two"))
@@ -337,7 +437,8 @@ def test_a_command_waits_for_another(shell: Shell, make_image: MakeImage, monkey
         late = shell("attach", make_image("three"), "--timeout", "0.1")
         assert late.returncode == 1 and f"process {os.getpid()} " in late.stderr
         process = subprocess.Popen(command, env=shell.environment, stdout=subprocess.PIPE)
-        with pytest.raises(subprocess.TimeoutExpired):  # time enough for one that does not wait to be done
+        # time enough for one that does not wait to be done
+        with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1)
     process.communicate(timeout=60)
     assert process.returncode == 0
@@ -349,7 +450,12 @@ def test_without_streams(shell: Shell, make_image: MakeImage, closed: str) -> No
     """What cannot be printed is lost, and nothing else is."""
     command = shell.command("attach", make_image("img"))
     done = subprocess.run(
-        ["sh", "-c", f'"$@" {closed}', "sh", *command], env=shell.environment, capture_output=True, text=True, timeout=LONG, check=False
+        ["sh", "-c", f'"$@" {closed}', "sh", *command],
+        env=shell.environment,
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+        check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert [row["attach_count"] for row in shell.json("list")] == [1]

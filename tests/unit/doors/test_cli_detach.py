@@ -1,4 +1,5 @@
-"""Which devices `pyblock detach` takes, how they may be named, and what it says of those that stay."""
+"""Which devices `pyblock detach` takes, how they may be named, and what it says of those that
+stay."""
 
 from __future__ import annotations
 
@@ -59,7 +60,9 @@ def test_an_id_is_no_beginning_of_another(shell: Shell, make_image: MakeImage) -
 
 
 @pytest.mark.parametrize("spelling", ["path", "relative", "symlink", "hard link", "dots"])
-def test_by_the_path_of_an_image(shell: Shell, make_image: MakeImage, tmp_path: Path, spelling: str) -> None:
+def test_by_the_path_of_an_image(
+    shell: Shell, make_image: MakeImage, tmp_path: Path, spelling: str
+) -> None:
     image = make_image("the.img")
     shell.fine("attach", image, make_image("other.img"))
     words: dict[str, str | Path] = {
@@ -85,12 +88,18 @@ def test_by_the_path_of_an_image_that_is_gone(shell: Shell, make_image: MakeImag
     assert attached(shell) == {}
 
 
-def test_dots_behind_a_link_are_no_other_image(shell: Shell, make_image: MakeImage, tmp_path: Path) -> None:
-    """`link/../img` is the image beside what the link leads to, not the one beside the link; also when it is gone."""
+def test_dots_behind_a_link_are_no_other_image(
+    shell: Shell, make_image: MakeImage, tmp_path: Path
+) -> None:
+    """`link/../img` is the image beside what the link leads to, not the one beside the link; also
+    when it is gone."""
     (tmp_path / "elsewhere" / "in").mkdir(parents=True)
     (tmp_path / "link").symlink_to("elsewhere/in")
     [beside] = shell.json("attach", make_image("img"))
-    dotted, other = f"{tmp_path}/link/../img", make_image("other.img").rename(tmp_path / "elsewhere" / "img")
+    dotted, other = (
+        f"{tmp_path}/link/../img",
+        make_image("other.img").rename(tmp_path / "elsewhere" / "img"),
+    )
     shell.refused("detach", dotted)
     assert attached(shell) == {beside["device_id"]: 1}
     shell.fine("attach", dotted)
@@ -154,7 +163,11 @@ def test_a_device_that_was_attached_twice(shell: Shell, make_image: MakeImage) -
     for arguments, text in (([device_id], "2 times"), (["--all"], "once")):
         done = shell("detach", *arguments)
         assert (done.returncode, done.stdout) == (0, "")
-        assert device_id in done.stderr and f"still attached {text}" in done.stderr and done.stderr.count("\n") == 1
+        assert (
+            device_id in done.stderr
+            and f"still attached {text}" in done.stderr
+            and done.stderr.count("\n") == 1
+        )
     assert attached(shell) == {device_id: 1}
     assert shell.fine("detach", image) == ""
     assert attached(shell) == {}
@@ -173,4 +186,7 @@ def test_what_stays_is_said_beside_an_error(shell: Shell, make_image: MakeImage)
     )
     done = shell("detach", "--all", patch=refuse)
     assert done.returncode == 1 and "not now" in done.stderr
-    assert f"{row['device_id']} is still attached once" in done.stderr and f"{other['device_id']} is still" not in done.stderr
+    assert (
+        f"{row['device_id']} is still attached once" in done.stderr
+        and f"{other['device_id']} is still" not in done.stderr
+    )

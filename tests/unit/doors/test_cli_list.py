@@ -23,8 +23,11 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
-def test_a_name_with_markup(shell: Shell, make_image: MakeImage, tmp_path: Path, name: str, terminal: bool) -> None:
-    (tmp_path / HOSTILE[name]).parent.mkdir(parents=True, exist_ok=True)  # a slash closes markup, and a folder's name ends there
+def test_a_name_with_markup(
+    shell: Shell, make_image: MakeImage, tmp_path: Path, name: str, terminal: bool
+) -> None:
+    # a slash closes markup, and a folder's name ends there
+    (tmp_path / HOSTILE[name]).parent.mkdir(parents=True, exist_ok=True)
     image = make_image(HOSTILE[name])
     shell.fine("attach", image)
     status, text = on_terminal(shell, "list", columns=1000) if terminal else (0, shell.fine("list"))
@@ -37,7 +40,9 @@ def test_a_name_that_moves_the_cursor(shell: Shell, make_image: MakeImage, comma
     image = make_image("a\x1b[2J\x07\u202eb\x7f\u200b\x9bc.img")
     if command != "attach":
         shell.fine("attach", image)
-    status, text = on_terminal(shell, *command.split(), *([image] if command == "attach" else []), columns=1000)
+    status, text = on_terminal(
+        shell, *command.split(), *([image] if command == "attach" else []), columns=1000
+    )
     assert status == 0
     assert not {char for char in text if not char.isprintable()} - {"\n"} - set("\x1b")
     plain = text.replace("\x1b[1m", "").replace("\x1b[0m", "")  # the head of the table is bold
@@ -49,10 +54,17 @@ def test_a_name_that_moves_the_cursor(shell: Shell, make_image: MakeImage, comma
 
 
 def test_an_error_that_moves_the_cursor(shell: Shell, tmp_path: Path) -> None:
-    for arguments in (["attach", tmp_path / "no\x1b[2Jt\u3164here"], ["attach", "--\x1b[2J", "x"], ["plu\x1bg"]):
+    for arguments in (
+        ["attach", tmp_path / "no\x1b[2Jt\u3164here"],
+        ["attach", "--\x1b[2J", "x"],
+        ["plu\x1bg"],
+    ):
         done = shell(*arguments)
         assert done.returncode in (1, 2) and r"\x1b" in done.stderr
-        assert not {char for char in done.stderr if not char.isprintable()} - {"\n"} and "\u3164" not in done.stderr
+        assert (
+            not {char for char in done.stderr if not char.isprintable()} - {"\n"}
+            and "\u3164" not in done.stderr
+        )
 
 
 def test_a_terminal_without_unicode(shell: Shell, make_image: MakeImage) -> None:
@@ -73,13 +85,16 @@ def many(shell: Shell, make_image: MakeImage, tmp_path: Path) -> list[dict[str, 
 
 
 @pytest.mark.parametrize("columns", [20, 60, 80, 100, 132, 400])
-def test_nothing_is_cut_on_a_terminal(shell: Shell, make_image: MakeImage, tmp_path: Path, columns: int) -> None:
+def test_nothing_is_cut_on_a_terminal(
+    shell: Shell, make_image: MakeImage, tmp_path: Path, columns: int
+) -> None:
     rows = many(shell, make_image, tmp_path)
     status, text = on_terminal(shell, "list", columns=columns)
     assert status == 0 and "…" not in text
     for row in rows:
         for key in ("device_id", "predicted_name", "phase", "host_path"):
-            assert str(row[key] or "?") in text, key  # whole, in one piece; several that came at once have no predicted name
+            # whole, in one piece; several that came at once have no predicted name
+            assert str(row[key] or "?") in text, key
 
 
 def test_eighty_columns_have_a_table(shell: Shell) -> None:
@@ -100,7 +115,10 @@ def test_eighty_columns_have_a_table(shell: Shell) -> None:
 
 
 def test_several_sandboxes_on_a_terminal(shell: Shell, make_image: MakeImage) -> None:
-    rows = [shell.json("attach", make_image(f"{number}.img"), vm=shell.machine(f"vm{number}"))[0] for number in range(3)]
+    rows = [
+        shell.json("attach", make_image(f"{number}.img"), vm=shell.machine(f"vm{number}"))[0]
+        for number in range(3)
+    ]
     for columns in (80, 1000):
         status, text = on_terminal(shell, "list", vm=None, columns=columns)
         assert status == 0
@@ -109,7 +127,8 @@ def test_several_sandboxes_on_a_terminal(shell: Shell, make_image: MakeImage) ->
 
 
 def test_json_always(shell: Shell, make_image: MakeImage) -> None:
-    """A list on standard output, whatever happened; what could not be read stands on standard error, and makes the status 1."""
+    """A list on standard output, whatever happened; what could not be read stands on standard
+    error, and makes the status 1."""
     [row] = shell.json("attach", make_image("image"))
     assert shell.json("list", vm=None) == [row]
     done = shell("--sandbox", "nothing", "list", "--json", vm=None)
@@ -117,7 +136,9 @@ def test_json_always(shell: Shell, make_image: MakeImage) -> None:
     spoil(shell, "UPDATE device SET state = x'00'")
     for vm in (None, shell.vm):
         done = shell("list", "--json", vm=vm)
-        assert (done.returncode, json.loads(done.stdout)) == (1, []) and row["sandbox"] in done.stderr
+        assert (done.returncode, json.loads(done.stdout)) == (1, []) and row[
+            "sandbox"
+        ] in done.stderr
     state = shell.folder / "state.db"
     state.write_bytes(state.read_bytes()[:-4096])
     for vm in (None, shell.vm):

@@ -21,7 +21,10 @@ def test_behind_the_command(shell: Shell, make_image: MakeImage) -> None:
     assert shell.json("list", "--vm", other, vm=None) == [second]
     assert shell.json("list", "--sandbox", one["sandbox"], vm=None) == [one]
     assert shell.json("list", "--vm", other) == [second]  # the later one of the two
-    assert shell.json("reconcile", "--vm", other, vm=None)["sandboxes"][0]["sandbox"] == second["sandbox"]
+    assert (
+        shell.json("reconcile", "--vm", other, vm=None)["sandboxes"][0]["sandbox"]
+        == second["sandbox"]
+    )
     shell.fine("detach", second["device_id"], "--vm", other, vm=None)
     shell.fine("detach", one["device_id"], "--sandbox", one["sandbox"], vm=None)
     assert shell.json("list", vm=None) == []
@@ -34,7 +37,8 @@ def test_by_the_environment(shell: Shell, make_image: MakeImage) -> None:
     shell.environment["PYBLOCK_VM"] = other
     assert shell.json("list", vm=None) == [second]
     assert shell.json("list") == [one]
-    assert shell.json("list", "--sandbox", one["sandbox"], vm=None) == [one]  # what is named goes alone
+    # what is named goes alone
+    assert shell.json("list", "--sandbox", one["sandbox"], vm=None) == [one]
     shell.fine("detach", second["device_id"], vm=None)
     del shell.environment["PYBLOCK_VM"]
     shell.environment["PYBLOCK_SANDBOX"] = one["sandbox"]
@@ -48,7 +52,10 @@ def test_by_the_environment(shell: Shell, make_image: MakeImage) -> None:
 def test_an_empty_variable_is_none(shell: Shell, make_image: MakeImage) -> None:
     one, second, _ = two(shell, make_image)
     shell.environment |= {"PYBLOCK_SANDBOX": "", "PYBLOCK_VM": ""}
-    assert {row["sandbox"] for row in shell.json("list", vm=None)} == {one["sandbox"], second["sandbox"]}
+    assert {row["sandbox"] for row in shell.json("list", vm=None)} == {
+        one["sandbox"],
+        second["sandbox"],
+    }
     text = shell.misused("detach", "x", vm=None)
     assert "--vm" in text and "--sandbox" in text and "PYBLOCK_VM" in text
 
@@ -56,4 +63,6 @@ def test_an_empty_variable_is_none(shell: Shell, make_image: MakeImage) -> None:
 def test_commands_say_how_they_are_told(shell: Shell) -> None:
     for name in ("attach", "list", "detach", "reconcile", "import", "export"):
         text = shell.fine(name, "--help", vm=None)
-        assert all(word in text for word in ("--vm", "--sandbox", "PYBLOCK_VM", "PYBLOCK_SANDBOX")), name
+        assert all(
+            word in text for word in ("--vm", "--sandbox", "PYBLOCK_VM", "PYBLOCK_SANDBOX")
+        ), name

@@ -1,4 +1,5 @@
-"""A sandbox belongs to the event loop that it was opened in; from another one, or another thread's, it is refused at once."""
+"""A sandbox belongs to the event loop that it was opened in; from another one, or another thread's,
+it is refused at once."""
 
 from __future__ import annotations
 

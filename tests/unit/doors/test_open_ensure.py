@@ -46,7 +46,8 @@ async def test_open_is_what_async_with_does(make_store: MakeStore, make_image: M
     await sandbox.close()
     with pytest.raises(SandboxClosed):
         await sandbox.attach(image)
-    assert [len(one.devices) for one in [await sandbox.open()]] == [1]  # and once more, as often as one likes
+    # and once more, as often as one likes
+    assert [len(one.devices) for one in [await sandbox.open()]] == [1]
     await sandbox.close()
 
 
@@ -102,13 +103,17 @@ def test_open_without_an_event_loop(make_store: MakeStore, make_image: MakeImage
 # ensure
 
 
-async def test_ensure_attaches_once_and_counts_once(make_image: MakeImage, make_store: MakeStore) -> None:
+async def test_ensure_attaches_once_and_counts_once(
+    make_image: MakeImage, make_store: MakeStore
+) -> None:
     vm, image, store = MemoryHypervisor(), make_image("a"), make_store()
     async with Sandbox("s1", vm, store=store) as sandbox:
         device = await sandbox.ensure(device_id="data", path=image)
         assert (device.id, device.attach_count, device.drive.index) == ("data", 1, 0)
         for _ in range(3):
-            assert await sandbox.ensure(device_id="data", path=image, driver="virtio-scsi") is device
+            assert (
+                await sandbox.ensure(device_id="data", path=image, driver="virtio-scsi") is device
+            )
         assert (device.attach_count, device.ref_count, plugs(vm)) == (1, 1, 1)
     async with Sandbox("s1", vm, store=store) as sandbox:  # a program that was started anew
         device = await sandbox.ensure(device_id="data", path=image)
@@ -121,7 +126,9 @@ async def test_ensure_attaches_once_and_counts_once(make_image: MakeImage, make_
 async def test_two_at_once_plug_once(make_image: MakeImage, make_store: MakeStore) -> None:
     vm, image = MemoryHypervisor(), make_image("a")
     async with Sandbox("s1", vm, store=make_store()) as sandbox:
-        devices = await asyncio.gather(*(sandbox.ensure(device_id="data", path=image) for _ in range(5)))
+        devices = await asyncio.gather(
+            *(sandbox.ensure(device_id="data", path=image) for _ in range(5))
+        )
         assert len(set(devices)) == 1
         assert (devices[0].attach_count, devices[0].ref_count, plugs(vm)) == (1, 1, 1)
         await sandbox.detach("data")
@@ -166,7 +173,11 @@ Asked = Callable[[Path, Path], dict[str, object]]
 CONFLICTS: dict[str, Asked] = {
     "the ID with another image": lambda image, other: {"device_id": "data", "path": other},
     "the image under another ID": lambda image, other: {"device_id": "more", "path": image},
-    "another driver": lambda image, other: {"device_id": "data", "path": image, "driver": "virtio-blk"},
+    "another driver": lambda image, other: {
+        "device_id": "data",
+        "path": image,
+        "driver": "virtio-blk",
+    },
     "another access": lambda image, other: {"device_id": "data", "path": image, "read_only": True},
     "another serial": lambda image, other: {"device_id": "data", "path": image, "serial": "x"},
     "another sharing": lambda image, other: {"device_id": "data", "path": image, "share": True},
@@ -194,18 +205,26 @@ async def test_one_that_fails_leaves_nothing(make_image: MakeImage) -> None:
             await sandbox.ensure(device_id="", path=image)
         assert (sandbox.devices, list(sandbox.index)) == ([], [])
         vm.fail("device-add", Fault("refuse"))
-        first, *others = await asyncio.gather(*(sandbox.ensure(device_id="data", path=image) for _ in range(3)), return_exceptions=True)
-        assert isinstance(first, VmmRefused)  # whoever waited tries it again, and is the one that plugs it in
+        first, *others = await asyncio.gather(
+            *(sandbox.ensure(device_id="data", path=image) for _ in range(3)),
+            return_exceptions=True,
+        )
+        # whoever waited tries it again, and is the one that plugs it in
+        assert isinstance(first, VmmRefused)
         assert [one.attach_count for one in others if not isinstance(one, BaseException)] == [1, 1]
 
 
 async def test_beside_what_is_counted_otherwise(make_image: MakeImage) -> None:
-    """What others attach and detach is theirs; what was ensured goes with the last of them, as any attach does."""
+    """What others attach and detach is theirs; what was ensured goes with the last of them, as any
+    attach does."""
     image = make_image("a")
     async with Sandbox("s1", MemoryHypervisor()) as sandbox:
         device = await sandbox.ensure(device_id="data", path=image)
         await sandbox.attach(image)
-        assert await sandbox.ensure(device_id="data", path=image) is device and device.attach_count == 2
+        assert (
+            await sandbox.ensure(device_id="data", path=image) is device
+            and device.attach_count == 2
+        )
         await sandbox.detach(device)
         assert device.phase is Phase.ATTACHED
         await sandbox.detach(device)

@@ -1,4 +1,5 @@
-"""What a host has plugged in, read from its records: `pyblock.host()`, `pyblock sandboxes`, `pyblock holders`."""
+"""What a host has plugged in, read from its records: `pyblock.host()`, `pyblock sandboxes`,
+`pyblock holders`."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def loops() -> Iterator[Loops]:
         yield loops
 
 
-async def test_sandboxes_and_their_devices(make_store: MakeStore, make_image: MakeImage, tmp_path: Path) -> None:
+async def test_sandboxes_and_their_devices(
+    make_store: MakeStore, make_image: MakeImage, tmp_path: Path
+) -> None:
     store, vm, one = make_store(), MemoryHypervisor(), make_image("one")
     host = pyblock.host(store)
     assert await host.sandboxes() == []
@@ -50,7 +53,8 @@ async def test_sandboxes_and_their_devices(make_store: MakeStore, make_image: Ma
         with pytest.raises(DetachPending):
             await sandbox.detach(second, timeout=BEGUN)
         asked, addresses = len(vm.journal), ("", f"process {os.getpid()}")
-        for reader in (host, pyblock.host(make_store())):  # another process's, which has nothing open
+        # another process's, which has nothing open
+        for reader in (host, pyblock.host(make_store())):
             [known] = await reader.sandboxes()
             assert (known.id, known.vm, known.devices) == ("s1", addresses[0], 2)
             assert known.owner.startswith(addresses[1])
@@ -62,8 +66,19 @@ async def test_sandboxes_and_their_devices(make_store: MakeStore, make_image: Ma
             assert [device.info.read_only for device in have] == [False, True]
             for device, other in zip(have, (first, second), strict=True):
                 assert device.sandbox == "s1" and device.drive is not None
-                told = ("index", "id", "driver", "predicted_name", "guest_match", "serial", "pci_path", "scsi_addr")
-                assert [getattr(device.drive, name) for name in told] == [getattr(other.held, name) for name in told]
+                told = (
+                    "index",
+                    "id",
+                    "driver",
+                    "predicted_name",
+                    "guest_match",
+                    "serial",
+                    "pci_path",
+                    "scsi_addr",
+                )
+                assert [getattr(device.drive, name) for name in told] == [
+                    getattr(other.held, name) for name in told
+                ]
         assert len(vm.journal) == asked
         vm.let_go("device-gone")
         await sandbox.settle()
@@ -71,10 +86,15 @@ async def test_sandboxes_and_their_devices(make_store: MakeStore, make_image: Ma
     assert (known.owner, known.devices) == ("", 1)
 
 
-async def test_who_holds_an_image(make_store: MakeStore, make_image: MakeImage, tmp_path: Path) -> None:
+async def test_who_holds_an_image(
+    make_store: MakeStore, make_image: MakeImage, tmp_path: Path
+) -> None:
     store, image, read = make_store(), make_image("data"), make_image("base")
     (tmp_path / "link").symlink_to(image)
-    async with Sandbox("s1", MemoryHypervisor(), store=store) as one, Sandbox("s2", MemoryHypervisor(), store=store) as two:
+    async with (
+        Sandbox("s1", MemoryHypervisor(), store=store) as one,
+        Sandbox("s2", MemoryHypervisor(), store=store) as two,
+    ):
         writer = await one.attach(image)
         readers = [await sandbox.attach(read, read_only=True) for sandbox in (one, two)]
         host = pyblock.host(store)
@@ -84,7 +104,10 @@ async def test_who_holds_an_image(make_store: MakeStore, make_image: MakeImage, 
             assert (holder.relation, holder.read_only, holder.share) == ("it", False, False)
             assert str(os.getpid()) in holder.owner
         found = await host.holders(read)
-        assert [(holder.device.sandbox, holder.device.id) for holder in found] == [("s1", readers[0].id), ("s2", readers[1].id)]
+        assert [(holder.device.sandbox, holder.device.id) for holder in found] == [
+            ("s1", readers[0].id),
+            ("s2", readers[1].id),
+        ]
         assert all(holder.read_only for holder in found)
         assert await host.holders(make_image("free")) == []
         assert await host.holders(tmp_path / "never was there") == []
@@ -94,7 +117,9 @@ async def test_who_holds_an_image(make_store: MakeStore, make_image: MakeImage, 
         assert await host.holders(image) == []
 
 
-async def test_who_holds_an_image_that_is_gone(make_store: MakeStore, make_image: MakeImage) -> None:
+async def test_who_holds_an_image_that_is_gone(
+    make_store: MakeStore, make_image: MakeImage
+) -> None:
     store, image = make_store(), make_image("data")
     async with Sandbox("s1", MemoryHypervisor(), store=store) as sandbox:
         device = await sandbox.attach(image)
@@ -107,19 +132,27 @@ async def test_who_holds_an_image_that_is_gone(make_store: MakeStore, make_image
         kept.close()
 
 
-async def test_what_lies_under_an_image_and_on_it(loops: Loops, make_store: MakeStore, make_image: MakeImage) -> None:
+async def test_what_lies_under_an_image_and_on_it(
+    loops: Loops, make_store: MakeStore, make_image: MakeImage
+) -> None:
     store, file = make_store(), make_image("file")
     loop = loops.loop(file, "--offset", "4096")
     async with Sandbox("s1", MemoryHypervisor(), store=store) as sandbox:
         on_it = await sandbox.attach(loop)
         host = pyblock.host(store)
-        assert [(holder.device.id, holder.relation) for holder in await host.holders(file)] == [(on_it.id, "on it")]
+        assert [(holder.device.id, holder.relation) for holder in await host.holders(file)] == [
+            (on_it.id, "on it")
+        ]
         await sandbox.detach(on_it)
         under = await sandbox.attach(file)
-        assert [(holder.device.id, holder.relation) for holder in await host.holders(loop)] == [(under.id, "under it")]
+        assert [(holder.device.id, holder.relation) for holder in await host.holders(loop)] == [
+            (under.id, "under it")
+        ]
 
 
-def test_without_an_event_loop(make_store: MakeStore, make_image: MakeImage, tmp_path: Path) -> None:
+def test_without_an_event_loop(
+    make_store: MakeStore, make_image: MakeImage, tmp_path: Path
+) -> None:
     store, image = make_store(), make_image("a")
     host = blocking.host(store)
     assert host.sandboxes() == []
@@ -134,7 +167,9 @@ def test_without_an_event_loop(make_store: MakeStore, make_image: MakeImage, tmp
     assert host.forget("s1") == [device.id] and host.sandboxes() == []
 
 
-async def test_a_sandbox_can_be_exported_and_given_up(make_store: MakeStore, make_image: MakeImage, tmp_path: Path) -> None:
+async def test_a_sandbox_can_be_exported_and_given_up(
+    make_store: MakeStore, make_image: MakeImage, tmp_path: Path
+) -> None:
     store, vm = make_store(), MemoryHypervisor()
     host = pyblock.host(store)
     async with Sandbox("s1", vm, store=store) as sandbox:
@@ -149,11 +184,16 @@ async def test_a_sandbox_can_be_exported_and_given_up(make_store: MakeStore, mak
 
 
 def test_both_doors_have_the_same() -> None:
-    names = [{name for name in dir(kind) if not name.startswith("_")} for kind in (pyblock.Host, blocking.Host)]
+    names = [
+        {name for name in dir(kind) if not name.startswith("_")}
+        for kind in (pyblock.Host, blocking.Host)
+    ]
     assert names[0] == names[1]
 
 
-async def test_a_record_that_cannot_be_read_is_said(make_store: MakeStore, make_image: MakeImage) -> None:
+async def test_a_record_that_cannot_be_read_is_said(
+    make_store: MakeStore, make_image: MakeImage
+) -> None:
     store, image = make_store(), make_image("a")
     async with Sandbox("s1", MemoryHypervisor(), store=store) as sandbox:
         await sandbox.attach(image)
@@ -171,7 +211,11 @@ async def test_a_record_that_cannot_be_read_is_said(make_store: MakeStore, make_
 def test_sandboxes_on_the_command_line(shell: Shell, make_image: MakeImage) -> None:
     assert shell.json("sandboxes", vm=None) == []
     done = shell("sandboxes", vm=None)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "no sandbox has anything plugged in\n")
+    assert (done.returncode, done.stdout, done.stderr) == (
+        0,
+        "",
+        "no sandbox has anything plugged in\n",
+    )
     shell.fine("attach", make_image("a"), make_image("b"))
     [known] = shell.json("sandboxes", vm=None)
     assert (known["vm"], known["owner"], known["devices"]) == (shell.vm, None, 2)
@@ -181,16 +225,24 @@ def test_sandboxes_on_the_command_line(shell: Shell, make_image: MakeImage) -> N
 def test_holders_on_the_command_line(shell: Shell, make_image: MakeImage) -> None:
     image = make_image("a\x1b[2J.img")
     done = shell("holders", image, vm=None)
-    assert (done.returncode, done.stdout) == (0, "") and done.stderr.startswith("nobody has claimed ")
+    assert (done.returncode, done.stdout) == (0, "") and done.stderr.startswith(
+        "nobody has claimed "
+    )
     assert shell.json("holders", image, vm=None) == []
     [device] = shell.json("attach", image, "--share")
     [holder] = shell.json("holders", image, vm=None)
     assert holder == {
-        "sandbox": device["sandbox"], "device_id": device["device_id"], "access": "write", "share": True, "relation": "it",
+        "sandbox": device["sandbox"], "device_id": device["device_id"], "access": "write",
+        "share": True, "relation": "it",
         "phase": "attached", "attach_count": 1, "owner": None, "host_path": str(image),
     }  # fmt: skip
     table = shell.fine("holders", image, vm=None)
-    assert device["device_id"] in table and "shared" in table and r"a\x1b[2J.img" in table and "\x1b" not in table
+    assert (
+        device["device_id"] in table
+        and "shared" in table
+        and r"a\x1b[2J.img" in table
+        and "\x1b" not in table
+    )
     assert "empty or holds a NUL" in shell.refused("holders", "", vm=None)
 
 

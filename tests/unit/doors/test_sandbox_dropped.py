@@ -1,4 +1,5 @@
-"""A sandbox that is dropped without being closed: its ownership ends with the object, with a warning, as a file would be closed."""
+"""A sandbox that is dropped without being closed: its ownership ends with the object, with a
+warning, as a file would be closed."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ async def test_it_can_be_opened_again(make_store: MakeStore, make_image: MakeIma
             await Sandbox("one", vm, store=store).__aenter__()
 
 
-async def test_others_can_have_it_without_another_call(make_store: MakeStore, make_image: MakeImage) -> None:
+async def test_others_can_have_it_without_another_call(
+    make_store: MakeStore, make_image: MakeImage
+) -> None:
     store, other, vm = make_store(), make_store(), MemoryHypervisor()
     await dropped(store, vm, make_image("a"))
     await asyncio.sleep(0)  # the loop's next turn
@@ -69,7 +72,9 @@ async def test_dropped_in_another_thread(make_store: MakeStore) -> None:
         pass
 
 
-async def test_dropped_while_another_process_has_the_lock(store: HeldStore, make_store: MakeStore) -> None:
+async def test_dropped_while_another_process_has_the_lock(
+    store: HeldStore, make_store: MakeStore
+) -> None:
     vm = MemoryHypervisor()
     with locked(store):
         pass
@@ -150,8 +155,23 @@ asyncio.run(work(sys.argv[3]))
 @pytest.mark.parametrize("how", ["closed", "open"])
 def test_the_end_of_a_process_says_nothing(how: str, tmp_path: Path, make_image: MakeImage) -> None:
     (tmp_path / "vm").touch()
-    command = [sys.executable, "-W", "error", "-c", EXIT, str(tmp_path / "vm"), str(make_image("a")), how]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).resolve().parents[3])
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-c",
+        EXIT,
+        str(tmp_path / "vm"),
+        str(make_image("a")),
+        how,
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).resolve().parents[3],
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
@@ -170,4 +190,5 @@ async def test_a_store_that_is_dropped_is_closed(tmp_path: Path) -> None:
     await store.sandboxes()
     assert (tmp_path / "state.db-wal").exists()
     del store
-    await until(lambda: gc.collect() >= 0 and not (tmp_path / "state.db-wal").exists())  # the thread that opened it lets go of it, too
+    # the thread that opened it lets go of it, too
+    await until(lambda: gc.collect() >= 0 and not (tmp_path / "state.db-wal").exists())

@@ -17,7 +17,9 @@ from pyblock.vmm.memory.machine import MemoryHypervisor
 pytestmark = pytest.mark.anyio
 
 
-async def test_what_is_exported_is_what_is_saved(make_store: MakeStore, make_image: MakeImage, tmp_path: Path) -> None:
+async def test_what_is_exported_is_what_is_saved(
+    make_store: MakeStore, make_image: MakeImage, tmp_path: Path
+) -> None:
     store, saved, exported = make_store(), tmp_path / "saved", tmp_path / "exported"
     async with Sandbox("one", MemoryHypervisor(), store=store) as sandbox:
         for driver in ("virtio-scsi", "virtio-blk", "nvdimm"):
@@ -35,7 +37,9 @@ def _without_offsets(path: Path) -> Any:
     return state
 
 
-async def test_a_machine_in_memory_is_given_up_when_its_process_has_let_go(make_store: MakeStore, make_image: MakeImage) -> None:
+async def test_a_machine_in_memory_is_given_up_when_its_process_has_let_go(
+    make_store: MakeStore, make_image: MakeImage
+) -> None:
     store, image = make_store(), make_image("a")
     async with Sandbox("one", MemoryHypervisor(), store=store) as sandbox:
         device = await sandbox.attach(image)
@@ -49,7 +53,9 @@ async def test_a_machine_in_memory_is_given_up_when_its_process_has_let_go(make_
         await stored.forget(store, "one")
 
 
-async def test_a_machine_that_answers_is_not_given_up(make_store: MakeStore, make_image: MakeImage, tmp_path: Path) -> None:
+async def test_a_machine_that_answers_is_not_given_up(
+    make_store: MakeStore, make_image: MakeImage, tmp_path: Path
+) -> None:
     store, path = make_store(), tmp_path / "qmp.sock"
     await store.open_sandbox("one", f"qemu:{path}")
     await store.close_sandbox("one")
@@ -67,7 +73,9 @@ async def test_a_machine_that_answers_is_not_given_up(make_store: MakeStore, mak
     assert await store.sandboxes() == []
 
 
-async def test_what_cannot_be_read_can_be_given_up(make_store: MakeStore, make_image: MakeImage) -> None:
+async def test_what_cannot_be_read_can_be_given_up(
+    make_store: MakeStore, make_image: MakeImage
+) -> None:
     store = make_store()
     async with Sandbox("one", MemoryHypervisor(), store=store) as sandbox:
         device = await sandbox.attach(make_image("a"))

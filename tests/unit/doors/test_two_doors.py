@@ -30,7 +30,9 @@ def test_the_parameters_are_the_same(name: str) -> None:
         return
     have, other = (inspect.signature(one).parameters for one in (ours, theirs))
     assert list(have) == list(other)
-    assert [(one.kind, one.default) for one in have.values()] == [(one.kind, one.default) for one in other.values()]
+    assert [(one.kind, one.default) for one in have.values()] == [
+        (one.kind, one.default) for one in other.values()
+    ]
 
 
 def test_both_are_context_managers() -> None:
@@ -42,4 +44,5 @@ def test_neither_door_is_open_to_what_a_machine_does() -> None:
     """A caller who could take numbers, or write rows, could break what always holds."""
     machine = public(Machine)
     assert {"move", "take", "give_back", "intend", "write", "plug", "unplug"} <= machine
-    assert not machine & public(Sandbox) - {"id", "manager", "load"}  # a file's at the door, records in the machine
+    # a file's at the door, records in the machine
+    assert not machine & public(Sandbox) - {"id", "manager", "load"}

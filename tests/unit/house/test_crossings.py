@@ -1,4 +1,5 @@
-"""No operation crosses into C more often than benchmarks/crossings.json allows, and the counting itself can be believed."""
+"""No operation crosses into C more often than benchmarks/crossings.json allows, and the counting
+itself can be believed."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ def counted() -> dict[str, dict[str, int]]:
 
 
 @pytest.mark.parametrize("operation", BUDGETS)
-def test_no_more_crossings_than_the_budget(operation: str, counted: dict[str, dict[str, int]]) -> None:
+def test_no_more_crossings_than_the_budget(
+    operation: str, counted: dict[str, dict[str, int]]
+) -> None:
     assert CROSSINGS["excess"](operation, counted[operation], BUDGETS[operation]) is None
 
 
@@ -51,5 +54,5 @@ for _ in range(3):
     index.release(index.acquire())
 index.acquire_many(2)
 assert dict(lib.calls - before) == {{"pb_index_acquire": 3, "pb_index_release": 3, "pb_index_acquire_many": 1}}, lib.calls
-"""
+"""  # noqa: E501
     subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parents[1], check=True)

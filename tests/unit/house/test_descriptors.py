@@ -1,6 +1,8 @@
-"""A process that may open no more files: whatever it calls raises a typed error, and works when it can open files again.
+"""A process that may open no more files: whatever it calls raises a typed error, and works when it
+can open files again.
 
-Much is imported inside a call, when it is first needed, and that opens files too; so each call is the first of its process.
+Much is imported inside a call, when it is first needed, and that opens files too; so each call is
+the first of its process.
 """
 
 from __future__ import annotations
@@ -67,7 +69,16 @@ async def main():
 
 asyncio.run(main())
 """
-CALLS = ["an adapter", "a machine in a file", "the host's store", "attach", "attach with the store", "save", "load", "state"]
+CALLS = [
+    "an adapter",
+    "a machine in a file",
+    "the host's store",
+    "attach",
+    "attach with the store",
+    "save",
+    "load",
+    "state",
+]
 SAVE = """
 import asyncio, sys
 from pyblock import Sandbox
@@ -85,9 +96,15 @@ def test_at_the_limit_of_open_files(call: str, tmp_path: Path, make_image: MakeI
     make_image("image")
     (tmp_path / "vm").touch()
     subprocess.run([sys.executable, "-c", SAVE, str(tmp_path / "saved.json")], check=True)
-    done = subprocess.run([sys.executable, "-c", FIRST, str(tmp_path), call], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST, str(tmp_path), call],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert said[-1] == "done"
     assert not [text for text in said if text.startswith("RAW")]
-    assert len(said) > 1 or call.startswith("attach")  # in a machine in memory; nothing is opened for it
+    # in a machine in memory; nothing is opened for it
+    assert len(said) > 1 or call.startswith("attach")

@@ -1,4 +1,5 @@
-"""What the pages name is there: files and folders, and what docs/from-kata.md says of where a thing is done."""
+"""What the pages name is there: files and folders, and what docs/from-kata.md says of where a thing
+is done."""
 
 from __future__ import annotations
 
@@ -11,7 +12,11 @@ import pytest
 import pyblock
 
 ROOT = Path(__file__).resolve().parents[3]
-PAGES = ["README.md", "CONTRIBUTING.md", *sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("docs/*.md"))]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(str(page.relative_to(ROOT)) for page in ROOT.glob("docs/*.md")),
+]
 FOLDERS = "pyblock|csrc|tests|docs|benchmarks|scripts"
 
 
@@ -42,7 +47,9 @@ def defined() -> set[str]:
 
 
 def members(node: ast.ClassDef) -> set[str]:
-    names = {one.name for one in node.body if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)}
+    names = {
+        one.name for one in node.body if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
     for one in ast.walk(node):
         if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name):
             names.add(one.target.id)
@@ -52,7 +59,11 @@ def members(node: ast.ClassDef) -> set[str]:
 
 
 def test_where_the_originals_jobs_are_done() -> None:
-    rows = [line.split("|") for line in (ROOT / "docs/from-kata.md").read_text().splitlines() if line.startswith("|")]
+    rows = [
+        line.split("|")
+        for line in (ROOT / "docs/from-kata.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
     named = {name for row in rows for name in re.findall(r"`([A-Z]\w+\.\w+)\b", row[2])}
     assert len(named) > 15, "the table has another form than this test reads"
     assert named - defined() == set()

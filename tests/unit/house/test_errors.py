@@ -21,7 +21,8 @@ from pyblock import Sandbox, blocking, errors
 from pyblock.errors import DeviceOutcome, Facts, PyblockError
 from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
-# Programs compare with these: a code that is given out is never changed, nor given to another class.
+# Programs compare with these: a code that is given out is never changed, nor given to another
+# class.
 CODES = {
     "PyblockError": "error",
     "CallerError": "caller-error",
@@ -73,11 +74,14 @@ CODES = {
 }
 RETRYABLE = {
     "SandboxBusy", "ImageInUse", "ImageReplaced", "MachineAnswers",
-    "CapacityError", "IndexesExhausted", "SlotsExhausted", "DescriptorsExhausted", "AttachCountExhausted",
-    "StoreBusy", "TransportError", "VmmUnreachable", "ConnectionLost", "DeadlinePassed", "AttachPending", "DetachPending",
+    "CapacityError", "IndexesExhausted", "SlotsExhausted", "DescriptorsExhausted",
+    "AttachCountExhausted",
+    "StoreBusy", "TransportError", "VmmUnreachable", "ConnectionLost", "DeadlinePassed",
+    "AttachPending", "DetachPending",
 }  # fmt: skip
 ALL = Facts(
-    sandbox="s1", device="d1", drive="drive-d1", path="/images/a", index=3, driver="virtio-blk", vm="qemu:/run/q",
+    sandbox="s1", device="d1", drive="drive-d1", path="/images/a", index=3, driver="virtio-blk",
+    vm="qemu:/run/q",
     holder="s2", owner="process 7 (x)", timeout=1.5, value="v",
 )  # fmt: skip
 
@@ -114,17 +118,34 @@ def test_the_tree_in_the_docstring_is_the_tree() -> None:
         name, indent = (name, len(before) // 4 + 1) if name else (line, 0)
         if name and name.split()[0] in KINDS:
             depths[name.split()[0]] = indent
-    found = {name: [one for one in kind.__mro__ if issubclass(one, PyblockError)] for name, kind in KINDS.items()}
+    found = {
+        name: [one for one in kind.__mro__ if issubclass(one, PyblockError)]
+        for name, kind in KINDS.items()
+    }
     assert depths == {name: len(line) - 1 for name, line in found.items()}
 
 
 def test_every_kind_is_public() -> None:
-    assert all(name in pyblock.__all__ and getattr(pyblock, name) is kind for name, kind in KINDS.items())
+    assert all(
+        name in pyblock.__all__ and getattr(pyblock, name) is kind for name, kind in KINDS.items()
+    )
 
 
-@pytest.mark.parametrize("name", ["SandboxBusy", "ImageInUse", "ImageReplaced", "MachineAnswers", "SandboxConflict", "DeviceConflict"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "SandboxBusy",
+        "ImageInUse",
+        "ImageReplaced",
+        "MachineAnswers",
+        "SandboxConflict",
+        "DeviceConflict",
+    ],
+)
 def test_what_somebody_else_has_is_no_fault_of_the_caller(name: str) -> None:
-    assert issubclass(KINDS[name], errors.Conflict) and not issubclass(KINDS[name], errors.CallerError)
+    assert issubclass(KINDS[name], errors.Conflict) and not issubclass(
+        KINDS[name], errors.CallerError
+    )
 
 
 def test_a_state_that_cannot_be_used_is_no_fault_of_the_caller() -> None:
@@ -137,7 +158,8 @@ def test_facts_are_fields(kind: type[PyblockError]) -> None:
     assert {name: getattr(bare, name) for name in ALL} == dict.fromkeys(ALL)
     assert {name: getattr(full, name) for name in ALL} == ALL
     assert bare.about(**ALL) is bare and same(bare, full)
-    assert same(full.about(sandbox="another", index=9), kind("text", **ALL))  # whoever raised it knew better
+    # whoever raised it knew better
+    assert same(full.about(sandbox="another", index=9), kind("text", **ALL))
     assert bare.outcomes == ()
 
 
@@ -145,7 +167,10 @@ def test_facts_are_fields(kind: type[PyblockError]) -> None:
 def test_copies_and_pickles_keep_everything(kind: type[PyblockError]) -> None:
     error = kind("text", **ALL)
     error.add_note("a note")
-    error.outcomes = (DeviceOutcome("d1", "/images/a", error=error), DeviceOutcome("d2", undone=True))
+    error.outcomes = (
+        DeviceOutcome("d1", "/images/a", error=error),
+        DeviceOutcome("d2", undone=True),
+    )
     error.__cause__ = cause = OSError(5, "I/O error")
     twin = copy.copy(error)
     assert same(twin, error) and twin is not error and twin.__cause__ is cause
@@ -158,7 +183,9 @@ def test_copies_and_pickles_keep_everything(kind: type[PyblockError]) -> None:
 
 
 def test_copies_keep_what_only_some_have() -> None:
-    refused = errors.VmmRefused("no", step="device-add", request={"execute": "x"}, reply={"class": "y"}, drive="d")
+    refused = errors.VmmRefused(
+        "no", step="device-add", request={"execute": "x"}, reply={"class": "y"}, drive="d"
+    )
     lost = errors.ConnectionLost("gone", sent=False)
     for error in (refused, lost):
         assert same(copy.copy(error), error) and same(copy.deepcopy(error), error)
@@ -178,7 +205,10 @@ def raise_in_use() -> None:
 
 def test_facts_cross_a_process_pool() -> None:
     spawned = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawned) as pool, pytest.raises(errors.ImageInUse, match="held") as caught:
+    with (
+        ProcessPoolExecutor(1, mp_context=spawned) as pool,
+        pytest.raises(errors.ImageInUse, match="held") as caught,
+    ):
         pool.submit(raise_in_use).result()
     assert (caught.value.holder, caught.value.owner, caught.value.path) == ("s2", "", "/images/a")
 
@@ -187,10 +217,18 @@ def test_facts_cross_a_process_pool() -> None:
 def test_as_json(kind: type[PyblockError]) -> None:
     body = json.loads(json.dumps(kind("text", **ALL).to_dict()))
     branch = next(
-        name for name, one in KINDS.items() if issubclass(kind, one) and (one.__bases__[0] is PyblockError or kind is PyblockError)
+        name
+        for name, one in KINDS.items()
+        if issubclass(kind, one) and (one.__bases__[0] is PyblockError or kind is PyblockError)
     )
     some = {key: body.pop(key) for key in ("sent",) if key in body}
-    assert body == {"code": kind.code, "branch": CODES[branch], "message": "text", "retryable": kind.retryable, **ALL}
+    assert body == {
+        "code": kind.code,
+        "branch": CODES[branch],
+        "message": "text",
+        "retryable": kind.retryable,
+        **ALL,
+    }
     assert (some != {}) is issubclass(kind, errors.TransportError)
     assert kind("").to_dict().keys() - {"sent"} == {"code", "branch", "message", "retryable"}
 
@@ -201,16 +239,29 @@ def test_json_holds_what_others_wrote_escaped_and_bounded() -> None:
         hostile,
         step="device-add",
         request={hostile: [hostile] * 1000},
-        reply={"deep": [[[[[[[[hostile]]]]]]]], "nan": float("nan"), "inf": float("inf"), "long": 10**400, "odd": object, "bytes": b"\xff"},
+        reply={
+            "deep": [[[[[[[[hostile]]]]]]]],
+            "nan": float("nan"),
+            "inf": float("inf"),
+            "long": 10**400,
+            "odd": object,
+            "bytes": b"\xff",
+        },
         path=hostile,
         value=10**5000,
     )
     error.add_note(hostile)
-    error.outcomes = tuple(DeviceOutcome(hostile, hostile, errors.StoreError(hostile)) for _ in range(1000))
+    error.outcomes = tuple(
+        DeviceOutcome(hostile, hostile, errors.StoreError(hostile)) for _ in range(1000)
+    )
     text = json.dumps(error.to_dict(), allow_nan=False, ensure_ascii=False)
     assert text.isprintable()
     assert len(text) < 30_000_000
-    small = {key: value for key, value in error.to_dict().items() if key in ("message", "path", "value", "reply")}
+    small = {
+        key: value
+        for key, value in error.to_dict().items()
+        if key in ("message", "path", "value", "reply")
+    }
     assert all(len(json.dumps(value)) < 100_000 for value in small.values())
     assert error.to_dict()["outcomes"][-1] == "… (+936)"
 
@@ -220,14 +271,25 @@ def test_json_of_many_names_those_that_failed() -> None:
     first.outcomes = (
         DeviceOutcome("d0", "/a", undone=True),
         DeviceOutcome(None, "/b", error=first),
-        DeviceOutcome("d2", "/c", undone=True, undoing=errors.DetachPending("still there", device="d2")),
+        DeviceOutcome(
+            "d2", "/c", undone=True, undoing=errors.DetachPending("still there", device="d2")
+        ),
     )
     assert first.to_dict()["outcomes"] == [
-        {"position": 1, "path": "/b", "error": {"code": "invalid-image", "message": "image '/b' is empty", "path": "/b"}},
-        {"position": 2, "device": "d2", "path": "/c", "undone": True,
-         "undoing": {"code": "detach-pending", "message": "still there", "device": "d2"}},
+        {
+            "position": 1,
+            "path": "/b",
+            "error": {"code": "invalid-image", "message": "image '/b' is empty", "path": "/b"},
+        },
+        {
+            "position": 2,
+            "device": "d2",
+            "path": "/c",
+            "undone": True,
+            "undoing": {"code": "detach-pending", "message": "still there", "device": "d2"},
+        },
         "… (+1)",
-    ]  # fmt: skip
+    ]
 
 
 def test_an_unknown_fact_is_a_mistake_of_ours() -> None:
@@ -237,7 +299,8 @@ def test_an_unknown_fact_is_a_mistake_of_ours() -> None:
 
 def test_old_handlers_that_still_hold() -> None:
     mixed: dict[str, type[BaseException]] = {
-        "InvalidIndex": ValueError, "UnknownDevice": KeyError, "UnknownSandbox": KeyError, "DeadlinePassed": TimeoutError,
+        "InvalidIndex": ValueError, "UnknownDevice": KeyError, "UnknownSandbox": KeyError,
+        "DeadlinePassed": TimeoutError,
     }  # fmt: skip
     assert all(issubclass(KINDS[name], kind) for name, kind in mixed.items())
     assert issubclass(asyncio.TimeoutError, TimeoutError)
@@ -252,13 +315,19 @@ def test_a_plain_call_says_what_was_refused() -> None:
         (lambda: index.release(1), {"code": "index-free", "index": 1}),
         (lambda: index.reserve(4), {"code": "invalid-index", "index": 4}),
         (lambda: index.acquire_many(9), {"code": "indexes-exhausted", "value": 9}),
-        (lambda: pyblock.drive_index("sdq9", prefix="sd"), {"code": "invalid-name", "value": "sdq9"}),
+        (
+            lambda: pyblock.drive_index("sdq9", prefix="sd"),
+            {"code": "invalid-name", "value": "sdq9"},
+        ),
         (lambda: pyblock.scsi_index("1;2"), {"code": "invalid-address", "value": "1;2"}),
         (lambda: pyblock.make_name_id("drive", ""), {"code": "invalid-id", "value": ""}),
         (lambda: pyblock.BlockIndex(0), {"code": "invalid-index", "value": 0}),
         (lambda: pyblock.Sandbox("no!", "memory:"), {"code": "invalid-id"}),
         (lambda: pyblock.Sandbox("s1", "xen:1"), {"code": "unknown-scheme", "vm": "xen:1"}),
-        (lambda: pyblock.Sandbox("s1", "memory:", driver="ide"), {"code": "unknown-driver", "driver": "ide"}),
+        (
+            lambda: pyblock.Sandbox("s1", "memory:", driver="ide"),
+            {"code": "unknown-driver", "driver": "ide"},
+        ),
     ]
     for call, facts in calls:
         with pytest.raises(PyblockError) as caught:
@@ -294,7 +363,9 @@ async def test_an_attach_of_many_says_what_became_of_each(make_image: MakeImage)
         [kept] = sandbox.devices
         failed = [one for one in told(caught.value) if one[1]]
         assert failed == [(images[1], "vmm-refused", False, None)]
-        assert [one.path for one in caught.value.outcomes if one.undoing is not None] == [kept.info.path]
+        assert [one.path for one in caught.value.outcomes if one.undoing is not None] == [
+            kept.info.path
+        ]
         assert sum(one.undone for one in caught.value.outcomes) == 2
         assert [one.path for one in caught.value.outcomes] == images
         assert all(one.device for one in caught.value.outcomes)
@@ -302,13 +373,16 @@ async def test_an_attach_of_many_says_what_became_of_each(make_image: MakeImage)
 
 
 @pytest.mark.anyio
-async def test_an_attach_of_many_says_which_image_was_refused(make_image: MakeImage, tmp_path: Path) -> None:
+async def test_an_attach_of_many_says_which_image_was_refused(
+    make_image: MakeImage, tmp_path: Path
+) -> None:
     images = [str(make_image("a")), str(tmp_path / "none"), str(make_image("b"))]
     async with Sandbox("s1", MemoryHypervisor(), store=None) as sandbox:
         with pytest.raises(errors.InvalidImage) as caught:
             await sandbox.attach_many(images)
         assert told(caught.value) == [
-            (images[0], None, False, None), (images[1], "invalid-image", False, None), (images[2], None, False, None),
+            (images[0], None, False, None), (images[1], "invalid-image", False, None),
+            (images[2], None, False, None),
         ]  # fmt: skip
         with pytest.raises(errors.InvalidImage) as one:
             await sandbox.attach(images[1])
@@ -322,8 +396,12 @@ async def test_who_waits_for_the_same_has_an_error_of_his_own(make_image: MakeIm
     async with Sandbox("s1", vm, store=None) as sandbox:
         vm.fail("backend-add", Fault("refuse"), times=9)
         image = make_image("a")
-        many = await asyncio.gather(*(sandbox.attach_many([image, image]) for _ in range(2)), return_exceptions=True)
-        assert all(isinstance(error, errors.VmmRefused) and len(error.outcomes) == 2 for error in many)
+        many = await asyncio.gather(
+            *(sandbox.attach_many([image, image]) for _ in range(2)), return_exceptions=True
+        )
+        assert all(
+            isinstance(error, errors.VmmRefused) and len(error.outcomes) == 2 for error in many
+        )
         assert many[0] is not many[1]
 
 
@@ -342,7 +420,12 @@ async def test_a_detach_of_many_says_what_became_of_each(make_image: MakeImage) 
             (images[2], None, False, None),
             (None, "unknown-device", False, None),
         ]
-        assert [one.device for one in caught.value.outcomes] == [first.id, second.id, third.id, "nobody"]
+        assert [one.device for one in caught.value.outcomes] == [
+            first.id,
+            second.id,
+            third.id,
+            "nobody",
+        ]
         assert sandbox.devices == [first]
 
 
@@ -363,7 +446,10 @@ async def test_many_that_were_cut_off_by_closing(make_image: MakeImage) -> None:
         with pytest.raises(errors.ClosedMeanwhile) as caught:
             await task
     assert not isinstance(caught.value, errors.CallerError) and caught.value.sandbox == "s1"
-    assert told(caught.value) == [(images[0], "closed-meanwhile", False, None), (images[1], None, True, None)]
+    assert told(caught.value) == [
+        (images[0], "closed-meanwhile", False, None),
+        (images[1], None, True, None),
+    ]
     assert vm.devices == {} == vm.backends
 
 
@@ -374,9 +460,15 @@ def test_the_blocking_door_says_the_same(make_image: MakeImage) -> None:
         vm.fail("backend-add", Fault("refuse"))
         with pytest.raises(errors.VmmRefused) as caught:
             sandbox.attach_many(images)
-        assert told(caught.value) == [(images[0], "vmm-refused", False, None), (images[1], None, True, None)]
+        assert told(caught.value) == [
+            (images[0], "vmm-refused", False, None),
+            (images[1], None, True, None),
+        ]
         devices = sandbox.attach_many(images)
         vm.fail("device-del", Fault("refuse"))
         with pytest.raises(errors.VmmRefused) as caught:
             sandbox.detach_many(devices)
-        assert told(caught.value) == [(images[0], "vmm-refused", False, None), (images[1], None, False, None)]
+        assert told(caught.value) == [
+            (images[0], "vmm-refused", False, None),
+            (images[1], None, False, None),
+        ]

@@ -1,6 +1,7 @@
 """Every error, raised for real through the public doors, with the facts that it carries.
 
-A row of SCENES is how it comes about, and what `to_dict` has to hold of it; a class without a row fails.
+A row of SCENES is how it comes about, and what `to_dict` has to hold of it; a class without a row
+fails.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ from support.turns import BEGUN, SOON, until
 from test_errors import CODES, KINDS
 
 import pyblock
-from pyblock import AttachPending, ConnectionLost, DeviceInfo, Fault, MemoryHypervisor, PyblockError, Sandbox, blocking
+from pyblock import (
+    AttachPending,
+    ConnectionLost,
+    DeviceInfo,
+    Fault,
+    MemoryHypervisor,
+    PyblockError,
+    Sandbox,
+    blocking,
+)
 from pyblock.disk.model import BlockDrive
 from pyblock.life.table import ATTACH_COUNT_MAX
 from pyblock.vmm.base import Inventory, Offer
@@ -50,7 +60,12 @@ def provokes(code: str, **facts: Any) -> Callable[[Provoke], Provoke]:
 
     def add(provoke: Provoke) -> Provoke:
         assert code not in SCENES
-        SCENES[code] = provoke, lambda scene: {name: fact(scene) if callable(fact) else fact for name, fact in facts.items()}
+        SCENES[code] = (
+            provoke,
+            lambda scene: {
+                name: fact(scene) if callable(fact) else fact for name, fact in facts.items()
+            },
+        )
         return provoke
 
     return add
@@ -146,7 +161,15 @@ async def not_offered(scene: Scene) -> None:
         await other.attach(scene.image, read_only=True)
 
 
-@provokes("not-released", sandbox="two", driver="virtio-blk", device="a", drive="drive-a", index=0, path=image)
+@provokes(
+    "not-released",
+    sandbox="two",
+    driver="virtio-blk",
+    device="a",
+    drive="drive-a",
+    index=0,
+    path=image,
+)
 async def not_released(scene: Scene) -> None:
     async with Sandbox("two", Rough(), driver="virtio-blk", store=None) as other:
         await other.detach(await other.attach(scene.image, device_id="a"))
@@ -185,14 +208,26 @@ async def other_loop(scene: Scene) -> None:
 
 
 @provokes(
-    "sandbox-busy", sandbox="one", owner=lambda scene: f"process {os.getpid()} (__main__.py)", path=lambda scene: str(scene.store.path)
+    "sandbox-busy",
+    sandbox="one",
+    owner=lambda scene: f"process {os.getpid()} (__main__.py)",
+    path=lambda scene: str(scene.store.path),
 )
 async def busy(scene: Scene) -> None:
     async with Sandbox("one", MemoryHypervisor(), store=scene.store):
         pass
 
 
-@provokes("image-in-use", sandbox="one", device="a", drive="drive-a", index=0, path=image, holder="two", owner="")
+@provokes(
+    "image-in-use",
+    sandbox="one",
+    device="a",
+    drive="drive-a",
+    index=0,
+    path=image,
+    holder="two",
+    owner="",
+)
 async def in_use(scene: Scene) -> None:
     async with Sandbox("two", MemoryHypervisor(), store=scene.store) as other:
         await other.attach(scene.image)
@@ -215,7 +250,9 @@ async def answers(scene: Scene) -> None:
     await scene.sandbox.forget()
 
 
-@provokes("sandbox-conflict", sandbox="two", holder="two", vm=lambda scene: f"memory:{scene.folder}/first")
+@provokes(
+    "sandbox-conflict", sandbox="two", holder="two", vm=lambda scene: f"memory:{scene.folder}/first"
+)
 async def two_machines(scene: Scene) -> None:
     for machine in ("first", "second"):
         (scene.folder / machine).touch()
@@ -238,7 +275,15 @@ async def no_index(scene: Scene) -> None:
         await small.attach(other, device_id="b")
 
 
-@provokes("slots-exhausted", sandbox="two", device="a", drive="drive-a", index=0, path=image, driver="virtio-blk")
+@provokes(
+    "slots-exhausted",
+    sandbox="two",
+    device="a",
+    drive="drive-a",
+    index=0,
+    path=image,
+    driver="virtio-blk",
+)
 async def no_slot(scene: Scene) -> None:
     async with Sandbox("two", MemoryHypervisor(slots=0), store=None) as small:
         await small.attach(scene.image, device_id="a", driver="virtio-blk")
@@ -277,14 +322,22 @@ async def no_store(scene: Scene) -> None:
     await scene.sandbox.save(scene.folder / "absent/state")
 
 
-@provokes("store-busy", sandbox="one", device="a", drive="drive-a", index=0, path=lambda scene: str(scene.store.path))
+@provokes(
+    "store-busy",
+    sandbox="one",
+    device="a",
+    drive="drive-a",
+    index=0,
+    path=lambda scene: str(scene.store.path),
+)
 async def store_busy(scene: Scene) -> None:
     with locked(scene.store):
         await scene.sandbox.attach(scene.image, device_id="a", timeout=SOON)
 
 
 @provokes(
-    "vmm-refused", sandbox="one", device="a", drive="drive-a", index=0, path=image, driver="virtio-scsi",
+    "vmm-refused", sandbox="one", device="a", drive="drive-a", index=0, path=image,
+    driver="virtio-scsi",
     step="device-add", request="drive-a", reply="told to refuse",
 )  # fmt: skip
 async def vmm_refuses(scene: Scene) -> None:
@@ -292,13 +345,21 @@ async def vmm_refuses(scene: Scene) -> None:
     await scene.sandbox.attach(scene.image, device_id="a")
 
 
-@provokes("vmm-unreachable", sandbox="two", sent=False, vm=lambda scene: f"qemu:{scene.folder}/qmp", path=at("qmp"))
+@provokes(
+    "vmm-unreachable",
+    sandbox="two",
+    sent=False,
+    vm=lambda scene: f"qemu:{scene.folder}/qmp",
+    path=at("qmp"),
+)
 async def nobody_there(scene: Scene) -> None:
     async with Sandbox("two", f"qemu:{scene.folder}/qmp", store=None) as other:
         await other.attach(scene.image)
 
 
-@provokes("vmm-protocol-error", sandbox="two", vm=lambda scene: f"memory:{scene.folder}/vm", path=at("vm"))
+@provokes(
+    "vmm-protocol-error", sandbox="two", vm=lambda scene: f"memory:{scene.folder}/vm", path=at("vm")
+)
 async def no_protocol(scene: Scene) -> None:
     (scene.folder / "vm").write_text("what is this")
     async with Sandbox("two", f"memory:{scene.folder}/vm", store=None) as other:
@@ -339,7 +400,9 @@ async def closed_meanwhile(scene: Scene) -> None:
     await task
 
 
-@provokes("attach-pending", sandbox="one", device="a", drive="drive-a", index=0, path=image, timeout=BEGUN)
+@provokes(
+    "attach-pending", sandbox="one", device="a", drive="drive-a", index=0, path=image, timeout=BEGUN
+)
 async def attach_pending(scene: Scene) -> None:
     scene.vm.fail("device-add", Fault("hold"))
     try:
@@ -348,7 +411,9 @@ async def attach_pending(scene: Scene) -> None:
         scene.vm.let_go("device-add")
 
 
-@provokes("detach-pending", sandbox="one", device="a", drive="drive-a", index=0, path=image, timeout=BEGUN)
+@provokes(
+    "detach-pending", sandbox="one", device="a", drive="drive-a", index=0, path=image, timeout=BEGUN
+)
 async def detach_pending(scene: Scene) -> None:
     device = await scene.sandbox.attach(scene.image, device_id="a")
     scene.vm.fail("device-gone", Fault("hold"))
@@ -376,10 +441,18 @@ async def test_provoked(code: str, store: HeldStore, make_image: MakeImage, tmp_
     assert {name: body.get(name) for name in expected} == expected
 
 
-async def test_nothing_raised_after_sending_is_the_callers_fault(store: HeldStore, make_image: MakeImage) -> None:
+async def test_nothing_raised_after_sending_is_the_callers_fault(
+    store: HeldStore, make_image: MakeImage
+) -> None:
     """Whatever befalls whichever step, and whatever befalls the undoing."""
     steps = ["backend-add", "device-add", "device-del", "device-gone", "backend-del"]
-    kinds = [Fault("refuse"), Fault("lose"), Fault("lose", done=False), Fault("break"), Fault("break", done=False)]
+    kinds = [
+        Fault("refuse"),
+        Fault("lose"),
+        Fault("lose", done=False),
+        Fault("break"),
+        Fault("break", done=False),
+    ]
     picture = make_image("image")
     seen = set()
     for step in steps:
@@ -393,8 +466,16 @@ async def test_nothing_raised_after_sending_is_the_callers_fault(store: HeldStor
                     try:
                         await sandbox.detach(await sandbox.attach(picture))
                     except PyblockError as error:
-                        assert not isinstance(error, pyblock.CallerError | pyblock.Conflict), (step, fault, also)
-                        assert error.sandbox == "one" and error.drive is not None and error.path == str(picture)
+                        assert not isinstance(error, pyblock.CallerError | pyblock.Conflict), (
+                            step,
+                            fault,
+                            also,
+                        )
+                        assert (
+                            error.sandbox == "one"
+                            and error.drive is not None
+                            and error.path == str(picture)
+                        )
                         seen.add(type(error))
     assert {AttachPending, pyblock.DetachPending, pyblock.VmmRefused} <= seen
 
@@ -405,4 +486,8 @@ def test_the_blocking_door_raises_the_same(make_image: MakeImage) -> None:
         vm.fail("backend-add", Fault("refuse"))
         with pytest.raises(pyblock.VmmRefused) as caught:
             sandbox.attach(make_image("image"), device_id="a")
-    assert (caught.value.sandbox, caught.value.device, caught.value.step) == ("one", "a", "backend-add")
+    assert (caught.value.sandbox, caught.value.device, caught.value.step) == (
+        "one",
+        "a",
+        "backend-add",
+    )

@@ -28,7 +28,7 @@ LACKING = {lacking!r}
 sys.meta_path = [Lacking(finder) for finder in sys.meta_path]
 assert not LACKING & {name.partition(".")[0] for name in sys.modules}, "it is there already"
 {code}
-"""
+"""  # noqa: E501
 ALL = ("anyio", "click", "rich")
 PROGRAM = "sys.argv = ['pyblock', {arguments}]\nfrom pyblock.__main__ import main\nmain()"
 
@@ -57,31 +57,48 @@ async def work():
     print("done")
 
 asyncio.run(work())
-"""
+"""  # noqa: E501
     done = run(ALL, code)
     assert (done.stdout, done.stderr, done.returncode) == ("done\n", "", 0)
 
 
 def test_the_blocking_door_names_its_extra() -> None:
-    for statement in ("from pyblock import blocking", "import pyblock; pyblock.blocking", "import pyblock.blocking"):
-        code = f"try:\n    {statement}\nexcept ImportError as error:\n    print(error.name, '|', error)"
-        assert run(ALL, code).stdout == "anyio | pyblock.blocking needs anyio: pip install pyblock-hotplug[blocking]\n"
+    for statement in (
+        "from pyblock import blocking",
+        "import pyblock; pyblock.blocking",
+        "import pyblock.blocking",
+    ):
+        code = (
+            f"try:\n    {statement}\nexcept ImportError as error:\n"
+            "    print(error.name, '|', error)"
+        )
+        assert (
+            run(ALL, code).stdout
+            == "anyio | pyblock.blocking needs anyio: pip install pyblock-hotplug[blocking]\n"
+        )
 
 
 @pytest.mark.parametrize(
-    ("lacking", "what"), [(ALL, "click and rich"), (("click",), "click"), (("rich",), "rich")], ids=["all", "click", "rich"]
+    ("lacking", "what"),
+    [(ALL, "click and rich"), (("click",), "click"), (("rich",), "rich")],
+    ids=["all", "click", "rich"],
 )
 def test_the_command_line_names_its_extra(lacking: tuple[str, ...], what: str) -> None:
     for arguments in ((), ("list",), ("--help",), ("attach", "a.img")):
         done = pyblock(lacking, *arguments)
-        assert done.stderr == f"pyblock: the command line needs {what}: pip install pyblock-hotplug[cli]\n"
+        assert (
+            done.stderr
+            == f"pyblock: the command line needs {what}: pip install pyblock-hotplug[cli]\n"
+        )
         assert (done.stdout, done.returncode) == ("", 2)
 
 
 def test_the_command_line_needs_no_other_extra() -> None:
     done = pyblock(("anyio",), "demo")
     assert (done.stderr, done.returncode) == ("", 0)
-    assert "virtio-scsi" in done.stdout and done.stdout.endswith("detached all: 0 devices, 0 indexes taken, 0 backends left\n")
+    assert "virtio-scsi" in done.stdout and done.stdout.endswith(
+        "detached all: 0 devices, 0 indexes taken, 0 backends left\n"
+    )
 
 
 def test_what_is_installed() -> None:

@@ -1,6 +1,7 @@
 """The house: which of pyblock's modules may import which, and how high it stands.
 
-Every import counts, wherever it stands: at the top of a file, under TYPE_CHECKING, inside a function.
+Every import counts, wherever it stands: at the top of a file, under TYPE_CHECKING, inside a
+function.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import pyblock
 
 PACKAGE = Path(pyblock.__file__).parent
 
-# From the ground up: a room may import rooms that stand before it, and no other. A room is a folder or a file of the package; behind it,
-# modules that stand elsewhere, and belong there.
+# From the ground up: a room may import rooms that stand before it, and no other. A room is a folder
+# or a file of the package; behind it, modules that stand elsewhere, and belong there.
 HOUSE: dict[str, str] = {
     "errors": "",
     "loading": "",
@@ -119,11 +120,15 @@ def circles(graph: dict[str, set[str]]) -> Iterator[set[str]]:
 
 
 def height(graph: dict[str, set[str]]) -> dict[str, int]:
-    """On which floor each node stands: one above the highest that it imports. A circle is one node."""
+    """On which floor each node stands: one above the highest that it imports. A circle is one
+    node."""
     whole = {node: frozenset({node}) for node in graph}
     for circle in circles(graph):
         whole |= dict.fromkeys(circle, frozenset(circle))
-    below = {one: {whole[other] for node in one for other in graph[node]} - {one} for one in set(whole.values())}
+    below = {
+        one: {whole[other] for node in one for other in graph[node]} - {one}
+        for one in set(whole.values())
+    }
     floors: dict[frozenset[str], int] = {}
     for one in TopologicalSorter(below).static_order():
         floors[one] = 1 + max((floors[other] for other in below[one]), default=0)
@@ -133,7 +138,10 @@ def height(graph: dict[str, set[str]]) -> dict[str, int]:
 def test_imports_go_down_the_list_only() -> None:
     order = list(HOUSE)
     upward = {
-        f"{name} -> {other}" for name, others in arrows().items() for other in others if order.index(room(name)) < order.index(room(other))
+        f"{name} -> {other}"
+        for name, others in arrows().items()
+        for other in others
+        if order.index(room(name)) < order.index(room(other))
     }
     compare(upward, lines(UPWARD), "imports that go up: the lower room must not know the upper one")
 
@@ -149,8 +157,12 @@ def test_the_house_is_not_higher_than_it_was() -> None:
     for name, others in arrows().items():
         graph[room(name)] |= {room(other) for other in others} - {room(name)}
     floors = height(graph)
-    shown = "\n".join(f"{floor:3} {node}" for node, floor in sorted(floors.items(), key=lambda pair: -pair[1]))
-    assert max(floors.values()) <= FLOORS, f"{max(floors.values())} floors of rooms, at most {FLOORS} are wanted:\n{shown}"
+    shown = "\n".join(
+        f"{floor:3} {node}" for node, floor in sorted(floors.items(), key=lambda pair: -pair[1])
+    )
+    assert max(floors.values()) <= FLOORS, (
+        f"{max(floors.values())} floors of rooms, at most {FLOORS} are wanted:\n{shown}"
+    )
 
 
 def test_every_room_is_a_room() -> None:
@@ -158,23 +170,46 @@ def test_every_room_is_a_room() -> None:
     inner = {name.removeprefix("pyblock.") for name in modules()} | {"_core"}
     folders = {name.partition(".")[0] for name in inner}
     for name, others in HOUSE.items():
-        assert name in folders or any(other in inner | folders for other in others.split()), f"nothing stands in the room {name!r}"
+        assert name in folders or any(other in inner | folders for other in others.split()), (
+            f"nothing stands in the room {name!r}"
+        )
 
 
 # The judges themselves.
 
 
 def test_what_counts_as_an_import() -> None:
-    names = {"pyblock", "pyblock.a", "pyblock.b", "pyblock.c", "pyblock.sub", "pyblock.sub.d", "pyblock.sub.e"}
-    source = "import os\nfrom pyblock.b import x\nif TYPE_CHECKING:\n    import pyblock.c\ndef f():\n    from pyblock.sub import d\n"
+    names = {
+        "pyblock",
+        "pyblock.a",
+        "pyblock.b",
+        "pyblock.c",
+        "pyblock.sub",
+        "pyblock.sub.d",
+        "pyblock.sub.e",
+    }
+    source = (
+        "import os\nfrom pyblock.b import x\nif TYPE_CHECKING:\n    import pyblock.c\ndef f():\n"
+        "    from pyblock.sub import d\n"
+    )
     assert imported("pyblock.a", source, names) == {"pyblock.b", "pyblock.c", "pyblock.sub.d"}
-    assert imported("pyblock.sub.d", "from . import e\nfrom ..a import x\nfrom pyblock import Sandbox", names) == {
-        "pyblock", "pyblock.a", "pyblock.sub.e",
-    }  # fmt: skip
+    assert imported(
+        "pyblock.sub.d", "from . import e\nfrom ..a import x\nfrom pyblock import Sandbox", names
+    ) == {
+        "pyblock",
+        "pyblock.a",
+        "pyblock.sub.e",
+    }
 
 
 def test_what_counts_as_a_circle_and_a_floor() -> None:
-    graph: dict[str, set[str]] = {"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set(), "e": {"a", "d"}}
+    graph: dict[str, set[str]] = {
+        "a": {"b"},
+        "b": {"c"},
+        "c": {"b", "d"},
+        "d": set(),
+        "e": {"a", "d"},
+    }
     assert list(circles(graph)) == [{"b", "c"}]
     assert height(graph) == {"d": 1, "b": 2, "c": 2, "a": 3, "e": 4}
     with pytest.raises(CycleError):

@@ -1,4 +1,5 @@
-"""What others wrote, as it may be shown: nothing of it moves a cursor, hides, or turns the line around."""
+"""What others wrote, as it may be shown: nothing of it moves a cursor, hides, or turns the line
+around."""
 
 from __future__ import annotations
 
@@ -12,7 +13,17 @@ from rich.cells import cell_len
 
 from pyblock.errors import shown
 
-LEFT_ALONE = ["", "/srv/vm-1/data disk.img", "x[/nope].img", ":smile:", "Müllers Abbild.img", "数据.img", "e\u0301.img", r"a\b", "'quoted'"]
+LEFT_ALONE = [
+    "",
+    "/srv/vm-1/data disk.img",
+    "x[/nope].img",
+    ":smile:",
+    "Müllers Abbild.img",
+    "数据.img",
+    "e\u0301.img",
+    r"a\b",
+    "'quoted'",
+]
 
 
 @pytest.mark.parametrize("text", LEFT_ALONE)
@@ -47,13 +58,18 @@ def test_the_rest_is_escaped(name: str) -> None:
 
 
 def test_every_character_shows() -> None:
-    """Of those left alone, each takes room, or is a mark on the letter before it, or the rest of a Korean syllable or of an emoji."""
+    """Of those left alone, each takes room, or is a mark on the letter before it, or the rest of a
+    Korean syllable or of an emoji."""
     for code in range(sys.maxunicode + 1):
         char = chr(code)
         if (text := shown(char, 99)) == char:
             assert char.isprintable()
-            rest = unicodedata.name(char, "").startswith(("HANGUL JUNGSEONG", "HANGUL JONGSEONG", "EMOJI MODIFIER"))
-            assert cell_len(char) or rest or unicodedata.category(char) in ("Mn", "Me", "Mc"), hex(code)
+            rest = unicodedata.name(char, "").startswith(
+                ("HANGUL JUNGSEONG", "HANGUL JONGSEONG", "EMOJI MODIFIER")
+            )
+            assert cell_len(char) or rest or unicodedata.category(char) in ("Mn", "Me", "Mc"), hex(
+                code
+            )
         else:
             assert text.startswith("\\") and text.isascii() and text.isprintable()
             assert text.encode().decode("unicode_escape") == char

@@ -1,4 +1,5 @@
-"""A state that cannot be used has its own error; the sandbox stays as it was, and the file too, even when something is saved onto it."""
+"""A state that cannot be used has its own error; the sandbox stays as it was, and the file too,
+even when something is saved onto it."""
 
 from __future__ import annotations
 
@@ -56,11 +57,14 @@ async def is_not_overwritten(sandbox: Sandbox, path: Path, kind: type[StateError
     assert os.listdir(path.parent) == names  # noqa: PTH208
 
 
-async def test_cut_off_at_every_byte(busy: Busy, empty: Sandbox, own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cut_off_at_every_byte(
+    busy: Busy, empty: Sandbox, own: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def at_once(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
 
-    monkeypatch.setattr(asyncio, "to_thread", at_once)  # six thousand threads' turns prove nothing here
+    # six thousand threads' turns prove nothing here
+    monkeypatch.setattr(asyncio, "to_thread", at_once)
     path = tmp_path / "state"
     for whole in (json.dumps(own).encode(), samples.text(KATA)):
         for length in range(len(whole)):
@@ -89,7 +93,9 @@ NOT_STATES = {
 
 
 @pytest.mark.parametrize("name", NOT_STATES)
-async def test_what_is_no_json_object(busy: Busy, empty: Sandbox, tmp_path: Path, name: str) -> None:
+async def test_what_is_no_json_object(
+    busy: Busy, empty: Sandbox, tmp_path: Path, name: str
+) -> None:
     path = tmp_path / "state"
     path.write_bytes(NOT_STATES[name])
     await is_refused(empty, path, InvalidState)
@@ -124,13 +130,22 @@ def wrong_for(value: Any, path: tuple[Any, ...]) -> list[Any]:
         return [5, True, [1]]  # versions of the original wrote both a text and an object
     if path[-1] == "Identity":
         return ["text", 5, {"a": 1}, [1], ["file", "1", 2], ["file", 1]]
-    if path[-1] in ("DriverOptions", "BlockIndexMap", "BlockDrive", "Devices", "Pyblock", "Offsets") or isinstance(value, dict):
+    if path[-1] in (
+        "DriverOptions",
+        "BlockIndexMap",
+        "BlockDrive",
+        "Devices",
+        "Pyblock",
+        "Offsets",
+    ) or isinstance(value, dict):
         return [one for one in values if not isinstance(one, type(value))]
     # bool is an int for Python, not for JSON
     return [one for one in values if type(one) is not type(value)]
 
 
-async def test_wrong_type_for_every_key(busy: Busy, empty: Sandbox, own: Any, tmp_path: Path) -> None:
+async def test_wrong_type_for_every_key(
+    busy: Busy, empty: Sandbox, own: Any, tmp_path: Path
+) -> None:
     path = tmp_path / "state"
     tried = 0
     for where in places(own):
@@ -149,16 +164,23 @@ async def test_wrong_type_for_every_key(busy: Busy, empty: Sandbox, own: Any, tm
 
 
 @pytest.mark.parametrize("version", [VERSION + 1, 10**6, 2**62])
-async def test_newer_version(busy: Busy, empty: Sandbox, own: Any, tmp_path: Path, version: int) -> None:
+async def test_newer_version(
+    busy: Busy, empty: Sandbox, own: Any, tmp_path: Path, version: int
+) -> None:
     path = tmp_path / "state"
     own["Pyblock"]["Version"] = version
-    for state in (own, {"Pyblock": {"Version": version}}, {"Devices": {"in": "another shape"}, "Pyblock": {"Version": version, "New": 1}}):
+    for state in (
+        own,
+        {"Pyblock": {"Version": version}},
+        {"Devices": {"in": "another shape"}, "Pyblock": {"Version": version, "New": 1}},
+    ):
         path.write_bytes(samples.text(state))
         assert str(version) in await is_refused(empty, path, NewerState)
         await is_not_overwritten(busy.sandbox, path, NewerState)
 
 
-Change = Callable[[Any, Any, Any], object]  # of the state, its first device (scsi) and its second (blk)
+# of the state, its first device (scsi) and its second (blk)
+Change = Callable[[Any, Any, Any], object]
 
 CONTRADICTIONS: dict[str, tuple[Change, str]] = {
     "two drives, one index": (lambda s, a, b: b["BlockDrive"].update(Index=0), "index 0"),
@@ -168,7 +190,10 @@ CONTRADICTIONS: dict[str, tuple[Change, str]] = {
     "attached with drive null": (lambda s, a, b: a.update(BlockDrive=None), "no BlockDrive"),
     "attached, count 0": (lambda s, a, b: a.update(AttachCount=0), "AttachCount 0"),
     "detached, count 1": (lambda s, a, b: a["Pyblock"].update(Phase="detached"), "AttachCount 1"),
-    "attach-pending, count 1": (lambda s, a, b: a["Pyblock"].update(Phase="attach-pending"), "AttachCount 1"),
+    "attach-pending, count 1": (
+        lambda s, a, b: a["Pyblock"].update(Phase="attach-pending"),
+        "AttachCount 1",
+    ),
     "SCSIAddr of another index": (lambda s, a, b: a["BlockDrive"].update(SCSIAddr="0:1"), "'0:1'"),
     "SCSIAddr malformed": (lambda s, a, b: a["BlockDrive"].update(SCSIAddr="x"), "'x'"),
     "negative AttachCount": (lambda s, a, b: a.update(AttachCount=-1), "-1"),
@@ -177,20 +202,44 @@ CONTRADICTIONS: dict[str, tuple[Change, str]] = {
     "negative scsi index": (lambda s, a, b: a["BlockDrive"].update(Index=-1), "-1"),
     "index beyond capacity": (lambda s, a, b: b["BlockDrive"].update(Index=65536), "65536"),
     "index beyond 63 bits": (lambda s, a, b: b["BlockDrive"].update(Index=2**63), str(2**63)),
-    "map: beyond capacity": (lambda s, a, b: s["HypervisorState"]["BlockIndexMap"].update({"65536": {}}), "65536"),
-    "map: negative": (lambda s, a, b: s["HypervisorState"]["BlockIndexMap"].update({"-1": {}}), "-1"),
-    "map: not a number": (lambda s, a, b: s["HypervisorState"]["BlockIndexMap"].update({"x": {}}), "'x'"),
+    "map: beyond capacity": (
+        lambda s, a, b: s["HypervisorState"]["BlockIndexMap"].update({"65536": {}}),
+        "65536",
+    ),
+    "map: negative": (
+        lambda s, a, b: s["HypervisorState"]["BlockIndexMap"].update({"-1": {}}),
+        "-1",
+    ),
+    "map: not a number": (
+        lambda s, a, b: s["HypervisorState"]["BlockIndexMap"].update({"x": {}}),
+        "'x'",
+    ),
     "map: empty": (lambda s, a, b: s["HypervisorState"]["BlockIndexMap"].update({"": {}}), "''"),
-    "map: other digits": (lambda s, a, b: s["HypervisorState"]["BlockIndexMap"].update({"\u0663": {}}), "BlockIndexMap"),
-    "map: very long": (lambda s, a, b: s["HypervisorState"]["BlockIndexMap"].update({"9" * 5000: {}}), "9999"),
+    "map: other digits": (
+        lambda s, a, b: s["HypervisorState"]["BlockIndexMap"].update({"\u0663": {}}),
+        "BlockIndexMap",
+    ),
+    "map: very long": (
+        lambda s, a, b: s["HypervisorState"]["BlockIndexMap"].update({"9" * 5000: {}}),
+        "9999",
+    ),
     "phase unknown": (lambda s, a, b: a["Pyblock"].update(Phase="flying"), "'flying'"),
     "phase not for saving": (lambda s, a, b: a["Pyblock"].update(Phase="attaching"), "'attaching'"),
     "driver unknown": (lambda s, a, b: a["Pyblock"].update(Driver="virtio-ide"), "'virtio-ide'"),
     "two drives, one ordinal": (
-        lambda s, a, b: b.update(a | {"ID": "b", "BlockDrive": a["BlockDrive"] | {"ID": "b", "Index": 1, "SCSIAddr": "0:1"}}),
+        lambda s, a, b: b.update(
+            a
+            | {
+                "ID": "b",
+                "BlockDrive": a["BlockDrive"] | {"ID": "b", "Index": 1, "SCSIAddr": "0:1"},
+            }
+        ),
         "0",
     ),
-    "ordinal beyond capacity": (lambda s, a, b: a["BlockDrive"]["Pyblock"].update(Ordinal=65536), "65536"),
+    "ordinal beyond capacity": (
+        lambda s, a, b: a["BlockDrive"]["Pyblock"].update(Ordinal=65536),
+        "65536",
+    ),
     "negative offset": (lambda s, a, b: b["BlockDrive"]["Pyblock"].update(Offset=-1), "-1"),
     "negative offset of a family": (lambda s, a, b: s["Pyblock"]["Offsets"].update(vd=-1), "-1"),
     "drive without ID": (lambda s, a, b: a["BlockDrive"].update(ID=""), "no ID"),
@@ -224,7 +273,9 @@ async def test_index_beyond_a_smaller_capacity(own: Any, tmp_path: Path) -> None
         await is_refused(small, path, InvalidState)
 
 
-async def test_places_that_hold_no_state(busy: Busy, empty: Sandbox, make_image: MakeImage, tmp_path: Path) -> None:
+async def test_places_that_hold_no_state(
+    busy: Busy, empty: Sandbox, make_image: MakeImage, tmp_path: Path
+) -> None:
     for path in (tmp_path / "absent", tmp_path, tmp_path / "scsi.img" / "under"):
         with pytest.raises(InvalidState) as caught:
             await empty.load(path)
@@ -239,7 +290,9 @@ async def test_places_that_hold_no_state(busy: Busy, empty: Sandbox, make_image:
         await busy.sandbox.save(tmp_path / "absent" / "state")
 
 
-async def test_a_fifo_is_no_state_and_nobody_waits_for_it(busy: Busy, empty: Sandbox, tmp_path: Path) -> None:
+async def test_a_fifo_is_no_state_and_nobody_waits_for_it(
+    busy: Busy, empty: Sandbox, tmp_path: Path
+) -> None:
     path = tmp_path / "fifo"
     os.mkfifo(path)
     with pytest.raises(InvalidState, match="fifo"):
@@ -249,7 +302,9 @@ async def test_a_fifo_is_no_state_and_nobody_waits_for_it(busy: Busy, empty: San
     assert path.is_fifo()
 
 
-async def test_a_failed_load_does_not_hinder_the_next(empty: Sandbox, own: Any, tmp_path: Path) -> None:
+async def test_a_failed_load_does_not_hinder_the_next(
+    empty: Sandbox, own: Any, tmp_path: Path
+) -> None:
     path = tmp_path / "state"
     bad = copy.deepcopy(own)
     bad["Devices"][1]["BlockDrive"]["Index"] = 0

@@ -1,4 +1,5 @@
-"""What the original runtime wrote loads, and comes out again with every key and value; unknown keys survive wherever they are."""
+"""What the original runtime wrote loads, and comes out again with every key and value; unknown keys
+survive wherever they are."""
 
 from __future__ import annotations
 
@@ -59,10 +60,19 @@ async def test_every_key_comes_out_again(tmp_path: Path, name: str, times: int) 
 
 EXPECTED: dict[str, dict[str, tuple[Any, ...]]] = {
     "PCIAddr": {"0": ("virtio-scsi", 0, "/dev/sda", "02/00", Phase.ATTACHED, 1, 1)},
-    "PCIPath as text": {str(n): ("virtio-blk", n, f"/dev/vd{'abc'[n]}", f"02/0{n}", Phase.ATTACHED, 1, 1) for n in range(3)},
+    "PCIPath as text": {
+        str(n): ("virtio-blk", n, f"/dev/vd{'abc'[n]}", f"02/0{n}", Phase.ATTACHED, 1, 1)
+        for n in range(3)
+    },
     "PCIPath as object": {"0": ("virtio-scsi", 0, "/dev/sda", None, Phase.ATTACHED, 1, 1)},
-    "counts": {str(n): ("virtio-scsi", n, f"/dev/sd{'abc'[n]}", None, Phase.ATTACHED, n + 1, n + 1) for n in range(3)},
-    "vfio between": {str(n): ("virtio-scsi", n, f"/dev/sd{'abc'[n]}", None, Phase.ATTACHED, n + 1, n + 1) for n in range(2)},
+    "counts": {
+        str(n): ("virtio-scsi", n, f"/dev/sd{'abc'[n]}", None, Phase.ATTACHED, n + 1, n + 1)
+        for n in range(3)
+    },
+    "vfio between": {
+        str(n): ("virtio-scsi", n, f"/dev/sd{'abc'[n]}", None, Phase.ATTACHED, n + 1, n + 1)
+        for n in range(2)
+    },
     "nvdimm": {"0": ("nvdimm", 0, "/dev/pmem0", None, Phase.ATTACHED, 1, 1)},
     "pmem": {"0": ("nvdimm", 0, "/dev/pmem0", None, Phase.ATTACHED, 1, 1)},
     "ccw": {"0": ("virtio-blk-ccw", 0, "/dev/vda", None, Phase.ATTACHED, 1, 1)},
@@ -88,35 +98,57 @@ async def test_it_goes_on_with_the_lowest_free(tmp_path: Path, make_image: MakeI
         assert list(sandbox.index) == [0, 1, 2, 7]
         plug_in(vm, sandbox)
         devices = [
-            await sandbox.attach(make_image(f"image{n}"), driver=driver) for n, driver in enumerate(["virtio-scsi", "virtio-blk"] * 3)
+            await sandbox.attach(make_image(f"image{n}"), driver=driver)
+            for n, driver in enumerate(["virtio-scsi", "virtio-blk"] * 3)
         ]
         assert [device.held.index for device in devices] == [3, 4, 5, 6, 8, 9]
-        assert [device.held.predicted_name for device in devices] == [f"/dev/{name}" for name in ("sdc", "vda", "sdd", "vdb", "sde", "vdc")]
+        assert [device.held.predicted_name for device in devices] == [
+            f"/dev/{name}" for name in ("sdc", "vda", "sdd", "vdb", "sde", "vdc")
+        ]
         await sandbox.detach(f"{0:016x}")
         assert (await sandbox.attach(make_image("again"))).held.predicted_name == "/dev/sda"
 
 
 async def test_names_of_two_drivers_after_a_load(tmp_path: Path, make_image: MakeImage) -> None:
-    """The original named by index whatever the driver: vdc is taken, and pyblock keeps to what was told to the guest's owner."""
+    """The original named by index whatever the driver: vdc is taken, and pyblock keeps to what was
+    told to the guest's owner."""
     path = tmp_path / "state"
     path.write_bytes(samples.text(samples.sandbox([*samples.SCSI[:2], samples.BLK[2]], [0, 1, 2])))
     vm = MemoryHypervisor()
     async with Sandbox("s1", vm) as sandbox:
         await sandbox.load(path)
         plug_in(vm, sandbox)
-        assert [name for _, _, name, *_ in drives(sandbox).values()] == ["/dev/sda", "/dev/sdb", "/dev/vdc"]
+        assert [name for _, _, name, *_ in drives(sandbox).values()] == [
+            "/dev/sda",
+            "/dev/sdb",
+            "/dev/vdc",
+        ]
         blk = [await sandbox.attach(make_image(f"image{n}"), driver="virtio-blk") for n in range(3)]
-        assert [device.held.predicted_name for device in blk] == ["/dev/vda", "/dev/vdb", "/dev/vdd"]
+        assert [device.held.predicted_name for device in blk] == [
+            "/dev/vda",
+            "/dev/vdb",
+            "/dev/vdd",
+        ]
         for device in sandbox.devices:
             while device.id in sandbox.manager:
                 await sandbox.detach(device.id)
         assert (list(sandbox.index), ordinals(sandbox), drive_ids(sandbox)) == ([], {}, set())
 
 
-async def test_an_attach_after_the_originals_is_saved_as_it_is(tmp_path: Path, make_image: MakeImage) -> None:
+async def test_an_attach_after_the_originals_is_saved_as_it_is(
+    tmp_path: Path, make_image: MakeImage
+) -> None:
     path = tmp_path / "state"
     state = samples.sandbox(
-        [samples.device(0, samples.drive(0, File=str(make_image("image")), SCSIAddr="0:0"), AttachCount=1, RefCount=2)], [0]
+        [
+            samples.device(
+                0,
+                samples.drive(0, File=str(make_image("image")), SCSIAddr="0:0"),
+                AttachCount=1,
+                RefCount=2,
+            )
+        ],
+        [0],
     )
     path.write_bytes(samples.text(state))
     vm = MemoryHypervisor()
@@ -132,7 +164,10 @@ async def test_an_attach_after_the_originals_is_saved_as_it_is(tmp_path: Path, m
         await sandbox.manager.attach(old.id, sandbox)
         assert old.held.index == 2
         await sandbox.save(path)
-    saved = {device["ID"]: device["BlockDrive"]["Index"] for device in json.loads(path.read_bytes())["Devices"]}
+    saved = {
+        device["ID"]: device["BlockDrive"]["Index"]
+        for device in json.loads(path.read_bytes())["Devices"]
+    }
     assert saved == {old.id: 2, "new": 1, "newer": 0}
     async with Sandbox("s1", MemoryHypervisor()) as sandbox:
         await sandbox.load(path)
@@ -206,9 +241,19 @@ KNOWN = {
     ),
     *("BlockIndexMap", "Pyblock"),
 }
-SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text()
+)
 VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text().filter(lambda key: key != "Pyblock"), inner, max_size=3)
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text().filter(lambda key: key != "Pyblock"), inner, max_size=3)
+    ),
 )
 KEYS = st.text().filter(lambda key: key not in KNOWN)
 
@@ -216,8 +261,12 @@ KEYS = st.text().filter(lambda key: key not in KNOWN)
 @given(data=st.data())
 @settings(max_examples=150, deadline=None)
 @pytest.mark.parametrize("own", [False, True])
-def test_unknown_keys_survive_at_every_level(own_state: Any, own: bool, data: st.DataObject) -> None:
-    state = copy.deepcopy(own_state if own else samples.sandbox([*samples.SCSI, samples.VFIO], [0, 1, 2]))
+def test_unknown_keys_survive_at_every_level(
+    own_state: Any, own: bool, data: st.DataObject
+) -> None:
+    state = copy.deepcopy(
+        own_state if own else samples.sandbox([*samples.SCSI, samples.VFIO], [0, 1, 2])
+    )
     for level in levels(state):
         level.update(data.draw(st.dictionaries(KEYS, VALUES, max_size=2)))
     assert samples.without_pyblock(asyncio.run(in_memory(state))) == samples.without_pyblock(state)
@@ -239,7 +288,9 @@ async def test_a_pending_device_of_the_originals_stays_pending(tmp_path: Path) -
         await sandbox.load(path)
         await sandbox.save(path)
     state = json.loads(path.read_bytes())
-    assert samples.without_pyblock(state)["Devices"][0]["BlockDrive"] == samples.SCSI[0]["BlockDrive"]
+    assert (
+        samples.without_pyblock(state)["Devices"][0]["BlockDrive"] == samples.SCSI[0]["BlockDrive"]
+    )
     async with Sandbox("s1", vm) as sandbox:
         await sandbox.load(path)
         device = sandbox.manager.find(device_id)

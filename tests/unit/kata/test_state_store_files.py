@@ -1,5 +1,6 @@
-"""A saved state is never written over a file of a store, nor read from one: to open and close a database that this process uses drops the
-locks that SQLite has on it, and another process then takes what was written last for nobody's."""
+"""A saved state is never written over a file of a store, nor read from one: to open and close a
+database that this process uses drops the locks that SQLite has on it, and another process then
+takes what was written last for nobody's."""
 
 from __future__ import annotations
 
@@ -23,14 +24,17 @@ FILES = ["state.db", "state.db-wal", "state.db-shm", "state.db-owners", "state.d
 
 
 def looked_at(path: Path) -> str:
-    """What another process does that opens the database and closes it: if nobody seems to have it open, it ends the journal."""
+    """What another process does that opens the database and closes it: if nobody seems to have it
+    open, it ends the journal."""
     with closing(sqlite3.connect(path)) as db:
         return str(db.execute("SELECT count(*) FROM device").fetchone()[0])
 
 
 @pytest.mark.parametrize("through", ["name", "link", "hard link"])
 @pytest.mark.parametrize("name", FILES)
-async def test_a_file_of_a_store_in_use(name: str, through: str, make_store: MakeStore, make_image: MakeImage, tmp_path: Path) -> None:
+async def test_a_file_of_a_store_in_use(
+    name: str, through: str, make_store: MakeStore, make_image: MakeImage, tmp_path: Path
+) -> None:
     store = make_store()
     scene = await make_scene(store, make_image)
     file = where = tmp_path / name
@@ -57,7 +61,9 @@ async def test_a_file_of_a_store_in_use(name: str, through: str, make_store: Mak
 
 
 @pytest.mark.parametrize("name", FILES)
-async def test_a_file_of_a_store_that_nobody_has_open(name: str, make_store: MakeStore, make_image: MakeImage, tmp_path: Path) -> None:
+async def test_a_file_of_a_store_that_nobody_has_open(
+    name: str, make_store: MakeStore, make_image: MakeImage, tmp_path: Path
+) -> None:
     store = SqliteStore(tmp_path / "state.db")
     scene = await make_scene(store, make_image)
     await scene.sandbox.close()

@@ -1,7 +1,8 @@
-"""An adapter that fails with what is no error of pyblock's: an answer of a form that nobody thought of, or a mistake in the adapter.
+"""An adapter that fails with what is no error of pyblock's: an answer of a form that nobody thought
+of, or a mistake in the adapter.
 
-Nobody knows then how far a change of the machine got: the device is pending, neither free nor attached. Where nothing is changed, it is a
-VmmProtocolError.
+Nobody knows then how far a change of the machine got: the device is pending, neither free nor
+attached. Where nothing is changed, it is a VmmProtocolError.
 """
 
 from __future__ import annotations
@@ -55,13 +56,17 @@ def gone(sandbox: Sandbox, vm: MemoryHypervisor) -> None:
 
 @done_or_not
 @pytest.mark.parametrize("step", ["backend-add", "device-add"])
-async def test_in_an_attach(step: str, fault: Fault, store: SqliteStore, make_image: MakeImage) -> None:
+async def test_in_an_attach(
+    step: str, fault: Fault, store: SqliteStore, make_image: MakeImage
+) -> None:
     vm = MemoryHypervisor()
     vm.fail(step, fault)
     async with Sandbox("one", vm, store=store) as sandbox:
         with pytest.raises(AttachPending, match="told to break") as caught:
             await sandbox.attach(make_image("a"))
-        assert isinstance(caught.value.__cause__, VmmProtocolError) and isinstance(caught.value.__cause__.__cause__, KeyError)
+        assert isinstance(caught.value.__cause__, VmmProtocolError) and isinstance(
+            caught.value.__cause__.__cause__, KeyError
+        )
         pending(sandbox, Phase.ATTACH_PENDING)
         await sandbox.attach(make_image("b"))  # asks first, and undoes
         assert len(vm.backends) == len(vm.devices) == len(sandbox.devices) == 1
@@ -153,7 +158,9 @@ async def test_what_changes_nothing_is_a_protocol_error(method: str, make_image:
 
 
 @pytest.mark.parametrize("method", ["plug", "locate"])
-async def test_an_adapter_of_another_make_breaks_in_plug(method: str, make_image: MakeImage) -> None:
+async def test_an_adapter_of_another_make_breaks_in_plug(
+    method: str, make_image: MakeImage
+) -> None:
     vm = Broken()
     vm.broken.add(method)
     async with Sandbox("one", vm) as sandbox:
@@ -224,7 +231,9 @@ async def test_a_disk_at_an_impossible_index_is_at_none_of_ours(make_image: Make
 
 @done_or_not
 @pytest.mark.parametrize("step", ["device-del", "device-gone", "backend-del"])
-async def test_what_breaks_while_it_is_settled_is_pending(step: str, fault: Fault, make_image: MakeImage) -> None:
+async def test_what_breaks_while_it_is_settled_is_pending(
+    step: str, fault: Fault, make_image: MakeImage
+) -> None:
     vm = MemoryHypervisor()
     async with Sandbox("one", vm) as sandbox:
         vm.fail("device-add", Fault("lose"))
@@ -256,11 +265,19 @@ async def test_locating_what_the_machine_does_not_let_go_of(make_image: MakeImag
 
 @pytest.mark.parametrize("slot", ["", "x", "-1", "960", "9" * 5000, "٣", "rp0/0"])
 async def test_a_slot_that_no_such_machine_has(slot: str, store: SqliteStore) -> None:
-    """It stands in a saved state, which anybody may have written. Once a ValueError, with half of the state loaded."""
-    drive = samples.drive(0, PCIPath="02/00", Pyblock={"Driver": "virtio-blk", "Ordinal": 0, "Slot": slot})
-    good = samples.drive(1, PCIPath="02/01", Pyblock={"Driver": "virtio-blk", "Ordinal": 1, "Slot": "1"})
+    """It stands in a saved state, which anybody may have written. Once a ValueError, with half of
+    the state loaded."""
+    drive = samples.drive(
+        0, PCIPath="02/00", Pyblock={"Driver": "virtio-blk", "Ordinal": 0, "Slot": slot}
+    )
+    good = samples.drive(
+        1, PCIPath="02/01", Pyblock={"Driver": "virtio-blk", "Ordinal": 1, "Slot": "1"}
+    )
     options = {"block-driver": "virtio-blk"}
-    devices = [samples.device(1, good, DriverOptions=options), samples.device(0, drive, DriverOptions=options)]
+    devices = [
+        samples.device(1, good, DriverOptions=options),
+        samples.device(0, drive, DriverOptions=options),
+    ]
     text = samples.text(samples.sandbox(devices, [0, 1]))
     vm = MemoryHypervisor()
     async with Sandbox("one", vm, store=store) as sandbox:
@@ -280,7 +297,9 @@ async def test_a_slot_that_no_such_machine_has(slot: str, store: SqliteStore) ->
         lambda have: have.update(backends={"drive-a": {"x": 1}}),
     ],
 )
-async def test_a_machine_in_a_file_of_another_form(change: Callable[[Any], None], tmp_path: Path, make_image: MakeImage) -> None:
+async def test_a_machine_in_a_file_of_another_form(
+    change: Callable[[Any], None], tmp_path: Path, make_image: MakeImage
+) -> None:
     path = tmp_path / "machine"
     path.write_bytes(b"")
     async with Sandbox("one", FileMachine(path), store=None) as sandbox:

@@ -1,6 +1,8 @@
-"""What ends in the very moment in which it succeeded: whoever was told that it did not, has nothing; and nobody loses what was his.
+"""What ends in the very moment in which it succeeded: whoever was told that it did not, has
+nothing; and nobody loses what was his.
 
-Found by the storm (tests/storm), where a process that was stopped goes on with a deadline, a cancellation and an answer at once.
+Found by the storm (tests/storm), where a process that was stopped goes on with a deadline, a
+cancellation and an answer at once.
 """
 
 from __future__ import annotations
@@ -15,7 +17,15 @@ from pathlib import Path
 import pytest
 from support.snapshot import MakeImage, MakeStore
 
-from pyblock import BlockDevice, ClosedMeanwhile, DetachPending, ImageInUse, NotAttached, Sandbox, UnknownDevice
+from pyblock import (
+    BlockDevice,
+    ClosedMeanwhile,
+    DetachPending,
+    ImageInUse,
+    NotAttached,
+    Sandbox,
+    UnknownDevice,
+)
 from pyblock.disk.model import BlockDrive
 from pyblock.store.sqlite.store import SqliteStore
 from pyblock.vmm.base import Inventory
@@ -41,8 +51,11 @@ async def test_a_batch_is_cancelled(make_image: MakeImage) -> None:
 
 
 @pytest.mark.parametrize("turns", range(4))
-async def test_an_attach_is_cancelled_while_another_is_taken_back(turns: int, make_image: MakeImage, make_store: MakeStore) -> None:
-    """Each takes one off the count; at 0 it would be attached for nobody, and its row could not be read again."""
+async def test_an_attach_is_cancelled_while_another_is_taken_back(
+    turns: int, make_image: MakeImage, make_store: MakeStore
+) -> None:
+    """Each takes one off the count; at 0 it would be attached for nobody, and its row could not be
+    read again."""
     vm, store = MemoryHypervisor(), make_store()
     async with Sandbox("one", vm, store=store) as sandbox:
         image = make_image("a")
@@ -63,8 +76,11 @@ async def test_an_attach_is_cancelled_while_another_is_taken_back(turns: int, ma
         assert len(vm.devices) == left
 
 
-async def test_a_failed_batch_is_taken_back_while_its_sandbox_is_closed(make_image: MakeImage, tmp_path: Path) -> None:
-    """The caller is told that what was attached is detached, so it is, though the store makes it wait."""
+async def test_a_failed_batch_is_taken_back_while_its_sandbox_is_closed(
+    make_image: MakeImage, tmp_path: Path
+) -> None:
+    """The caller is told that what was attached is detached, so it is, though the store makes it
+    wait."""
     path = tmp_path / "state.db"
     vm, store = MemoryHypervisor(), SqliteStore(path)
     mine, taken = make_image("mine"), make_image("taken")
@@ -91,15 +107,20 @@ async def test_a_failed_batch_is_taken_back_while_its_sandbox_is_closed(make_ima
     store.close()
 
 
-async def test_a_disk_that_came_and_went_while_the_machine_was_asked_is_no_orphan(make_image: MakeImage) -> None:
-    """Its ID was given out neither before nor after; QEMU's answer has it. Nor does its place stay taken."""
+async def test_a_disk_that_came_and_went_while_the_machine_was_asked_is_no_orphan(
+    make_image: MakeImage,
+) -> None:
+    """Its ID was given out neither before nor after; QEMU's answer has it. Nor does its place stay
+    taken."""
 
     class Slow(MemoryHypervisor):
         sandbox: Sandbox | None = None
 
         async def inventory(self, ours: Collection[BlockDrive] = ()) -> Inventory:
             sandbox, self.sandbox = self.sandbox, None
-            device: BlockDevice | None = await sandbox.attach(image) if sandbox is not None else None
+            device: BlockDevice | None = (
+                await sandbox.attach(image) if sandbox is not None else None
+            )
             found = await super().inventory(ours)
             if sandbox is not None and device is not None:
                 await sandbox.detach(device)
@@ -114,8 +135,11 @@ async def test_a_disk_that_came_and_went_while_the_machine_was_asked_is_no_orpha
 
 
 @pytest.mark.parametrize("turns", range(6))
-async def test_a_detach_that_is_called_again_is_cancelled(turns: int, make_image: MakeImage) -> None:
-    """Its caller was told that it is pending and that calling again is safe: that takes nobody else's disk, however often he calls."""
+async def test_a_detach_that_is_called_again_is_cancelled(
+    turns: int, make_image: MakeImage
+) -> None:
+    """Its caller was told that it is pending and that calling again is safe: that takes nobody
+    else's disk, however often he calls."""
     vm, image = MemoryHypervisor(), make_image("a")
     async with Sandbox("one", vm, store=None) as sandbox:
         device = await sandbox.attach(image)
@@ -139,7 +163,8 @@ async def test_a_detach_that_is_called_again_is_cancelled(turns: int, make_image
 
 
 async def test_closed_in_the_moment_in_which_a_batch_ends(make_image: MakeImage) -> None:
-    """At each turn of the event loop: close waits for batches that it found, even if they are over when it comes to it."""
+    """At each turn of the event loop: close waits for batches that it found, even if they are over
+    when it comes to it."""
     image = make_image("a")
     for turns in range(20):
         sandbox = Sandbox("one", MemoryHypervisor(), store=None)
@@ -156,7 +181,8 @@ async def test_closed_in_the_moment_in_which_a_batch_is_made(make_image: MakeIma
     """What was planned for it is given back, though not one of its attaches had its turn."""
     sandbox = Sandbox("one", MemoryHypervisor(), store=None)
     async with sandbox:
-        await sandbox.detach(await sandbox.attach(make_image("first")))  # the machine has been asked
+        # the machine has been asked
+        await sandbox.detach(await sandbox.attach(make_image("first")))
         attaching = asyncio.create_task(sandbox.attach_many([make_image("a"), make_image("b")]))
         while not sandbox._batches:
             await asyncio.sleep(0)

@@ -40,7 +40,8 @@ async def test_a_batch(make_image: MakeImage) -> None:
         assert all(device.held.guest_match for device in batch)
         assert names(await sandbox.attach(make_image("e"), driver="virtio-blk")) == ["/dev/vde"]
         await sandbox.detach(batch[0])
-        assert names(await sandbox.attach(make_image("f"), driver="virtio-blk")) == [None]  # the first may have left any of three free
+        # the first may have left any of three free
+        assert names(await sandbox.attach(make_image("f"), driver="virtio-blk")) == [None]
         assert names(await sandbox.attach(make_image("g"), driver="virtio-blk")) == ["/dev/vdf"]
 
 
@@ -48,7 +49,10 @@ async def test_families_do_not_crowd_each_other(make_image: MakeImage) -> None:
     vm = MemoryHypervisor()
     vm.fail("device-add", Fault("hold"), times=2)
     async with Sandbox("one", vm) as sandbox:
-        both = [asyncio.create_task(sandbox.attach(make_image(driver), driver=driver)) for driver in ("virtio-scsi", "virtio-blk")]
+        both = [
+            asyncio.create_task(sandbox.attach(make_image(driver), driver=driver))
+            for driver in ("virtio-scsi", "virtio-blk")
+        ]
         await reached(vm, "device-add", 2)
         vm.let_go("device-add")
         assert names(*await asyncio.gather(*both)) == ["/dev/sda", "/dev/vda"]
@@ -76,7 +80,8 @@ async def test_beside_one_that_is_pending(make_image: MakeImage) -> None:
         assert names(await sandbox.attach(make_image("quick"))) == [None]
         vm.let_go("device-add")
         await until(lambda: len(sandbox.devices) == 1)
-        assert names(await sandbox.attach(make_image("later"))) == [None]  # the guest may have seen one only, and called it sda
+        # the guest may have seen one only, and called it sda
+        assert names(await sandbox.attach(make_image("later"))) == [None]
 
 
 async def test_what_was_refused_is_on_its_way_no_more(make_image: MakeImage) -> None:
@@ -94,7 +99,8 @@ async def test_it_is_saved(store: HeldStore, make_image: MakeImage) -> None:
     async with Sandbox("one", vm, store=store) as sandbox:
         await sandbox.attach_many([make_image(name) for name in "ab"], driver="virtio-blk")
         text = encode(sandbox.state())
-        assert b'"VirtPath": "/dev/vda"' in text and b'"VirtPath": "/dev/vdb"' in text  # as Kata wants it
+        # as Kata wants it
+        assert b'"VirtPath": "/dev/vda"' in text and b'"VirtPath": "/dev/vdb"' in text
     async with Sandbox("one", vm, store=store) as sandbox:
         devices = [device for device in sandbox.devices if isinstance(device, BlockDevice)]
         assert names(*devices) == [None, None]
@@ -106,7 +112,8 @@ async def test_it_is_saved(store: HeldStore, make_image: MakeImage) -> None:
 
 
 async def test_one_that_comes_while_another_leaves(make_image: MakeImage) -> None:
-    """The guest takes the name back before the machine says that the disk is gone: in a guest the next disk had it each time."""
+    """The guest takes the name back before the machine says that the disk is gone: in a guest the
+    next disk had it each time."""
     vm = MemoryHypervisor()
     async with Sandbox("one", vm) as sandbox:
         first = await sandbox.attach(make_image("first"))
@@ -117,7 +124,8 @@ async def test_one_that_comes_while_another_leaves(make_image: MakeImage) -> Non
         assert names(second) == [None]
         vm.let_go("device-gone")
         await leaving
-        assert names(await sandbox.attach(make_image("third"))) == [None]  # it is sda or sdb, and so is the second
+        # it is sda or sdb, and so is the second
+        assert names(await sandbox.attach(make_image("third"))) == [None]
         assert names(await sandbox.attach(make_image("fourth"))) == ["/dev/sdc"]
 
 
@@ -161,7 +169,9 @@ async def test_one_that_was_kept_has_its_name(why: type[Exception], make_image: 
         assert names(first, await sandbox.attach(make_image("second"))) == ["/dev/sda", "/dev/sdb"]
 
 
-async def test_a_removal_that_was_pending_before_a_restart(store: HeldStore, make_image: MakeImage) -> None:
+async def test_a_removal_that_was_pending_before_a_restart(
+    store: HeldStore, make_image: MakeImage
+) -> None:
     vm = MemoryHypervisor()
     async with Sandbox("one", vm, store=store) as sandbox:
         first = await sandbox.attach(make_image("first"))
@@ -175,7 +185,8 @@ async def test_a_removal_that_was_pending_before_a_restart(store: HeldStore, mak
 
 @pytest.mark.parametrize("change", ["one more", "one less"])
 async def test_the_machines_own_disks_change(change: str, make_image: MakeImage) -> None:
-    """Which names they had nobody tells: in a guest the next disk had the name of one that had left, or one more than was predicted."""
+    """Which names they had nobody tells: in a guest the next disk had the name of one that had
+    left, or one more than was predicted."""
     own = [FoundDisk("own1", SD), FoundDisk("own2", SD)]
     vm = MemoryHypervisor(existing=tuple(own))
     async with Sandbox("one", vm) as sandbox:
@@ -185,12 +196,15 @@ async def test_the_machines_own_disks_change(change: str, make_image: MakeImage)
         vm._existing = (*own, FoundDisk("own3", SD)) if change == "one more" else (own[0],)
         await sandbox.reconcile()
         third = await sandbox.attach(make_image("third"))
-        assert names(first, third, await sandbox.attach(make_image("other"), driver="virtio-blk")) == ["/dev/sdc", None, "/dev/vda"]
+        assert names(
+            first, third, await sandbox.attach(make_image("other"), driver="virtio-blk")
+        ) == ["/dev/sdc", None, "/dev/vda"]
         vm._existing = tuple(own)
         await sandbox.reconcile()
         assert names(await sandbox.attach(make_image("fourth"))) == [None]
         await sandbox.detach_many(sandbox.devices)
-        assert not sandbox._machine.allotment._crowds  # each that was crowded has been counted, and has gone
+        # each that was crowded has been counted, and has gone
+        assert not sandbox._machine.allotment._crowds
 
 
 async def test_an_offset_that_was_given_is_no_count(make_image: MakeImage) -> None:

@@ -1,6 +1,8 @@
-"""Every call that takes a timeout, on a machine that never answers: over when its time is, and saying whose deadline that was.
+"""Every call that takes a timeout, on a machine that never answers: over when its time is, and
+saying whose deadline that was.
 
-The clock is the event loop's, which jumps (model.Loop): what takes a minute costs nothing, and nothing depends on how fast this machine is.
+The clock is the event loop's, which jumps (model.Loop): what takes a minute costs nothing, and
+nothing depends on how fast this machine is.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ class Silent(MemoryHypervisor):
 
 
 class Asked(NamedTuple):
-    """A call, where the machine is silent, what it raises, and how much longer than its timeout it may take."""
+    """A call, where the machine is silent, what it raises, and how much longer than its timeout it
+    may take."""
 
     work: Work
     silent: str
@@ -73,23 +76,60 @@ class Asked(NamedTuple):
 
 
 CALLS = {
-    "attach, asking": Asked(lambda sandbox, at, t: sandbox.attach(at[2], timeout=t), "inventory", DeadlinePassed),
-    "attach, placing": Asked(lambda sandbox, at, t: sandbox.attach(at[2], timeout=t), "place", DeadlinePassed),
-    "attach, plugging": Asked(lambda sandbox, at, t: sandbox.attach(at[2], timeout=t), "device-add", AttachPending),
-    "attach many, asking": Asked(lambda sandbox, at, t: sandbox.attach_many(at[2:], timeout=t), "inventory", DeadlinePassed),
-    "attach many, placing": Asked(lambda sandbox, at, t: sandbox.attach_many(at[2:], timeout=t), "place", DeadlinePassed, GRACE),
-    "attach many, plugging": Asked(lambda sandbox, at, t: sandbox.attach_many(at[2:], timeout=t), "device-add", AttachPending, GRACE),
-    "detach, asking": Asked(lambda sandbox, at, t: sandbox.detach("a", timeout=t), "inventory", DeadlinePassed),
-    "detach, unplugging": Asked(lambda sandbox, at, t: sandbox.detach("a", timeout=t), "device-gone", DetachPending),
-    "detach many, asking": Asked(lambda sandbox, at, t: sandbox.detach_many(["a", "b"], timeout=t), "inventory", DeadlinePassed),
-    "detach many, unplugging": Asked(lambda sandbox, at, t: sandbox.detach_many(["a", "b"], timeout=t), "device-del", DetachPending),
-    "reconcile": Asked(lambda sandbox, at, t: sandbox.reconcile(timeout=t), "inventory", DeadlinePassed),
-    "reconcile, dry": Asked(lambda sandbox, at, t: sandbox.reconcile(timeout=t, dry_run=True), "inventory", DeadlinePassed),
+    "attach, asking": Asked(
+        lambda sandbox, at, t: sandbox.attach(at[2], timeout=t), "inventory", DeadlinePassed
+    ),
+    "attach, placing": Asked(
+        lambda sandbox, at, t: sandbox.attach(at[2], timeout=t), "place", DeadlinePassed
+    ),
+    "attach, plugging": Asked(
+        lambda sandbox, at, t: sandbox.attach(at[2], timeout=t), "device-add", AttachPending
+    ),
+    "attach many, asking": Asked(
+        lambda sandbox, at, t: sandbox.attach_many(at[2:], timeout=t), "inventory", DeadlinePassed
+    ),
+    "attach many, placing": Asked(
+        lambda sandbox, at, t: sandbox.attach_many(at[2:], timeout=t),
+        "place",
+        DeadlinePassed,
+        GRACE,
+    ),
+    "attach many, plugging": Asked(
+        lambda sandbox, at, t: sandbox.attach_many(at[2:], timeout=t),
+        "device-add",
+        AttachPending,
+        GRACE,
+    ),
+    "detach, asking": Asked(
+        lambda sandbox, at, t: sandbox.detach("a", timeout=t), "inventory", DeadlinePassed
+    ),
+    "detach, unplugging": Asked(
+        lambda sandbox, at, t: sandbox.detach("a", timeout=t), "device-gone", DetachPending
+    ),
+    "detach many, asking": Asked(
+        lambda sandbox, at, t: sandbox.detach_many(["a", "b"], timeout=t),
+        "inventory",
+        DeadlinePassed,
+    ),
+    "detach many, unplugging": Asked(
+        lambda sandbox, at, t: sandbox.detach_many(["a", "b"], timeout=t),
+        "device-del",
+        DetachPending,
+    ),
+    "reconcile": Asked(
+        lambda sandbox, at, t: sandbox.reconcile(timeout=t), "inventory", DeadlinePassed
+    ),
+    "reconcile, dry": Asked(
+        lambda sandbox, at, t: sandbox.reconcile(timeout=t, dry_run=True),
+        "inventory",
+        DeadlinePassed,
+    ),
 }
 
 
 class Bench:
-    """A loop on that clock, and a sandbox with devices a and b on a machine that may fall silent."""
+    """A loop on that clock, and a sandbox with devices a and b on a machine that may fall
+    silent."""
 
     def __init__(self, make_image: MakeImage) -> None:
         self.loop = Loop()
@@ -106,7 +146,9 @@ class Bench:
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self.loop.run_until_complete(work)
 
-    def seconds(self, work: Coroutine[Any, Any, Any], raises: type[BaseException] | None) -> tuple[float, str]:
+    def seconds(
+        self, work: Coroutine[Any, Any, Any], raises: type[BaseException] | None
+    ) -> tuple[float, str]:
         began = self.loop.time()
         with pytest.raises(raises) if raises else contextlib.nullcontext() as caught:
             self.run(work)
@@ -138,7 +180,10 @@ def test_a_call(name: str, timeout: float, make_image: MakeImage) -> None:
     if raises is DeadlinePassed:
         assert f"deadline of {timeout:g} s" in text and "nothing was changed" in text
         assert isinstance(DeadlinePassed(""), TimeoutError)
-        assert sorted(device.id for device in bench.sandbox.devices) == ["a", "b"] and len(bench.sandbox.index) == 2
+        assert (
+            sorted(device.id for device in bench.sandbox.devices) == ["a", "b"]
+            and len(bench.sandbox.index) == 2
+        )
     bench.end()
 
 
@@ -157,8 +202,15 @@ def test_no_timeout_given(make_image: MakeImage) -> None:
     bench.vm.silent.add("inventory")
     assert bench.seconds(bench.sandbox.reconcile(), DeadlinePassed)[0] == RECONCILE_TIME == 10
     bench.sandbox._machine.doubt()
-    assert bench.seconds(bench.sandbox.attach(bench.images[2]), VmmUnreachable)[0] == CONNECT_TIMEOUT < TIMEOUT
-    assert bench.seconds(bench.sandbox.attach(bench.images[2], timeout=None), VmmUnreachable)[0] == CONNECT_TIMEOUT
+    assert (
+        bench.seconds(bench.sandbox.attach(bench.images[2]), VmmUnreachable)[0]
+        == CONNECT_TIMEOUT
+        < TIMEOUT
+    )
+    assert (
+        bench.seconds(bench.sandbox.attach(bench.images[2], timeout=None), VmmUnreachable)[0]
+        == CONNECT_TIMEOUT
+    )
     bench.end()
 
 
@@ -180,7 +232,8 @@ def test_settle_and_close(make_image: MakeImage) -> None:
 def test_opening(given: float | None, takes: float, make_image: MakeImage, store: Any) -> None:
     """It does not fail: what is known stays as it is, and the machine is asked later."""
     bench = Bench(make_image)
-    asyncio.run(store.sandboxes())  # connects with a thread's help, for which such a loop does not wait
+    # connects with a thread's help, for which such a loop does not wait
+    asyncio.run(store.sandboxes())
     vm = Silent()
 
     async def with_a_past() -> None:

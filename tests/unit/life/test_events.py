@@ -1,5 +1,5 @@
-"""Each event is provoked for real, through the doors, on a machine in memory; and whenever one comes,
-the store says no less than it does. tests/real/test_events_qemu.py has the same on QEMU."""
+"""Each event is provoked for real, through the doors, on a machine in memory; and whenever one
+comes, the store says no less than it does. tests/real/test_events_qemu.py has the same on QEMU."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ class Witness:
         if self._store is not None and event.device is not None:
             phase = rows(self._store).get(event.device, ("", 0))[0]
             if not SAYS[event.kind.value](phase):
-                self.wrong.append(f"{event.kind} of {event.device}, which is {phase or 'not there'} in the store")
+                self.wrong.append(
+                    f"{event.kind} of {event.device}, which is {phase or 'not there'} in the store"
+                )
 
     def of(self, device: str) -> list[str]:
         return [event.kind.value for event in self.events if event.device == device]
@@ -130,11 +132,17 @@ async def test_refused_because_of_a_claim(make_store: MakeStore, make_image: Mak
             with pytest.raises(ImageInUse):
                 await sandbox.attach(image, device_id="a")
         error = witness.last("refused").error
-        assert isinstance(error, ImageInUse) and error.holder == "other" and witness.of("a") == ["refused"]
+        assert (
+            isinstance(error, ImageInUse)
+            and error.holder == "other"
+            and witness.of("a") == ["refused"]
+        )
     assert witness.wrong == []
 
 
-async def test_an_attach_that_is_pending_and_undone_late(witness: Witness, make_image: MakeImage) -> None:
+async def test_an_attach_that_is_pending_and_undone_late(
+    witness: Witness, make_image: MakeImage
+) -> None:
     vm = MemoryHypervisor()
     async with sandbox_of(witness, vm) as sandbox:
         vm.fail("device-add", Fault("hold"))
@@ -144,10 +152,13 @@ async def test_an_attach_that_is_pending_and_undone_late(witness: Witness, make_
         vm.let_go("device-add")
         await until(lambda: witness.of("a") == ["pending", "detached-late"])
         first, late = (event.seconds for event in witness.events if event.device == "a")
-        assert first is not None and late is not None and 0 < first <= late  # since the attach began
+        # since the attach began
+        assert first is not None and late is not None and 0 < first <= late
 
 
-async def test_a_detach_that_is_pending_and_done_late(witness: Witness, make_image: MakeImage) -> None:
+async def test_a_detach_that_is_pending_and_done_late(
+    witness: Witness, make_image: MakeImage
+) -> None:
     vm = MemoryHypervisor()
     async with sandbox_of(witness, vm) as sandbox:
         device = await sandbox.attach(make_image("a"), device_id="a")
@@ -197,13 +208,17 @@ async def test_the_vmm_is_lost_and_back(witness: Witness, make_image: MakeImage)
         vm.dead = False
         await sandbox.reconcile()
         await sandbox.reconcile()
-    machine = [event for event in witness.events if event.kind in (EventKind.VMM_LOST, EventKind.VMM_BACK)]
+    machine = [
+        event for event in witness.events if event.kind in (EventKind.VMM_LOST, EventKind.VMM_BACK)
+    ]
     assert [event.kind.value for event in machine] == ["vmm-lost", "vmm-back"]
     assert isinstance(machine[0].error, TransportError) and machine[1].error is None
     assert witness.of("b") == ["refused"]  # the second was not begun: the machine was asked first
 
 
-async def test_a_connection_that_breaks_in_the_middle(witness: Witness, make_image: MakeImage) -> None:
+async def test_a_connection_that_breaks_in_the_middle(
+    witness: Witness, make_image: MakeImage
+) -> None:
     vm = MemoryHypervisor()
     async with sandbox_of(witness, vm) as sandbox:
         vm.fail("device-add", Fault("lose"))
@@ -224,11 +239,16 @@ async def test_owners(make_store: MakeStore, make_image: MakeImage) -> None:
         [[owner]] = query(store, "SELECT owner_text FROM sandbox")
         assert owner.startswith("process ") and witness.last("owner-changed").owner == owner
         await sandbox.attach(make_image("a"), device_id="a")
-    assert [event.owner for event in witness.events if event.kind is EventKind.OWNER_CHANGED] == [owner, ""]
+    assert [event.owner for event in witness.events if event.kind is EventKind.OWNER_CHANGED] == [
+        owner,
+        "",
+    ]
     assert witness.of("a") == ["attached"] and witness.wrong == []
 
 
-async def test_a_sandbox_that_is_taken_away_says_so_once(make_store: MakeStore, make_image: MakeImage) -> None:
+async def test_a_sandbox_that_is_taken_away_says_so_once(
+    make_store: MakeStore, make_image: MakeImage
+) -> None:
     store = make_store()
     witness = Witness(store)
     async with sandbox_of(witness, MemoryHypervisor()) as sandbox:
@@ -238,12 +258,21 @@ async def test_a_sandbox_that_is_taken_away_says_so_once(make_store: MakeStore, 
         for _ in range(2):
             with pytest.raises(StoreError, match="not this process's any more") as caught:
                 await sandbox.detach(device)
-        assert (caught.value.sandbox, caught.value.owner, caught.value.path) == ("one", "", str(store.path))
-        assert [event.owner for event in witness.events if event.kind is EventKind.OWNER_CHANGED][1:] == [""]
-    assert witness.of("a") == ["attached"]  # that it is kept is not written down, and nobody is told
+        assert (caught.value.sandbox, caught.value.owner, caught.value.path) == (
+            "one",
+            "",
+            str(store.path),
+        )
+        assert [event.owner for event in witness.events if event.kind is EventKind.OWNER_CHANGED][
+            1:
+        ] == [""]
+    # that it is kept is not written down, and nobody is told
+    assert witness.of("a") == ["attached"]
 
 
-async def test_what_opening_finds_is_heard_by_who_listens_before(make_store: MakeStore, make_image: MakeImage) -> None:
+async def test_what_opening_finds_is_heard_by_who_listens_before(
+    make_store: MakeStore, make_image: MakeImage
+) -> None:
     vm = MemoryHypervisor()
     async with Sandbox("one", vm, store=make_store()) as sandbox:
         await sandbox.attach(make_image("a"), device_id="a")
@@ -266,7 +295,9 @@ async def test_forgotten_disks_are_lost(make_store: MakeStore, make_image: MakeI
     assert witness.of("a") == witness.of("b") == ["attached", "lost"] and witness.wrong == []
 
 
-async def test_nothing_is_said_while_the_store_is_being_written(store: HeldStore, make_image: MakeImage) -> None:
+async def test_nothing_is_said_while_the_store_is_being_written(
+    store: HeldStore, make_image: MakeImage
+) -> None:
     witness = Witness(store)
     async with Sandbox("one", MemoryHypervisor(), store=store, on_event=witness) as sandbox:
         store.hold().let_go()
@@ -290,8 +321,11 @@ async def test_nothing_is_said_while_the_store_is_being_written(store: HeldStore
     assert witness.wrong == []
 
 
-async def test_a_detach_is_said_when_its_row_has_gone_at_last(store: HeldStore, make_image: MakeImage) -> None:
-    """The VMM has confirmed it and the call has returned, but the store is locked by another process."""
+async def test_a_detach_is_said_when_its_row_has_gone_at_last(
+    store: HeldStore, make_image: MakeImage
+) -> None:
+    """The VMM has confirmed it and the call has returned, but the store is locked by another
+    process."""
     witness = Witness(store)
     vm = MemoryHypervisor()
     async with Sandbox("one", vm, store=store, on_event=witness) as sandbox:
@@ -307,7 +341,9 @@ async def test_a_detach_is_said_when_its_row_has_gone_at_last(store: HeldStore, 
     assert witness.wrong == []
 
 
-async def test_an_attach_that_could_not_be_written_down_is_never_said(store: HeldStore, make_image: MakeImage) -> None:
+async def test_an_attach_that_could_not_be_written_down_is_never_said(
+    store: HeldStore, make_image: MakeImage
+) -> None:
     witness = Witness(store)
     async with Sandbox("one", MemoryHypervisor(), store=store, on_event=witness) as sandbox:
         store.hold().let_go()
@@ -319,7 +355,9 @@ async def test_an_attach_that_could_not_be_written_down_is_never_said(store: Hel
     assert witness.wrong == []
 
 
-async def test_a_crowd_is_told_in_order_for_each(make_store: MakeStore, make_image: MakeImage) -> None:
+async def test_a_crowd_is_told_in_order_for_each(
+    make_store: MakeStore, make_image: MakeImage
+) -> None:
     witness = Witness(make_store())
     async with sandbox_of(witness, MemoryHypervisor()) as sandbox:
         events = sandbox.events()
@@ -348,7 +386,9 @@ async def test_a_listener_that_never_listens_holds_nothing_up(make_image: MakeIm
         assert len(drain(lazy)) == WAITING_MAX - 1
 
 
-async def test_what_on_event_raises_changes_nothing(make_image: MakeImage, caplog: pytest.LogCaptureFixture) -> None:
+async def test_what_on_event_raises_changes_nothing(
+    make_image: MakeImage, caplog: pytest.LogCaptureFixture
+) -> None:
     def listener(event: SandboxEvent) -> None:
         raise ZeroDivisionError(event.kind)
 
@@ -358,7 +398,9 @@ async def test_what_on_event_raises_changes_nothing(make_image: MakeImage, caplo
     assert caplog.text.count("on_event failed") == 2
 
 
-async def test_nothing_is_done_when_nobody_listens(make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_nothing_is_done_when_nobody_listens(
+    make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def said(*_: object, **__: object) -> None:
         pytest.fail("nobody listens")
 
@@ -384,8 +426,15 @@ async def test_the_log_has_outcomes_and_steps_with_fields(
     async with Sandbox("one", MemoryHypervisor(), store=make_store()) as sandbox:
         await sandbox.detach(await sandbox.attach(make_image("a"), device_id="a"))
     outcomes = [vars(record) for record in caplog.records if record.levelname == "INFO"]
-    assert [fields["event"] for fields in outcomes if fields["device"] == "a"] == ["attached", "detached"]
-    steps = [vars(record) for record in caplog.records if record.levelname == "DEBUG" and hasattr(record, "step")]
+    assert [fields["event"] for fields in outcomes if fields["device"] == "a"] == [
+        "attached",
+        "detached",
+    ]
+    steps = [
+        vars(record)
+        for record in caplog.records
+        if record.levelname == "DEBUG" and hasattr(record, "step")
+    ]
     assert all(fields["sandbox"] == "one" and fields["seconds"] >= 0 for fields in steps)
     asked = [fields for fields in steps if fields["name"] == "pyblock.vmm.base"]
     assert all((fields["device"], fields["drive"]) == ("a", "drive-a") for fields in asked)
@@ -435,7 +484,9 @@ def test_events_that_wait_are_had_while_another_thread_closes(make_image: MakeIm
 def test_a_listener_that_is_interrupted_at_the_blocking_door_loses_nothing() -> None:
     with blocking.Sandbox("one", MemoryHypervisor(), store=None) as sandbox:
         events = sandbox.events()
-        timer = threading.Timer(SOON, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        timer = threading.Timer(
+            SOON, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)
+        )
         with pytest.raises(KeyboardInterrupt):
             timer.start()
             next(events)
@@ -459,4 +510,5 @@ def test_the_blocking_door_calls_on_event(make_image: MakeImage) -> None:
         sandbox.detach(sandbox.attach(make_image("a")))
         assert [kind for kind, _ in heard] == ["attached", "detached"]
         assert {name for _, name in heard} != {threading.current_thread().name}
-    assert [event.kind.value for event in left] == ["attached", "detached"]  # what waits may be taken after the end
+    # what waits may be taken after the end
+    assert [event.kind.value for event in left] == ["attached", "detached"]

@@ -1,4 +1,5 @@
-"""Operations that nobody waits for any more: what they are called from then on, and what stands in the store before the machine is touched.
+"""Operations that nobody waits for any more: what they are called from then on, and what stands in
+the store before the machine is touched.
 
 tests/guest/test_kill_given_up.py has the same on QEMU, with the process killed after each step.
 """
@@ -34,12 +35,18 @@ class Reading(MemoryHypervisor):
 
 
 @pytest.mark.parametrize("how", ["deadline", "cancel"])
-async def test_given_up_while_the_outcome_is_written(how: str, store: HeldStore, make_image: MakeImage) -> None:
+async def test_given_up_while_the_outcome_is_written(
+    how: str, store: HeldStore, make_image: MakeImage
+) -> None:
     vm = Reading(store)
     async with Sandbox("one", vm, store=store) as sandbox:
         store.hold().let_go()
         gate = store.hold()
-        attach = asyncio.create_task(sandbox.attach(make_image("a"), device_id="a", timeout=SOON if how == "deadline" else LATE))
+        attach = asyncio.create_task(
+            sandbox.attach(
+                make_image("a"), device_id="a", timeout=SOON if how == "deadline" else LATE
+            )
+        )
         await until(lambda: gate.reached)
         assert facts(sandbox) == {"a": ("attached", 1)}
         if how == "cancel":
@@ -49,12 +56,17 @@ async def test_given_up_while_the_outcome_is_written(how: str, store: HeldStore,
         vm.said.clear()
         gate.let_go()
         await until(lambda: not sandbox.devices)
-        assert vm.said == [(step, {"a": ("attach-pending", 0)}) for step in ("device-del", "device-gone", "backend-del")]
+        assert vm.said == [
+            (step, {"a": ("attach-pending", 0)})
+            for step in ("device-del", "device-gone", "backend-del")
+        ]
         nothing_left(sandbox)
         assert rows(store) == {}
 
 
-async def test_cancelled_when_the_outcome_was_just_written(store: HeldStore, make_image: MakeImage) -> None:
+async def test_cancelled_when_the_outcome_was_just_written(
+    store: HeldStore, make_image: MakeImage
+) -> None:
     """The store says that it is attached; that is taken back before the removal is asked for."""
     vm = Reading(store)
     async with Sandbox("one", vm, store=store) as sandbox:
@@ -70,11 +82,15 @@ async def test_cancelled_when_the_outcome_was_just_written(store: HeldStore, mak
         await ended(attach)
         await until(lambda: not sandbox.devices)
         assert attach.cancelled()
-        assert vm.said == [(step, {"a": ("attach-pending", 0)}) for step in ("device-del", "device-gone", "backend-del")]
+        assert vm.said == [
+            (step, {"a": ("attach-pending", 0)})
+            for step in ("device-del", "device-gone", "backend-del")
+        ]
 
 
 async def test_no_removal_without_its_row(store: HeldStore, make_image: MakeImage) -> None:
-    """What cannot be written down first is not sent: the device stays pending, and the next change settles it."""
+    """What cannot be written down first is not sent: the device stays pending, and the next change
+    settles it."""
     vm = Reading(store)
     async with Sandbox("one", vm, store=store) as sandbox:
         store.hold().let_go()
@@ -83,7 +99,8 @@ async def test_no_removal_without_its_row(store: HeldStore, make_image: MakeImag
         await until(lambda: gate.reached)
         await sandbox.attach(make_image("b"), device_id="b")  # takes the other's outcome along
         assert rows(store)["a"] == ("attached", 1)
-        for _ in range(4):  # what is to be said before its caller goes on, the intent, and the note that follows each
+        # what is to be said before its caller goes on, the intent, and the note that follows each
+        for _ in range(4):
             store.hold(fails=True).let_go()
         vm.said.clear()
         attach.cancel()
@@ -93,15 +110,25 @@ async def test_no_removal_without_its_row(store: HeldStore, make_image: MakeImag
         assert vm.said == [] and facts(sandbox)["a"] == ("attach-pending", 0)
         await sandbox.attach(make_image("c"), device_id="c")
         await until(lambda: "a" not in facts(sandbox))
-        assert all(said["a"] == ("attach-pending", 0) for step, said in vm.said if step in ("device-del", "device-gone"))
+        assert all(
+            said["a"] == ("attach-pending", 0)
+            for step, said in vm.said
+            if step in ("device-del", "device-gone")
+        )
 
 
-@pytest.mark.parametrize("timeout", [30.0, 0.05], ids=["its own write fails", "its caller waits no longer"])
-async def test_an_outcome_that_was_written_along_is_one(timeout: float, store: HeldStore, make_image: MakeImage) -> None:
+@pytest.mark.parametrize(
+    "timeout", [30.0, 0.05], ids=["its own write fails", "its caller waits no longer"]
+)
+async def test_an_outcome_that_was_written_along_is_one(
+    timeout: float, store: HeldStore, make_image: MakeImage
+) -> None:
     async with Sandbox("one", MemoryHypervisor(), store=store) as sandbox:
         store.hold().let_go()
         gate = store.hold(fails=True)
-        attach = asyncio.create_task(sandbox.attach(make_image("a"), device_id="a", timeout=timeout))
+        attach = asyncio.create_task(
+            sandbox.attach(make_image("a"), device_id="a", timeout=timeout)
+        )
         await until(lambda: gate.reached)
         await sandbox.attach(make_image("b"), device_id="b")
         if timeout > 1:
@@ -113,7 +140,9 @@ async def test_an_outcome_that_was_written_along_is_one(timeout: float, store: H
         assert rows(store)["a"] == facts(sandbox)["a"] == ("attached", 1)
 
 
-async def test_nobody_waits_before_the_machine_was_touched(store: HeldStore, make_image: MakeImage) -> None:
+async def test_nobody_waits_before_the_machine_was_touched(
+    store: HeldStore, make_image: MakeImage
+) -> None:
     vm = Reading(store)
     async with Sandbox("one", vm, store=store) as sandbox:
         gate = store.hold()
@@ -128,7 +157,9 @@ async def test_nobody_waits_before_the_machine_was_touched(store: HeldStore, mak
 
 
 @pytest.mark.parametrize("step", ["backend-add", "device-add"])
-async def test_an_attach_is_pending_from_the_moment_that_is_said(step: str, store: HeldStore, make_image: MakeImage) -> None:
+async def test_an_attach_is_pending_from_the_moment_that_is_said(
+    step: str, store: HeldStore, make_image: MakeImage
+) -> None:
     vm = MemoryHypervisor()
     vm.fail(step, Fault("hold"))
     async with Sandbox("one", vm, store=store) as sandbox:
@@ -141,7 +172,9 @@ async def test_an_attach_is_pending_from_the_moment_that_is_said(step: str, stor
 
 
 @pytest.mark.parametrize("step", ["device-del", "device-gone", "backend-del"])
-async def test_a_detach_is_pending_from_the_moment_that_is_said(step: str, store: HeldStore, make_image: MakeImage) -> None:
+async def test_a_detach_is_pending_from_the_moment_that_is_said(
+    step: str, store: HeldStore, make_image: MakeImage
+) -> None:
     vm = MemoryHypervisor()
     async with Sandbox("one", vm, store=store) as sandbox:
         device = await sandbox.attach(make_image("a"), device_id="a")
@@ -157,7 +190,9 @@ async def test_a_detach_is_pending_from_the_moment_that_is_said(step: str, store
         nothing_left(sandbox)
 
 
-async def test_a_late_confirmation_finishes_what_is_pending(store: HeldStore, make_image: MakeImage) -> None:
+async def test_a_late_confirmation_finishes_what_is_pending(
+    store: HeldStore, make_image: MakeImage
+) -> None:
     vm = MemoryHypervisor()
     async with Sandbox("one", vm, store=store) as sandbox:
         device = await sandbox.attach(make_image("a"), device_id="a")
@@ -182,7 +217,9 @@ async def test_a_late_refusal_leaves_it_attached(store: HeldStore, make_image: M
         await until(lambda: rows(store) == {"a": ("attached", 1)})
 
 
-async def test_a_detach_that_joins_an_undoing_is_quiet_when_that_ends_late(make_image: MakeImage) -> None:
+async def test_a_detach_that_joins_an_undoing_is_quiet_when_that_ends_late(
+    make_image: MakeImage,
+) -> None:
     vm = MemoryHypervisor()
     async with Sandbox("one", vm) as sandbox:
         vm.fail("device-add", Fault("hold"))

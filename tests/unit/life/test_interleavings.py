@@ -47,7 +47,9 @@ async def test_one_attaches_while_another_resumes_its_detach(make_image: MakeIma
         vm.let_go("device-gone")
         await resumed
         theirs = await other
-        assert sandbox.devices == [theirs] and theirs.attach_count == 1 and list(sandbox.index) == [0]
+        assert (
+            sandbox.devices == [theirs] and theirs.attach_count == 1 and list(sandbox.index) == [0]
+        )
         await sandbox.detach(theirs)
         assert not sandbox.devices and not len(sandbox.index) and not vm.devices
 
@@ -80,7 +82,9 @@ async def test_two_batches_of_the_same_images(make_image: MakeImage) -> None:
         assert (await sandbox.attach(images[0])).held.predicted_name == "/dev/sda"
 
 
-async def test_an_unknown_outcome_is_not_guessed_when_the_vmm_is_away(make_image: MakeImage) -> None:
+async def test_an_unknown_outcome_is_not_guessed_when_the_vmm_is_away(
+    make_image: MakeImage,
+) -> None:
     vm = MemoryHypervisor()
     async with pyblock.Sandbox("sb", vm) as sandbox:
         image = make_image("a")
@@ -93,7 +97,8 @@ async def test_an_unknown_outcome_is_not_guessed_when_the_vmm_is_away(make_image
             await sandbox.detach(device)
         assert device.phase is Phase.DETACH_PENDING
         vm.dead = False
-        # It answers again: it is asked, the removal is finished, and the image is free for a new device.
+        # It answers again: it is asked, the removal is finished, and the image is free for a new
+        # device.
         again = await sandbox.attach(image)
         assert again is not device and sandbox.devices == [again]
         await sandbox.detach(device)  # whoever was told "pending" may call again
@@ -104,7 +109,9 @@ async def test_a_cancelled_batch_does_not_wait_for_its_slowest(make_image: MakeI
     vm = MemoryHypervisor()
     vm.fail("device-add", Fault("hold"), times=2)
     async with pyblock.Sandbox("sb", vm) as sandbox:
-        task = asyncio.create_task(sandbox.attach_many([make_image("a"), make_image("b")], timeout=None))
+        task = asyncio.create_task(
+            sandbox.attach_many([make_image("a"), make_image("b")], timeout=None)
+        )
         await until(lambda: len(vm.backends) == 2)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -141,11 +148,15 @@ async def test_an_operation_that_close_meets_before_its_first_step(make_image: M
     assert len(sandbox.devices) == 1
     vm.let_go("backend-add")
     async with sandbox:  # asks the machine, which has nothing of it
-        assert [(one.found, one.outcome) for one in sandbox.recovered] == [(Found.ATTACH, Outcome.FREED)]
+        assert [(one.found, one.outcome) for one in sandbox.recovered] == [
+            (Found.ATTACH, Outcome.FREED)
+        ]
         assert not sandbox.devices and not len(sandbox.index) and not vm.backends
 
 
-async def test_the_newer_of_two_saves_stays(make_image: MakeImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_newer_of_two_saves_stays(
+    make_image: MakeImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writing, go_on = threading.Event(), threading.Event()
     write = json_file.write
 
@@ -167,7 +178,9 @@ async def test_the_newer_of_two_saves_stays(make_image: MakeImage, tmp_path: Pat
     assert len(json.loads((tmp_path / "state").read_text())["Devices"]) == 1
 
 
-async def test_what_is_plugged_in_stays_taken_when_it_cannot_be_located(make_image: MakeImage) -> None:
+async def test_what_is_plugged_in_stays_taken_when_it_cannot_be_located(
+    make_image: MakeImage,
+) -> None:
     class Broken(MemoryHypervisor):
         async def locate(self, drive: BlockDrive) -> None:
             raise KeyError("a reply of another shape")
@@ -177,7 +190,11 @@ async def test_what_is_plugged_in_stays_taken_when_it_cannot_be_located(make_ima
         with pytest.raises(pyblock.AttachPending, match="another shape"):
             await sandbox.attach(make_image("a"))
         [device] = sandbox.devices
-        assert isinstance(device, BlockDevice) and device.phase is Phase.ATTACH_PENDING and list(sandbox.index) == [0]
+        assert (
+            isinstance(device, BlockDevice)
+            and device.phase is Phase.ATTACH_PENDING
+            and list(sandbox.index) == [0]
+        )
         await sandbox.detach(device)
         assert not vm.devices and not vm.backends and not sandbox.devices
 
@@ -242,8 +259,11 @@ async def test_paths_that_are_no_list(make_image: MakeImage) -> None:
 
 @pytest.mark.parametrize("moment", ["it was handed over", "it has succeeded"])
 @pytest.mark.parametrize("many", [False, True])
-def test_a_blocking_call_interrupted_as_soon_as(moment: str, many: bool, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever is interrupted never has the device, so nobody has: it is taken back, and what was attached before stays."""
+def test_a_blocking_call_interrupted_as_soon_as(
+    moment: str, many: bool, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is interrupted never has the device, so nobody has: it is taken back, and what was
+    attached before stays."""
     vm = MemoryHypervisor()
     start = BlockingPortal.start_task_soon
     interruptions = [KeyboardInterrupt()]
@@ -268,5 +288,7 @@ def test_a_blocking_call_interrupted_as_soon_as(moment: str, many: bool, make_im
                 sandbox.attach_many([first, image])
             else:
                 sandbox.attach(image)
-        assert [(device.attach_count, device.info.path) for device in sandbox.devices] == [(1, str(first))]
+        assert [(device.attach_count, device.info.path) for device in sandbox.devices] == [
+            (1, str(first))
+        ]
         assert len(vm.devices) == 1 and len(sandbox.index) == 1

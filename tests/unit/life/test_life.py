@@ -1,6 +1,8 @@
-"""The life of a device against the in-memory VMM: counts, deadlines, cancellation, and every fault at every step.
+"""The life of a device against the in-memory VMM: counts, deadlines, cancellation, and every fault
+at every step.
 
-After each case `consistent` compares what the sandbox holds with what the machine has: the invariants of docs/design.md.
+After each case `consistent` compares what the sandbox holds with what the machine has: the
+invariants of docs/design.md.
 """
 
 from __future__ import annotations
@@ -19,7 +21,17 @@ from pyblock.disk.drivers import SD, VD
 from pyblock.life.allotment import Allotment
 from pyblock.life.machine import Machine
 from pyblock.life.registry import DeviceManager
-from pyblock.life.table import FOLLOWS, HOLDING, LIFE, PENDING, Aim, Event, Failure, IllegalEvent, Phase
+from pyblock.life.table import (
+    FOLLOWS,
+    HOLDING,
+    LIFE,
+    PENDING,
+    Aim,
+    Event,
+    Failure,
+    IllegalEvent,
+    Phase,
+)
 from pyblock.vmm.base import FoundDisk
 from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
 
@@ -75,7 +87,12 @@ async def test_the_main_job(driver: str, image: Make) -> None:
     async with pyblock.Sandbox("sb1", vm) as sandbox:
         device = await sandbox.attach(image("a"), driver=driver)
         drive = device.held
-        assert (drive.index, drive.driver, device.attach_count, device.phase) == (0, driver, 1, Phase.ATTACHED)
+        assert (drive.index, drive.driver, device.attach_count, device.phase) == (
+            0,
+            driver,
+            1,
+            Phase.ATTACHED,
+        )
         assert drive.id == f"drive-{device.id}" and vm.backends == {drive.id: str(device.info.path)}
         consistent(sandbox, vm)
         await sandbox.detach(device)
@@ -91,14 +108,31 @@ async def test_names_follow_ordinals_and_addresses_follow_indexes(image: Make) -
         assert [device.held.scsi_addr for device in scsi] == [f"0:{number}" for number in range(20)]
         assert [device.held.virt_path for device in scsi] == [None] * 20
         assert [device.held.predicted_name for device in scsi] == [None] * 20  # they came together
-        assert [device.held.guess for device in scsi] == [f"/dev/sd{letter}" for letter in "abcdefghijklmnopqrst"]
-        assert (blk.held.index, blk.held.virt_path, blk.held.predicted_name) == (20, "/dev/vda", "/dev/vda")
-        assert (mmio.held.index, mmio.held.predicted_name) == (21, "/dev/vdc")  # ordinal 1 of the family, behind Firecracker's root disk
-        assert (pmem.held.index, pmem.held.predicted_name, pmem.held.pmem, pmem.held.virt_path) == (22, "/dev/pmem0", True, None)
+        assert [device.held.guess for device in scsi] == [
+            f"/dev/sd{letter}" for letter in "abcdefghijklmnopqrst"
+        ]
+        assert (blk.held.index, blk.held.virt_path, blk.held.predicted_name) == (
+            20,
+            "/dev/vda",
+            "/dev/vda",
+        )
+        # ordinal 1 of the family, behind Firecracker's root disk
+        assert (mmio.held.index, mmio.held.predicted_name) == (21, "/dev/vdc")
+        assert (pmem.held.index, pmem.held.predicted_name, pmem.held.pmem, pmem.held.virt_path) == (
+            22,
+            "/dev/pmem0",
+            True,
+            None,
+        )
 
 
 async def test_the_machines_own_disks_are_counted(image: Make) -> None:
-    own = (FoundDisk("boot", VD), FoundDisk("", VD), FoundDisk("old", SD, 0), FoundDisk("drive-mine", SD, 2))
+    own = (
+        FoundDisk("boot", VD),
+        FoundDisk("", VD),
+        FoundDisk("old", SD, 0),
+        FoundDisk("drive-mine", SD, 2),
+    )
     vm = MemoryHypervisor(existing=own)
     async with pyblock.Sandbox("sb1", vm) as sandbox:
         blk = await sandbox.attach(image("b"), driver="virtio-blk")
@@ -189,14 +223,20 @@ async def test_trouble_in_undoing_is_a_note_and_everything_stays_taken(image: Ma
         assert any("backend-del" in note for note in caught.value.__notes__)
         consistent(sandbox, vm)
         [device] = sandbox.devices
-        assert isinstance(device, pyblock.BlockDevice) and device.phase is Phase.ATTACH_PENDING and len(sandbox.index) == 1
+        assert (
+            isinstance(device, pyblock.BlockDevice)
+            and device.phase is Phase.ATTACH_PENDING
+            and len(sandbox.index) == 1
+        )
         await sandbox.detach(device)
         nothing_left(sandbox, vm)
 
 
 @pytest.mark.parametrize("done", [True, False])
 @pytest.mark.parametrize("step", ATTACH_STEPS)
-async def test_a_lost_attach_is_quarantined_until_detach_settles_it(step: str, done: bool, image: Make) -> None:
+async def test_a_lost_attach_is_quarantined_until_detach_settles_it(
+    step: str, done: bool, image: Make
+) -> None:
     vm = MemoryHypervisor()
     vm.fail(step, Fault("lose", done=done))
     async with pyblock.Sandbox("sb1", vm) as sandbox:
@@ -250,7 +290,8 @@ async def test_a_cancelled_attach_is_undone(step: str | None, image: Make) -> No
 
 
 async def test_cancellation_at_every_turn_of_the_loop(image: Make) -> None:
-    """An attach and a detach are cancelled after 0, 1, 2… turns of the event loop, until they finish before the cancellation."""
+    """An attach and a detach are cancelled after 0, 1, 2… turns of the event loop, until they
+    finish before the cancellation."""
     turns = 0
     outcomes: set[str] = set()
     while turns < 200:
@@ -274,7 +315,8 @@ async def test_cancellation_at_every_turn_of_the_loop(image: Make) -> None:
                 await until(lambda: not sandbox._machine.running)
                 consistent(sandbox, vm)
                 for left in [one for one in sandbox.devices if one is not keep]:
-                    await sandbox.detach(left)  # not cancelled in time, or cancelled before it began
+                    # not cancelled in time, or cancelled before it began
+                    await sandbox.detach(left)
                 assert sandbox.devices == [keep] and list(sandbox.index) == [0]
         if outcomes >= {"attach done", "detach done"}:
             break
@@ -314,7 +356,9 @@ async def test_a_backend_that_stays_keeps_everything_taken(image: Make) -> None:
 
 @pytest.mark.parametrize("done", [True, False])
 @pytest.mark.parametrize("step", DETACH_STEPS)
-async def test_a_lost_detach_is_pending_and_a_retry_finishes(step: str, done: bool, image: Make) -> None:
+async def test_a_lost_detach_is_pending_and_a_retry_finishes(
+    step: str, done: bool, image: Make
+) -> None:
     vm = MemoryHypervisor(slots=1)
     async with pyblock.Sandbox("sb1", vm) as sandbox:
         device = await sandbox.attach(image("a"), driver="virtio-blk")
@@ -322,7 +366,9 @@ async def test_a_lost_detach_is_pending_and_a_retry_finishes(step: str, done: bo
         with pytest.raises(pyblock.DetachPending):
             await sandbox.detach(device)
         consistent(sandbox, vm)
-        assert device.phase is Phase.DETACH_PENDING and list(sandbox.index) == [0] and vm._slots == 1
+        assert (
+            device.phase is Phase.DETACH_PENDING and list(sandbox.index) == [0] and vm._slots == 1
+        )
         await sandbox.detach(device)
         nothing_left(sandbox, vm)
 
@@ -424,7 +470,8 @@ async def test_a_batch_may_hold_one_image_twice(image: Make) -> None:
         nothing_left(sandbox, vm)
 
 
-# In which phases an operation may be when a step of it fails: a caller who goes away makes it pending, a detach that joins it going.
+# In which phases an operation may be when a step of it fails: a caller who goes away makes it
+# pending, a detach that joins it going.
 WHERE = {
     Aim.PLUG: {Phase.ATTACHING, Phase.ATTACH_PENDING},
     Aim.UNPLUG: {Phase.DETACHING, Phase.DETACH_PENDING},
@@ -444,14 +491,18 @@ def test_whatever_fails_is_followed_by_something_that_can_happen() -> None:
 
 def test_nothing_that_was_sent_and_whose_outcome_is_unknown_gives_anything_back() -> None:
     free = {Event.UNDONE, Event.GONE, Event.LOST}
-    assert not [aim for aim in Aim if FOLLOWS[aim, Failure.UNKNOWN] in free | {Event.KEPT, Event.PLUGGED}]
+    assert not [
+        aim for aim in Aim if FOLLOWS[aim, Failure.UNKNOWN] in free | {Event.KEPT, Event.PLUGGED}
+    ]
     assert {aim for aim, failure in FOLLOWS if FOLLOWS[aim, failure] in free} == {Aim.PLUG}
 
 
 @pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize("event", Event)
 def test_an_event_that_cannot_happen_is_a_named_fault_of_ours(phase: Phase, event: Event) -> None:
-    machine = Machine("m", MemoryHypervisor(), DeviceManager("virtio-scsi", MemoryHypervisor.offers), Allotment(1))
+    machine = Machine(
+        "m", MemoryHypervisor(), DeviceManager("virtio-scsi", MemoryHypervisor.offers), Allotment(1)
+    )
     device = pyblock.BlockDevice("a", pyblock.DeviceInfo())
     device.phase = phase
     if (phase, event) in LIFE:
@@ -487,4 +538,6 @@ async def test_operations_leave_no_garbage_task(image: Make) -> None:
 def test_the_diagram_in_the_docs_is_the_table() -> None:
     text = (Path(__file__).parents[3] / "docs" / "recovery.md").read_text()
     drawn = re.findall(r"^    ([a-z-]+) --> ([a-z-]+): (.+)$", text, re.MULTILINE)
-    assert sorted(drawn) == sorted((before.value, then.value, event.value) for (before, event), then in LIFE.items())
+    assert sorted(drawn) == sorted(
+        (before.value, then.value, event.value) for (before, event), then in LIFE.items()
+    )

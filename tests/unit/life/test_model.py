@@ -1,5 +1,6 @@
-"""Sandboxes, their processes and their machines against a plain model (tests/support/model.py), through whatever hypothesis thinks of:
-faults, cancellations at every turn, clean ends and deaths of processes. PYBLOCK_MODEL_STEPS=N takes N steps of chance, not always the same.
+"""Sandboxes, their processes and their machines against a plain model (tests/support/model.py),
+through whatever hypothesis thinks of: faults, cancellations at every turn, clean ends and deaths of
+processes. PYBLOCK_MODEL_STEPS=N takes N steps of chance, not always the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from support.model import ADDING, PENDING, Box, Call, Process, Watched, Wish, World
 from support.snapshot import machine, snapshot
 
@@ -29,14 +36,16 @@ STEPS = 5000  # at least; some twice as many are taken, so that what is rare is 
 REMOVING = tuple(step for step in MemoryHypervisor.STEPS if step not in ADDING)
 LENGTH = 50  # steps of one example, most of which get there
 IMAGES = 4
-SOON, LATE = 5.0, 100.0  # seconds on the processes' clocks: a deadline that a held step passes, and more than any deadline
+# seconds on the processes' clocks: a deadline that a held step passes, and more than any deadline
+SOON, LATE = 5.0, 100.0
 
 boxes = st.integers(0, sum(World.BOXES) - 1)
 places = st.integers(0, len(World.BOXES) - 1)
 images = st.sampled_from([0, 0, 1, 1, 2, 3])
 spellings = st.integers(0, 1)
 turns = st.integers(0, 12)
-# Most want the same: to write the image alone. Drivers differ in their steps' places, not in the steps.
+# Most want the same: to write the image alone. Drivers differ in their steps' places, not in the
+# steps.
 wishes = st.builds(
     Wish,
     st.sampled_from(["virtio-scsi", "virtio-scsi", "virtio-blk", "nvdimm"]),
@@ -85,13 +94,25 @@ class Model(RuleBasedStateMachine):
         return box.blocks[number % len(box.blocks)] if box.blocks else None
 
     def wish(self, box: Box, image: int, wish: Wish, alike: bool) -> Wish:
-        """As the image is attached already, so that it is counted once more; else as it is drawn."""
-        return box.known[image].wish if alike and self.world.device(box, image) is not None else wish
+        """As the image is attached already, so that it is counted once more; else as it is
+        drawn."""
+        return (
+            box.known[image].wish if alike and self.world.device(box, image) is not None else wish
+        )
 
     def finish(self, call: Call) -> None:
         self.world.process(call.box).run(_over(call.task))
 
-    def begin(self, box: Box, kind: str, some: list[int], wish: Wish, alike: bool, timeout: float | None, slow: bool) -> Call | None:
+    def begin(
+        self,
+        box: Box,
+        kind: str,
+        some: list[int],
+        wish: Wish,
+        alike: bool,
+        timeout: float | None,
+        slow: bool,
+    ) -> Call | None:
         world = self.world
         device = self.attached(box, some[0])
         if kind == "detach" and device is None:
@@ -113,7 +134,9 @@ class Model(RuleBasedStateMachine):
     @rule(number=boxes, image=images, wish=wishes, alike=st.booleans(), spelling=spellings)
     def attach(self, number: int, image: int, wish: Wish, alike: bool, spelling: int) -> None:
         if (box := self.box(number)) is not None:
-            self.finish(self.world.attach(box, image, self.wish(box, image, wish, alike), spelling, SOON))
+            self.finish(
+                self.world.attach(box, image, self.wish(box, image, wish, alike), spelling, SOON)
+            )
 
     @precondition(some_live)
     @rule(number=boxes, image=images, spelling=spellings)
@@ -122,8 +145,16 @@ class Model(RuleBasedStateMachine):
             self.finish(self.world.attach(box, image, box.known[image].wish, spelling, SOON))
 
     @precondition(some_live)
-    @rule(number=boxes, some=st.lists(st.integers(0, IMAGES - 1), max_size=4), wish=wishes, alike=st.booleans(), spelling=spellings)
-    def attach_many(self, number: int, some: list[int], wish: Wish, alike: bool, spelling: int) -> None:
+    @rule(
+        number=boxes,
+        some=st.lists(st.integers(0, IMAGES - 1), max_size=4),
+        wish=wishes,
+        alike=st.booleans(),
+        spelling=spellings,
+    )
+    def attach_many(
+        self, number: int, some: list[int], wish: Wish, alike: bool, spelling: int
+    ) -> None:
         if (box := self.box(number)) is not None:
             if some:
                 wish = self.wish(box, some[0], wish, alike)
@@ -132,23 +163,46 @@ class Model(RuleBasedStateMachine):
     @precondition(some_live)
     @rule(number=boxes, which=st.integers(0, IMAGES))
     def detach(self, number: int, which: int) -> None:
-        if (box := self.box(number)) is not None and (device := self.attached(box, which)) is not None:
+        if (box := self.box(number)) is not None and (
+            device := self.attached(box, which)
+        ) is not None:
             self.finish(self.world.detach(box, device, SOON))
 
     @precondition(some_live)
-    @rule(number=boxes, image=images, wish=wishes, spelling=spellings, step=st.sampled_from(ADDING), fault=faults, more=faults)
-    def attach_with_a_fault(self, number: int, image: int, wish: Wish, spelling: int, step: str, fault: Fault, more: Fault) -> None:
+    @rule(
+        number=boxes,
+        image=images,
+        wish=wishes,
+        spelling=spellings,
+        step=st.sampled_from(ADDING),
+        fault=faults,
+        more=faults,
+    )
+    def attach_with_a_fault(
+        self,
+        number: int,
+        image: int,
+        wish: Wish,
+        spelling: int,
+        step: str,
+        fault: Fault,
+        more: Fault,
+    ) -> None:
         if (box := self.box(number)) is not None:
             box.vm.dead = False
             box.vm.fail(step, fault)
             if fault.kind == "refuse":
                 box.vm.fail("backend-del", more)  # undoing it
-            self.finish(self.world.attach(box, image, self.wish(box, image, wish, True), spelling, SOON))
+            self.finish(
+                self.world.attach(box, image, self.wish(box, image, wish, True), spelling, SOON)
+            )
 
     @precondition(some_live)
     @rule(number=boxes, which=st.integers(0, IMAGES), step=st.sampled_from(REMOVING), fault=faults)
     def detach_with_a_fault(self, number: int, which: int, step: str, fault: Fault) -> None:
-        if (box := self.box(number)) is not None and (device := self.attached(box, which)) is not None:
+        if (box := self.box(number)) is not None and (
+            device := self.attached(box, which)
+        ) is not None:
             box.vm.dead = False
             box.vm.fail(step, fault)
             self.finish(self.world.detach(box, device, SOON))
@@ -159,7 +213,11 @@ class Model(RuleBasedStateMachine):
     @rule(number=boxes)
     def detach_what_is_pending(self, number: int) -> None:
         if (box := self.box(number)) is not None:
-            pending = [device for device in box.blocks if device.phase in PENDING or device.operation is not None]
+            pending = [
+                device
+                for device in box.blocks
+                if device.phase in PENDING or device.operation is not None
+            ]
             if pending:
                 self.finish(self.world.detach(box, pending[0], SOON))
 
@@ -198,9 +256,17 @@ class Model(RuleBasedStateMachine):
         world, calm = self.world, self.world.calm(box)
         process, before = world.process(box), (snapshot(box.open), machine(box.vm))
         expected = sorted(
-            (Found.LOST if device.phase is Phase.ATTACHED else Found.DETACH if device.attach_count else Found.ATTACH, device.id)
+            (
+                Found.LOST
+                if device.phase is Phase.ATTACHED
+                else Found.DETACH
+                if device.attach_count
+                else Found.ATTACH,
+                device.id,
+            )
             for device in box.blocks
-            if device.phase in PENDING or (device.phase is Phase.ATTACHED and device.held.id not in box.vm.devices)
+            if device.phase in PENDING
+            or (device.phase is Phase.ATTACHED and device.held.id not in box.vm.devices)
         )
         if box.vm.dead:
             with pytest.raises(pyblock.VmmUnreachable):
@@ -222,26 +288,49 @@ class Model(RuleBasedStateMachine):
 
     @precondition(some_live)
     @rule(
-        number=boxes, kind=kinds, some=st.lists(images, min_size=1, max_size=3), wish=wishes, alike=st.booleans(),
+        number=boxes, kind=kinds, some=st.lists(images, min_size=1, max_size=3), wish=wishes,
+        alike=st.booleans(),
         timeout=st.sampled_from([None, SOON]), slow=st.booleans(), after=turns,
     )  # fmt: skip
     def start_call(
-        self, number: int, kind: str, some: list[int], wish: Wish, alike: bool, timeout: float | None, slow: bool, after: int
+        self,
+        number: int,
+        kind: str,
+        some: list[int],
+        wish: Wish,
+        alike: bool,
+        timeout: float | None,
+        slow: bool,
+        after: int,
     ) -> None:
-        if (box := self.box(number)) is not None and (call := self.begin(box, kind, some, wish, alike, timeout, slow)) is not None:
+        if (box := self.box(number)) is not None and (
+            call := self.begin(box, kind, some, wish, alike, timeout, slow)
+        ) is not None:
             call.interrupted()
             self.world.process(box).turn(after)
 
     @precondition(some_live)
     @rule(
-        number=boxes, kind=kinds, some=st.lists(images, min_size=1, max_size=3), wish=wishes, alike=st.booleans(), slow=st.booleans(),
+        number=boxes, kind=kinds, some=st.lists(images, min_size=1, max_size=3), wish=wishes,
+        alike=st.booleans(), slow=st.booleans(),
         after=turns, then=turns,
     )  # fmt: skip
     def cancel_a_new_call(
-        self, number: int, kind: str, some: list[int], wish: Wish, alike: bool, slow: bool, after: int, then: int
+        self,
+        number: int,
+        kind: str,
+        some: list[int],
+        wish: Wish,
+        alike: bool,
+        slow: bool,
+        after: int,
+        then: int,
     ) -> None:
         box = self.box(number)
-        if box is not None and (call := self.begin(box, kind, some, wish, alike, None, slow)) is not None:
+        if (
+            box is not None
+            and (call := self.begin(box, kind, some, wish, alike, None, slow)) is not None
+        ):
             call.interrupted()
             self.world.process(box).turn(after)
             call.task.cancel()
@@ -303,7 +392,12 @@ class Model(RuleBasedStateMachine):
     @rule(number=boxes, which=st.integers(0, IMAGES), whole=st.booleans())
     def somebody_else_unplugs(self, number: int, which: int, whole: bool) -> None:
         box = self.box(number)
-        if box is None or (device := self.attached(box, which)) is None or not self.world.calm(box) or device.phase is not Phase.ATTACHED:
+        if (
+            box is None
+            or (device := self.attached(box, which)) is None
+            or not self.world.calm(box)
+            or device.phase is not Phase.ATTACHED
+        ):
             return
         self.world.lose(box, device.held.id)
         if whole:
@@ -313,7 +407,12 @@ class Model(RuleBasedStateMachine):
     @rule(number=boxes, which=st.integers(0, IMAGES), whole=st.booleans())
     def lost_while_nobody_looks(self, number: int, which: int, whole: bool) -> None:
         box = self.box(number)
-        if box is None or (device := self.attached(box, which)) is None or not self.world.calm(box) or device.phase is not Phase.ATTACHED:
+        if (
+            box is None
+            or (device := self.attached(box, which)) is None
+            or not self.world.calm(box)
+            or device.phase is not Phase.ATTACHED
+        ):
             return
         drive_id = device.held.id
         self.world.die(self.world.place(box))
@@ -339,11 +438,17 @@ class Model(RuleBasedStateMachine):
 
     @precondition(some_live)
     @rule(
-        number=boxes, kind=kinds, some=st.lists(images, min_size=1, max_size=3), wish=wishes, after=turns, recover=st.booleans(),
+        number=boxes, kind=kinds, some=st.lists(images, min_size=1, max_size=3), wish=wishes,
+        after=turns, recover=st.booleans(),
     )  # fmt: skip
-    def kill_in_a_call(self, number: int, kind: str, some: list[int], wish: Wish, after: int, recover: bool) -> None:
+    def kill_in_a_call(
+        self, number: int, kind: str, some: list[int], wish: Wish, after: int, recover: bool
+    ) -> None:
         box = self.box(number)
-        if box is not None and (call := self.begin(box, kind, some, wish, True, None, True)) is not None:
+        if (
+            box is not None
+            and (call := self.begin(box, kind, some, wish, True, None, True)) is not None
+        ):
             call.interrupted()
             self.world.process(box).turn(after)
             self.world.judge_all()
@@ -352,7 +457,12 @@ class Model(RuleBasedStateMachine):
             self.world.start(self.world.place(box), recover=recover)
 
     @precondition(some_live)
-    @rule(number=boxes, which=st.integers(0, IMAGES), step=st.sampled_from(REMOVING), recover=st.booleans())
+    @rule(
+        number=boxes,
+        which=st.integers(0, IMAGES),
+        step=st.sampled_from(REMOVING),
+        recover=st.booleans(),
+    )
     def kill_in_a_detach(self, number: int, which: int, step: str, recover: bool) -> None:
         box = self.box(number)
         if box is None or (device := self.attached(box, which)) is None or not self.world.calm(box):
@@ -381,8 +491,16 @@ class Model(RuleBasedStateMachine):
                 process.run(intruder.__aenter__())
 
     @precondition(some_live)
-    @rule(number=boxes, kind=kinds, some=st.lists(images, min_size=1, max_size=3), wish=wishes, slow=st.booleans())
-    def call_while_the_store_is_locked(self, number: int, kind: str, some: list[int], wish: Wish, slow: bool) -> None:
+    @rule(
+        number=boxes,
+        kind=kinds,
+        some=st.lists(images, min_size=1, max_size=3),
+        wish=wishes,
+        slow=st.booleans(),
+    )
+    def call_while_the_store_is_locked(
+        self, number: int, kind: str, some: list[int], wish: Wish, slow: bool
+    ) -> None:
         box = self.box(number)
         if box is None or not self.world.calm(box):
             return
@@ -392,9 +510,14 @@ class Model(RuleBasedStateMachine):
         with self.world.locked():
             if (call := self.begin(box, kind, some, wish, True, 0.1, slow)) is not None:
                 if kind == "attach_many":
-                    call.interrupted()  # by its own images, which wait for each other where one is named twice
+                    # by its own images, which wait for each other where one is named twice
+                    call.interrupted()
                 elif call.expect is not None:
-                    call.expect = (pyblock.StoreBusy,) if call.expect == (None,) and sure else (*call.expect, pyblock.StoreBusy)
+                    call.expect = (
+                        (pyblock.StoreBusy,)
+                        if call.expect == (None,) and sure
+                        else (*call.expect, pyblock.StoreBusy)
+                    )
                 self.finish(call)
         process.run(asyncio.sleep(SOON))  # what could not be written is written
 
@@ -429,7 +552,8 @@ class Model(RuleBasedStateMachine):
                 live.run(box.open.reconcile())
                 world.check()
                 self._empty(box, live)
-                # A slot that was chosen and not written down stays taken here, since this machine's adapter outlives its process.
+                # A slot that was chosen and not written down stays taken here, since this machine's
+                # adapter outlives its process.
                 assert world.ends or not box.vm._slots
             world.close(place)
         assert not world._looking.execute("SELECT * FROM sandbox").fetchall()
@@ -477,14 +601,27 @@ REACHED = (
     "died while detaching",
     "died with half a disk in the machine",
     "finished late, and calling again was quiet",
-    *(f"met {kind} at " for kind in ("refuse", "delay", "hold", "lose done", "lose undone", "break done", "break undone")),
+    *(
+        f"met {kind} at "
+        for kind in (
+            "refuse",
+            "delay",
+            "hold",
+            "lose done",
+            "lose undone",
+            "break done",
+            "break undone",
+        )
+    ),
     "recovered: lost",
     "recovered: unfinished attach",
     "recovered: unfinished detach",
 )
 
 
-def test_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     for name in ("pyblock", "asyncio"):
         caplog.set_level(logging.CRITICAL, logger=name)
     images = []

@@ -1,4 +1,5 @@
-"""What the VMM opens is what was claimed: the image is opened right before it is plugged in, and looked at again."""
+"""What the VMM opens is what was claimed: the image is opened right before it is plugged in, and
+looked at again."""
 
 from __future__ import annotations
 
@@ -15,7 +16,16 @@ from support.held_store import Gate, HeldStore, ended, nothing_left, query
 from support.snapshot import Busy, MakeImage, refused
 from support.turns import until
 
-from pyblock import BlockDevice, DescriptorsExhausted, DeviceInfo, ImageReplaced, InvalidImage, PyblockError, Sandbox, SlotsExhausted
+from pyblock import (
+    BlockDevice,
+    DescriptorsExhausted,
+    DeviceInfo,
+    ImageReplaced,
+    InvalidImage,
+    PyblockError,
+    Sandbox,
+    SlotsExhausted,
+)
 from pyblock.disk.image import OpenedImage, open_image
 from pyblock.disk.model import BlockDrive
 from pyblock.vmm.memory.machine import Fault, MemoryHypervisor
@@ -92,14 +102,20 @@ AFTER_THE_CLAIM: dict[str, tuple[Callable[[Path], object], type[PyblockError], s
     "a link": (swap_link, ImageReplaced, "is not what was claimed"),
     "removed": (Path.unlink, InvalidImage, "No such file"),
     "a FIFO": (put(os.mkfifo), InvalidImage, "a FIFO"),
-    "a terminal": (put(lambda path: path.symlink_to("/dev/tty")), InvalidImage, "a character device"),
+    "a terminal": (
+        put(lambda path: path.symlink_to("/dev/tty")),
+        InvalidImage,
+        "a character device",
+    ),
     "a folder": (put(Path.mkdir), InvalidImage, "a directory"),
     "emptied": (lambda path: os.truncate(path, 0), InvalidImage, "is empty"),
 }
 
 
 @pytest.mark.parametrize("what", AFTER_THE_CLAIM)
-async def test_what_is_there_after_the_claim(make_image: MakeImage, store: HeldStore, what: str) -> None:
+async def test_what_is_there_after_the_claim(
+    make_image: MakeImage, store: HeldStore, what: str
+) -> None:
     """Nothing is sent, everything is given back, and the image is nobody's."""
     change, kind, text = AFTER_THE_CLAIM[what]
     path, vm = make_image("img"), MemoryHypervisor()
@@ -125,7 +141,9 @@ async def test_what_is_there_after_the_claim(make_image: MakeImage, store: HeldS
     assert descriptors() == before
 
 
-async def test_a_new_attempt_claims_what_is_there_now(make_image: MakeImage, store: HeldStore) -> None:
+async def test_a_new_attempt_claims_what_is_there_now(
+    make_image: MakeImage, store: HeldStore
+) -> None:
     path, vm = make_image("img"), MemoryHypervisor()
     async with Sandbox("s1", vm, store=store) as sandbox:
         gate = store.hold()
@@ -158,11 +176,16 @@ async def test_a_refused_backend_leaves_no_descriptor(busy: Busy, make_image: Ma
 
 async def test_no_descriptor_left(busy: Busy, make_image: MakeImage) -> None:
     path = make_image("img")
-    with refused(busy.sandbox, busy.vm, DescriptorsExhausted, str(path), "Too many open files"), no_more_than(0):
+    with (
+        refused(busy.sandbox, busy.vm, DescriptorsExhausted, str(path), "Too many open files"),
+        no_more_than(0),
+    ):
         await busy.sandbox.attach(path)
 
 
-async def test_no_descriptor_left_when_it_is_plugged_in(make_image: MakeImage, store: HeldStore) -> None:
+async def test_no_descriptor_left_when_it_is_plugged_in(
+    make_image: MakeImage, store: HeldStore
+) -> None:
     path, vm = make_image("img"), MemoryHypervisor()
     async with Sandbox("s1", vm, store=store) as sandbox:
         await sandbox.attach(make_image("first"))
@@ -177,7 +200,8 @@ async def test_no_descriptor_left_when_it_is_plugged_in(make_image: MakeImage, s
 
 
 async def test_a_forked_child_has_no_image_open(make_image: MakeImage) -> None:
-    """It would share the description with whoever was handed it, and keep its locks when that has ended."""
+    """It would share the description with whoever was handed it, and keep its locks when that has
+    ended."""
     path, gate = make_image("img"), Gate()
     vm = Watched(gate)
 
@@ -185,7 +209,8 @@ async def test_a_forked_child_has_no_image_open(make_image: MakeImage) -> None:
         open_here = str(path) in descriptors().values()
         os.open("/dev/null", os.O_RDONLY)
         before = descriptors()
-        vm.images[0].close()  # as the end of what was under way would: the number may be another's by now
+        # as the end of what was under way would: the number may be another's by now
+        vm.images[0].close()
         return f"{open_here} {descriptors() == before}"
 
     async with Sandbox("s1", vm, store=None) as sandbox:
@@ -214,7 +239,8 @@ async def test_a_crowd_does_not_use_up_the_descriptors(tmp_path: Path) -> None:
 
 
 async def test_a_crowd_in_memory(tmp_path: Path) -> None:
-    """The machine in memory takes any number at once, and keeps no image open while a fault befalls it."""
+    """The machine in memory takes any number at once, and keeps no image open while a fault befalls
+    it."""
     paths = [tmp_path / str(number) for number in range(300)]
     for path in paths:
         path.write_bytes(b"x" * 512)
@@ -259,7 +285,9 @@ async def test_a_loaded_device_whose_image_was_not_there(tmp_path: Path) -> None
     path = tmp_path / "img"
     vm = MemoryHypervisor()
     async with Sandbox("s1", vm) as sandbox:
-        sandbox.manager.take_in([BlockDevice("loaded", DeviceInfo(path=str(path), driver="virtio-scsi", id="loaded"))])
+        sandbox.manager.take_in(
+            [BlockDevice("loaded", DeviceInfo(path=str(path), driver="virtio-scsi", id="loaded"))]
+        )
         path.write_bytes(b"x" * 512)
         with pytest.raises(ImageReplaced, match="was not there"):
             await sandbox.manager.attach("loaded", sandbox)

@@ -1,4 +1,5 @@
-"""What gets in each other's way while a machine is being asked what it has: an answer is older than what happened meanwhile."""
+"""What gets in each other's way while a machine is being asked what it has: an answer is older than
+what happened meanwhile."""
 
 from __future__ import annotations
 
@@ -13,7 +14,15 @@ from support.held_store import Gate, HeldStore, SlowMachine, facts, nothing_left
 from support.snapshot import MakeImage
 from support.turns import until
 
-from pyblock import AttachPending, BlockDevice, DetachPending, DeviceConflict, Phase, Sandbox, UnknownDevice
+from pyblock import (
+    AttachPending,
+    BlockDevice,
+    DetachPending,
+    DeviceConflict,
+    Phase,
+    Sandbox,
+    UnknownDevice,
+)
 from pyblock.disk.drivers import SD
 from pyblock.disk.model import BlockDrive
 from pyblock.life import machine
@@ -72,7 +81,9 @@ async def test_the_id_of_an_orphan_that_was_removed_is_free(make_image: MakeImag
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-async def test_a_lost_device_ends_however_often_it_was_attached(count: int, store: HeldStore, make_image: MakeImage) -> None:
+async def test_a_lost_device_ends_however_often_it_was_attached(
+    count: int, store: HeldStore, make_image: MakeImage
+) -> None:
     vm, image = MemoryHypervisor(), make_image("a")
     async with Sandbox("one", vm, store=store) as sandbox:
         for _ in range(count):
@@ -80,16 +91,21 @@ async def test_a_lost_device_ends_however_often_it_was_attached(count: int, stor
         vm.devices.clear()
         vm.backends.clear()
         vm._places.clear()
-        assert [(one.found, one.outcome) for one in await sandbox.reconcile()] == [(Found.LOST, Outcome.FREED)]
+        assert [(one.found, one.outcome) for one in await sandbox.reconcile()] == [
+            (Found.LOST, Outcome.FREED)
+        ]
         nothing_left(sandbox)
         assert rows(store) == {}
-        await sandbox.detach(device)  # quiet once, as after any end that its user has not been told of
+        # quiet once, as after any end that its user has not been told of
+        await sandbox.detach(device)
         with pytest.raises(UnknownDevice):
             await sandbox.detach(device)
         await sandbox.attach(image, read_only=True)
 
 
-async def test_a_detach_that_begins_while_an_attach_is_being_finished(store: HeldStore, make_image: MakeImage) -> None:
+async def test_a_detach_that_begins_while_an_attach_is_being_finished(
+    store: HeldStore, make_image: MakeImage
+) -> None:
     vm = SlowMachine()
     async with Sandbox("one", vm, store=store) as sandbox:
         vm.fail("device-add", Fault("lose"))
@@ -103,7 +119,9 @@ async def test_a_detach_that_begins_while_an_attach_is_being_finished(store: Hel
         detach = asyncio.create_task(sandbox.detach("a"))  # waits for its turn
         await asyncio.sleep(0)
         gate.let_go()
-        assert [(one.found, one.outcome) for one in await reconciling] == [(Found.ATTACH, Outcome.FINISHED)]
+        assert [(one.found, one.outcome) for one in await reconciling] == [
+            (Found.ATTACH, Outcome.FINISHED)
+        ]
         await reached(vm, "device-gone")
         assert facts(sandbox)["a"] == (Phase.DETACHING, 1)
         vm.let_go("device-gone")
@@ -131,7 +149,9 @@ async def test_a_doubt_that_arises_while_the_machine_is_being_asked(make_image: 
         assert vm.devices.keys() == {"drive-z", "drive-b"}
 
 
-def test_the_slot_of_an_attach_is_known_after_its_process_died(make_image: MakeImage, tmp_path: Path) -> None:
+def test_the_slot_of_an_attach_is_known_after_its_process_died(
+    make_image: MakeImage, tmp_path: Path
+) -> None:
     machine, path = tmp_path / "vm", tmp_path / "state.db"
     machine.touch()
     images = {name: make_image(name) for name in ("first", "a", "b", "c")}
@@ -144,7 +164,9 @@ def test_the_slot_of_an_attach_is_known_after_its_process_died(make_image: MakeI
 
     def victim() -> str:
         async def run() -> None:
-            async with Sandbox("one", Last(machine), driver="virtio-blk", store=SqliteStore(path)) as sandbox:
+            async with Sandbox(
+                "one", Last(machine), driver="virtio-blk", store=SqliteStore(path)
+            ) as sandbox:
                 for name in ("first", "a"):
                     await sandbox.attach(images[name], device_id=name)
 
@@ -155,9 +177,14 @@ def test_the_slot_of_an_attach_is_known_after_its_process_died(make_image: MakeI
         vm = FileMachine(machine)
         vm.fail("device-del", Fault("refuse"))
         async with Sandbox("one", vm, driver="virtio-blk", store=store) as sandbox:
-            assert [(one.device_id, one.outcome) for one in sandbox.recovered] == [("a", Outcome.FINISHED)]
+            assert [(one.device_id, one.outcome) for one in sandbox.recovered] == [
+                ("a", Outcome.FINISHED)
+            ]
             drives = {one.id: one.held for one in sandbox.devices if isinstance(one, BlockDevice)}
-            assert {name: (drive.place, drive.pci_path) for name, drive in drives.items()} == {"first": ("0", "02/00"), "a": ("1", "02/01")}
+            assert {name: (drive.place, drive.pci_path) for name, drive in drives.items()} == {
+                "first": ("0", "02/00"),
+                "a": ("1", "02/01"),
+            }
             assert drives["a"].guest_match
             assert (await sandbox.attach(images["b"])).held.place == "2"
             await sandbox.detach("a")
@@ -169,7 +196,9 @@ def test_the_slot_of_an_attach_is_known_after_its_process_died(make_image: MakeI
     asyncio.run(take_over(SqliteStore(path)))
 
 
-async def test_what_is_remembered_for_late_callers_is_bounded(make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_remembered_for_late_callers_is_bounded(
+    make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bound = 4
     monkeypatch.setattr(machine, "LATE_MAX", bound)
     vm, image = MemoryHypervisor(), make_image("a")

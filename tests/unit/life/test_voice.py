@@ -31,7 +31,14 @@ def device(name: str = "d1") -> BlockDevice:
     return BlockDevice(name, DeviceInfo(f"/images/{name}"))
 
 
-def move(voice: Voice, device: BlockDevice, event: Event, error: Exception | None = None, *, stored: bool = False) -> None:
+def move(
+    voice: Voice,
+    device: BlockDevice,
+    event: Event,
+    error: Exception | None = None,
+    *,
+    stored: bool = False,
+) -> None:
     was, device.phase = device.phase, LIFE[device.phase, event]
     voice.moved(device, was, event, error, stored=stored)
 
@@ -63,12 +70,25 @@ async def test_what_an_event_knows() -> None:
     move(voice, disk, Event.ATTACH)
     move(voice, disk, Event.UNDONE, error)
     [event] = drain(events)
-    assert (event.sandbox, event.device, event.path, event.drive) == ("s1", "d1", "/images/d1", None)
+    assert (event.sandbox, event.device, event.path, event.drive) == (
+        "s1",
+        "d1",
+        "/images/d1",
+        None,
+    )
     assert event.seconds is not None and event.seconds >= 0
     assert type(event.error) is StoreError and event.error is not error
-    assert event.error.__cause__ is None and event.error.__context__ is None and event.error.__traceback__ is None
+    assert (
+        event.error.__cause__ is None
+        and event.error.__context__ is None
+        and event.error.__traceback__ is None
+    )
     body = json.loads(json.dumps(event.to_dict()))
-    assert body["kind"] == "refused" and body["error"]["code"] == "store-error" and "\x1b" not in body["error"]["message"]
+    assert (
+        body["kind"] == "refused"
+        and body["error"]["code"] == "store-error"
+        and "\x1b" not in body["error"]["message"]
+    )
     with pytest.raises(AttributeError):
         event.kind = EventKind.LOST  # type: ignore[misc]
 
@@ -192,7 +212,9 @@ async def test_a_cancelled_wait_loses_nothing() -> None:
     assert task.cancelled() and [event.owner for event in drain(events)] == ["a"]
 
 
-async def test_what_on_event_raises_is_logged_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
+async def test_what_on_event_raises_is_logged_and_nothing_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     heard = []
 
     def listener(event: SandboxEvent) -> None:
@@ -204,7 +226,9 @@ async def test_what_on_event_raises_is_logged_and_nothing_else(caplog: pytest.Lo
     voice.owned("a")
     voice.owned("b")
     assert heard == ["a", "b"] == [event.owner for event in drain(events)]
-    assert "of the listener" in caplog.text and {record.name for record in caplog.records} == {"pyblock.life.voice"}
+    assert "of the listener" in caplog.text and {record.name for record in caplog.records} == {
+        "pyblock.life.voice"
+    }
 
 
 async def test_the_log_has_the_facts_as_fields(caplog: pytest.LogCaptureFixture) -> None:
@@ -215,7 +239,12 @@ async def test_the_log_has_the_facts_as_fields(caplog: pytest.LogCaptureFixture)
     [record] = caplog.records
     fields = vars(record)
     assert (record.name, record.levelname) == ("pyblock.life.voice", "INFO")
-    assert (fields["sandbox"], fields["device"], fields["drive"], fields["event"]) == ("s1", "d1", None, "refused")
+    assert (fields["sandbox"], fields["device"], fields["drive"], fields["event"]) == (
+        "s1",
+        "d1",
+        None,
+        "refused",
+    )
     assert fields["seconds"] >= 0 and "\x1b" not in record.getMessage()
 
 

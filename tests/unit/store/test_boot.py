@@ -1,4 +1,5 @@
-"""An earlier boot's rows go when the host was certainly started anew, and nobody else has the store open; in doubt they stay."""
+"""An earlier boot's rows go when the host was certainly started anew, and nobody else has the store
+open; in doubt they stay."""
 
 from __future__ import annotations
 
@@ -46,12 +47,18 @@ asyncio.run(steal(*sys.argv[1:]))
 
 
 def in_a_container(boot_id: Path, *arguments: object) -> str:
-    """What the thief says, in a mount namespace where something else stands in the place of the kernel's boot_id."""
+    """What the thief says, in a mount namespace where something else stands in the place of the
+    kernel's boot_id."""
     mount = f'mount --bind "{boot_id}" {BOOT_ID} && exec "$@"'
     command = ["unshare", "--mount", "sh", "-c", mount, "sh"]
     if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no mount namespace can be made here")
-    done = subprocess.run([*command, sys.executable, "-c", THIEF, *map(str, arguments)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, sys.executable, "-c", THIEF, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -71,7 +78,11 @@ async def test_a_container_with_a_boot_id_of_its_own(
     if not lives:
         store.close()
     said = in_a_container(boot_id, store.path, scene.once.info.path)
-    assert said.startswith("refused: ") and "'victim'" in said and said.endswith("['thief', 'victim']\n")
+    assert (
+        said.startswith("refused: ")
+        and "'victim'" in said
+        and said.endswith("['thief', 'victim']\n")
+    )
     assert in_a_container(boot_id, store.path, scene.twice.info.path).startswith("refused: ")
     kept = await as_written(make_store(), "victim")
     assert facts(kept) == known
@@ -101,7 +112,9 @@ def seen(monkeypatch: pytest.MonkeyPatch, what: Boot) -> None:
     monkeypatch.setattr(boot, "this_boot", lambda: what)
 
 
-async def made_in(what: Boot, store: SqliteStore, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> Scene:
+async def made_in(
+    what: Boot, store: SqliteStore, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> Scene:
     seen(monkeypatch, what)
     scene = await make_scene(store, make_image)
     store.close()
@@ -121,13 +134,17 @@ async def test_what_is_seen_at_the_next_opening(
         async with Sandbox("victim", MemoryHypervisor(), store=store) as sandbox:
             assert not sandbox.devices
             async with Sandbox("other", MemoryHypervisor(), store=store) as other:
-                await other.attach_many([scene.once.info.path, scene.twice.info.path])  # the claims went with them
+                # the claims went with them
+                await other.attach_many([scene.once.info.path, scene.twice.info.path])
     else:
         assert facts(await as_written(store, "victim")) == facts(scene.sandbox)
 
 
-async def test_what_this_boot_wrote_never_goes_in_it(make_store: MakeStore, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container that cannot tell the boot was here first since the host was started anew, and its machine runs on."""
+async def test_what_this_boot_wrote_never_goes_in_it(
+    make_store: MakeStore, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container that cannot tell the boot was here first since the host was started anew, and its
+    machine runs on."""
     store = make_store()
     seen(monkeypatch, Boot(FIRST, THEN))
     await store.sandboxes()
@@ -184,8 +201,11 @@ async def test_a_newer_store_of_an_earlier_boot_is_left_as_it_is(
     assert rows(store.path) == before
 
 
-async def test_a_store_of_the_first_version_is_taken_up(make_store: MakeStore, make_image: MakeImage) -> None:
-    """It had the boot_id in a table, and believed it: here one that a container may have written."""
+async def test_a_store_of_the_first_version_is_taken_up(
+    make_store: MakeStore, make_image: MakeImage
+) -> None:
+    """It had the boot_id in a table, and believed it: here one that a container may have
+    written."""
     store = make_store()
     scene = await make_scene(store, make_image)
     known = facts(scene.sandbox)
@@ -203,8 +223,23 @@ async def test_a_store_of_the_first_version_is_taken_up(make_store: MakeStore, m
 
 
 def test_the_boot_as_text() -> None:
-    for one in (Boot(FIRST, THEN), Boot("", THEN + 0.125), Boot(SECOND, None), Boot("", None), boot.this_boot()):
+    for one in (
+        Boot(FIRST, THEN),
+        Boot("", THEN + 0.125),
+        Boot(SECOND, None),
+        Boot("", None),
+        boot.this_boot(),
+    ):
         again = boot.decode(boot.encode(one))
         assert again.id == one.id and again.says_as_much_as(one)
-    for text in (b"", b"\n", b"boot\n", b"boot - -", b"boot x -\n", b"\xff" * 200, boot.encode(Boot(FIRST, THEN))[:-2], bytes(200)):
+    for text in (
+        b"",
+        b"\n",
+        b"boot\n",
+        b"boot - -",
+        b"boot x -\n",
+        b"\xff" * 200,
+        boot.encode(Boot(FIRST, THEN))[:-2],
+        bytes(200),
+    ):
         assert boot.decode(text) == Boot("", None)

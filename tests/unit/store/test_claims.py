@@ -29,7 +29,12 @@ FIRST, SECOND = ("block", 8, 1), ("block", 8, 2)
 RAID = ("block", 9, 0)
 FILE, LOOP = ("file", 2049, 77), ("block", 7, 0)
 # What lies under each, as lineage_of says it, and what else it is called.
-UNDER: dict[Identity, tuple[Identity, ...]] = {FIRST: (DISK,), SECOND: (DISK,), RAID: (FIRST, DISK, OTHER_DISK), FILE: (LOOP,)}
+UNDER: dict[Identity, tuple[Identity, ...]] = {
+    FIRST: (DISK,),
+    SECOND: (DISK,),
+    RAID: (FIRST, DISK, OTHER_DISK),
+    FILE: (LOOP,),
+}
 
 
 def claim(identity: Identity, *, read_only: bool = False, share: bool = False) -> Claim:
@@ -46,7 +51,9 @@ class Claims:
         """Why it was refused; "" for granted."""
         if sandbox not in await self.store.sandboxes():
             await self.store.open_sandbox(sandbox, "")
-        refused = await self.store.write(sandbox, lambda: [Row(device, b"{}", wanted, claiming=True)])
+        refused = await self.store.write(
+            sandbox, lambda: [Row(device, b"{}", wanted, claiming=True)]
+        )
         return str(refused[device]) if refused else ""
 
     async def drop(self, sandbox: str, device: str) -> None:
@@ -76,11 +83,14 @@ def loops() -> Iterator[Loops]:
         (RAID, SECOND, ""),
         (OTHER_DISK, DISK, ""),
         (OTHER_DISK, RAID, "what lies under it (block device 8:16)"),
-        (LOOP, FILE, "what lies under it (block device 7:0)"),  # a row of before a loop device was its file
+        # a row of before a loop device was its file
+        (LOOP, FILE, "what lies under it (block device 7:0)"),
         (FILE, LOOP, "what lies on it"),  # somebody may not ask the loop device what it is
     ],
 )
-async def test_what_meets(claims: Claims, where: str, first: Identity, second: Identity, what: str) -> None:
+async def test_what_meets(
+    claims: Claims, where: str, first: Identity, second: Identity, what: str
+) -> None:
     """In one sandbox and in two; in whichever order."""
     assert await claims("one", "a", claim(first)) == ""
     said = await claims(where, "b", claim(second))
@@ -90,7 +100,9 @@ async def test_what_meets(claims: Claims, where: str, first: Identity, second: I
 
 
 @pytest.mark.parametrize(("first", "second"), [(DISK, FIRST), (FIRST, DISK)])
-async def test_readers_and_those_who_share_do_not_meet(claims: Claims, first: Identity, second: Identity) -> None:
+async def test_readers_and_those_who_share_do_not_meet(
+    claims: Claims, first: Identity, second: Identity
+) -> None:
     assert await claims("one", "a", claim(first, read_only=True)) == ""
     assert await claims("two", "b", claim(second, read_only=True)) == ""
     assert "has claimed what lies" in await claims("two", "c", claim(second))
@@ -126,18 +138,28 @@ async def test_each_look_up_has_an_index(claims: Claims) -> None:
     db.set_trace_callback(lambda sql: asked.append(sql) if sql.startswith("SELECT") else None)
     assert await claims("two", "b", claim(SECOND)) == ""
     db.set_trace_callback(None)
-    plans = [step[-1] for sql in asked for step in db.execute(f"EXPLAIN QUERY PLAN {sql}") if "image" in sql]
+    plans = [
+        step[-1]
+        for sql in asked
+        for step in db.execute(f"EXPLAIN QUERY PLAN {sql}")
+        if "image" in sql
+    ]
     assert len(plans) >= 4
     assert not [plan for plan in plans if "SCAN" in plan and "sqlite" not in plan]
 
 
 def test_no_parameter_has_a_number() -> None:
-    """`?1` beside a tuple: Python 3.12.0 to 3.12.3 take it for a name, and warn at each statement of its being an error some day."""
+    """`?1` beside a tuple: Python 3.12.0 to 3.12.3 take it for a name, and warn at each statement
+    of its being an error some day."""
     folder = Path(sqlite_file.__file__).parent
-    assert not [text for path in folder.glob("*.py") for text in re.findall(r".*\?\d.*", path.read_text())]
+    assert not [
+        text for path in folder.glob("*.py") for text in re.findall(r".*\?\d.*", path.read_text())
+    ]
 
 
-async def test_a_database_of_before(make_store: MakeStore, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_database_of_before(
+    make_store: MakeStore, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its rows, claims and owners are there as they were."""
     image, vm = make_image("img"), MemoryHypervisor()
     store = make_store()
@@ -160,15 +182,20 @@ async def test_a_database_of_before(make_store: MakeStore, make_image: MakeImage
 # Real loop devices.
 
 
-async def test_a_database_of_before_knew_block_devices_by_number_only(loops: Loops, make_image: MakeImage, make_store: MakeStore) -> None:
-    """Whose claims must hold against their files and disks all the same, before their sandboxes are opened again."""
+async def test_a_database_of_before_knew_block_devices_by_number_only(
+    loops: Loops, make_image: MakeImage, make_store: MakeStore
+) -> None:
+    """Whose claims must hold against their files and disks all the same, before their sandboxes are
+    opened again."""
     whole, parted = make_image("whole"), make_image("parted")
     loop, disk = loops.loop(whole), loops.loop(parted)
     partition = loops.partition(disk, 1, 128, 512)
     before = Claims(make_store())
     for device, path in (("a", loop), ("b", partition)):
         number = Path(path).stat().st_rdev
-        assert await before("one", device, claim(("block", os.major(number), os.minor(number)))) == ""
+        assert (
+            await before("one", device, claim(("block", os.major(number), os.minor(number)))) == ""
+        )
     before.store.close()
     old = before.store.path.with_name("old.db")
     first_version(before.store.path, old)
@@ -178,7 +205,9 @@ async def test_a_database_of_before_knew_block_devices_by_number_only(loops: Loo
                 await two.attach(image)
 
 
-async def test_a_file_and_the_loop_device_on_it_are_one(loops: Loops, make_image: MakeImage, make_store: MakeStore) -> None:
+async def test_a_file_and_the_loop_device_on_it_are_one(
+    loops: Loops, make_image: MakeImage, make_store: MakeStore
+) -> None:
     image = make_image("img")
     loop = loops.loop(image)
     vm, vm2, store = MemoryHypervisor(), MemoryHypervisor(), make_store()
@@ -201,7 +230,9 @@ async def test_a_file_and_the_loop_device_on_it_are_one(loops: Loops, make_image
             await one.attach(loop)
 
 
-async def test_a_partition_its_disk_and_its_file(loops: Loops, make_image: MakeImage, make_store: MakeStore) -> None:
+async def test_a_partition_its_disk_and_its_file(
+    loops: Loops, make_image: MakeImage, make_store: MakeStore
+) -> None:
     image = make_image("img")
     loop = loops.loop(image)
     first, second = loops.partition(loop, 1, 0, 1024), loops.partition(loop, 2, 1024, 1024)
@@ -210,7 +241,13 @@ async def test_a_partition_its_disk_and_its_file(loops: Loops, make_image: MakeI
         device = await one.attach(first)
         for sandbox, at in ((one, vm), (two, vm2)):
             for path in (loop, image):
-                with refused(sandbox, at, ImageInUse, f"{str(path)!r}", "has claimed what lies on it to write it"):
+                with refused(
+                    sandbox,
+                    at,
+                    ImageInUse,
+                    f"{str(path)!r}",
+                    "has claimed what lies on it to write it",
+                ):
                     await sandbox.attach(path)
         await two.attach(second)
         await one.detach(device)
@@ -221,7 +258,9 @@ async def test_a_partition_its_disk_and_its_file(loops: Loops, make_image: MakeI
             await two.attach(second)
 
 
-async def test_a_loop_device_over_something_else_by_now(loops: Loops, make_image: MakeImage, store: HeldStore) -> None:
+async def test_a_loop_device_over_something_else_by_now(
+    loops: Loops, make_image: MakeImage, store: HeldStore
+) -> None:
     image, other = make_image("img"), make_image("other")
     loop, vm = loops.loop(image), MemoryHypervisor()
     async with Sandbox("one", vm, store=store) as sandbox:
@@ -235,7 +274,9 @@ async def test_a_loop_device_over_something_else_by_now(loops: Loops, make_image
         assert not vm.journal
 
 
-async def test_a_partition_of_something_else_by_now(loops: Loops, make_image: MakeImage, store: HeldStore) -> None:
+async def test_a_partition_of_something_else_by_now(
+    loops: Loops, make_image: MakeImage, store: HeldStore
+) -> None:
     """Its number may be the same; what lies under it was not claimed."""
     image, other = make_image("img"), make_image("other")
     loop, vm = loops.loop(image), MemoryHypervisor()

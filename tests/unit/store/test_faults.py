@@ -1,7 +1,9 @@
-"""Faults on the store: a disk that is full or read-only, a file that is no store, a lock that another process keeps, a write that fails.
+"""Faults on the store: a disk that is full or read-only, a file that is no store, a lock that
+another process keeps, a write that fails.
 
-An operation that meets one raises its typed error and changes nothing, neither here nor in the VMM nor in the file; when the fault is gone
-it succeeds. What the VMM has done already is undone, or written later.
+An operation that meets one raises its typed error and changes nothing, neither here nor in the VMM
+nor in the file; when the fault is gone it succeeds. What the VMM has done already is undone, or
+written later.
 """
 
 from __future__ import annotations
@@ -47,7 +49,10 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
     done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k,mode=700", "tmpfs", folder], check=False, capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=512k,mode=700", "tmpfs", folder],
+        check=False,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         pytest.skip(f"a file system to fill cannot be mounted here: {done.stderr.strip()}")
@@ -99,7 +104,9 @@ def locked(store: SqliteStore, begin: str = "IMMEDIATE") -> Iterator[None]:
     """Another process holds the store's lock."""
     # Not a forked one: it would share SQLite's idea of the locks that this process has.
     command = [sys.executable, "-c", HOLDER, str(store.path), begin]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdin is not None and process.stdout is not None
         try:
             assert process.stdout.readline() == "held\n"
@@ -135,9 +142,14 @@ async def scene(disk: Path, make_store: MakeStore, make_image: MakeImage) -> Asy
     await scene.sandbox.close()
 
 
-@pytest.mark.parametrize("what", [name for name, fault in FAULTS.items() if fault.befall is not read_only])  # that one needs it closed
+# that one needs it closed
+@pytest.mark.parametrize(
+    "what", [name for name, fault in FAULTS.items() if fault.befall is not read_only]
+)
 @pytest.mark.parametrize("name", OPERATIONS)
-async def test_an_operation_under_a_fault_changes_nothing_and_succeeds_later(name: str, what: str, scene: Scene) -> None:
+async def test_an_operation_under_a_fault_changes_nothing_and_succeeds_later(
+    name: str, what: str, scene: Scene
+) -> None:
     doing, fault = OPERATIONS[name], FAULTS[what]
     before = rows(scene.store.path)
     with fault.befall(scene.store):
@@ -168,7 +180,12 @@ async def test_a_lock_that_is_let_go_in_time_is_waited_for(scene: Scene) -> None
 
 @pytest.mark.parametrize("there", [True, False], ids=["known sandbox", "new sandbox"])
 async def test_opening_a_sandbox_under_a_fault(
-    there: bool, fault: Fault, disk: Path, make_store: MakeStore, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+    there: bool,
+    fault: Fault,
+    disk: Path,
+    make_store: MakeStore,
+    make_image: MakeImage,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sqlite_file, "PATIENCE", fault.timeout)
     vm = MemoryHypervisor()
@@ -194,7 +211,9 @@ async def test_opening_a_sandbox_under_a_fault(
 
 
 @pytest.mark.parametrize("name", ["full disk", "read-only disk"])
-async def test_a_store_that_cannot_be_made_is_made_later(name: str, disk: Path, make_store: MakeStore, make_image: MakeImage) -> None:
+async def test_a_store_that_cannot_be_made_is_made_later(
+    name: str, disk: Path, make_store: MakeStore, make_image: MakeImage
+) -> None:
     vm = MemoryHypervisor()
     store = make_store(disk / "state.db")
     sandbox = Sandbox("s1", vm, store=store)
@@ -205,8 +224,11 @@ async def test_a_store_that_cannot_be_made_is_made_later(name: str, disk: Path, 
         await agreed(store, sandbox, vm)
 
 
-async def test_closing_a_sandbox_under_a_fault(fault: Fault, scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is closed all the same, and nothing is lost: the devices stay in the machine and in the store."""
+async def test_closing_a_sandbox_under_a_fault(
+    fault: Fault, scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is closed all the same, and nothing is lost: the devices stay in the machine and in the
+    store."""
     monkeypatch.setattr("pyblock.life.machine.GRACE", SOON)
     monkeypatch.setattr(sqlite_file, "PATIENCE", LATE)
     before, journal = rows(scene.store.path), list(scene.vm.journal)
@@ -228,7 +250,11 @@ def test_a_folder_that_may_not_be_written() -> None:
             async with Sandbox("s1", vm, store=store) as sandbox:
                 await sandbox.attach(folder / "image")
         except StoreError as error:
-            assert type(error) is StoreError and str(folder / "state.db") in str(error) and not vm.journal
+            assert (
+                type(error) is StoreError
+                and str(folder / "state.db") in str(error)
+                and not vm.journal
+            )
             return "refused"
         finally:
             store.close()
@@ -308,10 +334,17 @@ async def writes_of(name: str, path: Path, make_image: MakeImage) -> int:
 @pytest.mark.parametrize("times", [1, 2**31], ids=["once", "from then on"])
 @pytest.mark.parametrize("name", OPERATIONS)
 async def test_each_write_of_an_operation_fails(
-    name: str, times: int, error: type[PyblockError], tmp_path: Path, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    times: int,
+    error: type[PyblockError],
+    tmp_path: Path,
+    make_image: MakeImage,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Then the process dies, or it goes on: the store and the machine agree again in either case."""
-    monkeypatch.setattr("pyblock.life.ledger.RETRY", 2 * LATE)  # the next operation writes what is left over
+    """Then the process dies, or it goes on: the store and the machine agree again in either
+    case."""
+    # the next operation writes what is left over
+    monkeypatch.setattr("pyblock.life.ledger.RETRY", 2 * LATE)
     doing = OPERATIONS[name]
     count = await writes_of(name, tmp_path / "count.db", make_image)
     assert count >= (1 if name in ("attach again", "detach one of two") else 2)
@@ -334,7 +367,8 @@ async def test_each_write_of_an_operation_fails(
             assert type(trouble) is error, where
             if name == "detach many":  # each for itself: one of the two may have gone through
                 assert scene.images() in (BEFORE, {"twice": 2}, {"once": 1, "twice": 1}), where
-            elif name == "attach many" and times > 1 and number > 1:  # taking back the first could not be written down, so it stays
+            elif name == "attach many" and times > 1 and number > 1:
+                # taking back the first could not be written down, so it stays
                 assert scene.images() == BEFORE | {"free": 1} and trouble.__notes__, where
             else:
                 assert scene.images() == BEFORE, where
@@ -358,13 +392,17 @@ async def test_each_write_of_an_operation_fails(
             store.fail(StoreError, 0, times=0)
             last = await scene.sandbox.attach(image("last"))
             await agreed(store, scene.sandbox, scene.vm)
-            assert last.held.index == min(set(range(4)) - {index for _, _, _, index in facts(scene.sandbox)[:-1]}), where
+            assert last.held.index == min(
+                set(range(4)) - {index for _, _, _, index in facts(scene.sandbox)[:-1]}
+            ), where
             await scene.sandbox.close()
             store.close()
 
 
 @pytest.mark.parametrize("name", ["attach", "attach many"])
-async def test_an_attach_that_cannot_be_written_down_is_undone_in_the_machine(name: str, tmp_path: Path, make_image: MakeImage) -> None:
+async def test_an_attach_that_cannot_be_written_down_is_undone_in_the_machine(
+    name: str, tmp_path: Path, make_image: MakeImage
+) -> None:
     store = Failing(tmp_path / "state.db")
     scene = await make_scene(store, make_image)
     store.fail(StoreError, 1)

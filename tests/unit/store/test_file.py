@@ -1,4 +1,5 @@
-"""The database's file: one that is no store is left as it is, an older one is brought to this version, an earlier boot's is cleared."""
+"""The database's file: one that is no store is left as it is, an older one is brought to this
+version, an earlier boot's is cleared."""
 
 from __future__ import annotations
 
@@ -69,28 +70,53 @@ def new(write: Callable[[Path], object]) -> Callable[[Path], None]:
 
 NEWER, OURS = len(sqlite_file.MIGRATIONS) + 1, sqlite_file.APPLICATION_ID
 SPOILS: dict[str, tuple[Callable[[Path], None], type[PyblockError], str]] = {
-    "text": (new(lambda path: path.write_text("not a store\n" * 1000)), InvalidState, "not a database"),
+    "text": (
+        new(lambda path: path.write_text("not a store\n" * 1000)),
+        InvalidState,
+        "not a database",
+    ),
     "short text": (new(lambda path: path.write_text("xy")), InvalidState, "not a database"),
-    "random bytes": (new(lambda path: path.write_bytes(random.Random(7).randbytes(20000))), InvalidState, "not a database"),
+    "random bytes": (
+        new(lambda path: path.write_bytes(random.Random(7).randbytes(20000))),
+        InvalidState,
+        "not a database",
+    ),
     "zeros": (new(lambda path: path.write_bytes(bytes(8192))), InvalidState, "not a database"),
     "something else's": (new(foreign), InvalidState, "something else"),
-    "something else's, with a version": (new(lambda path: foreign(path, version=NEWER)), InvalidState, "something else"),
-    "something else's, with its name": (new(lambda path: foreign(path, application=77)), InvalidState, "something else"),
-    "ours by name only": (new(lambda path: foreign(path, application=OURS, version=1)), InvalidState, "no such table"),
+    "something else's, with a version": (
+        new(lambda path: foreign(path, version=NEWER)),
+        InvalidState,
+        "something else",
+    ),
+    "something else's, with its name": (
+        new(lambda path: foreign(path, application=77)),
+        InvalidState,
+        "something else",
+    ),
+    "ours by name only": (
+        new(lambda path: foreign(path, application=OURS, version=1)),
+        InvalidState,
+        "no such table",
+    ),
     "not ours by name": (changed("PRAGMA application_id = 77"), InvalidState, "something else"),
     "newer": (changed(f"PRAGMA user_version = {NEWER}"), NewerState, f"version {NEWER}"),
     "much newer": (changed("PRAGMA user_version = 2000000000"), NewerState, "version 2000000000"),
     "a page overwritten": (overwritten(5 * 4096, 4096), InvalidState, "damaged"),
     "the first page overwritten": (overwritten(100, 3000), InvalidState, "damaged"),
 }
-# The middle of each page, its edges, and the edges of what is in the header. An empty file, or one of one byte, which SQLite takes for
-# empty, is a store that was not made yet.
+# The middle of each page, its edges, and the edges of what is in the header. An empty file, or one
+# of one byte, which SQLite takes for empty, is a store that was not made yet.
 PAGE, PAGES = 4096, 12
 CUTS = sorted(
-    {2, 15, 16, 17, 28, 99, 100, 101, 511, 512, 513} | {page * PAGE + more for page in range(PAGES) for more in (-1, 0, 1, 100, 2000)}
+    {2, 15, 16, 17, 28, 99, 100, 101, 511, 512, 513}
+    | {page * PAGE + more for page in range(PAGES) for more in (-1, 0, 1, 100, 2000)}
 )
 SPOILS |= {
-    f"cut to {length}": (lambda path, length=length: os.truncate(path, length), InvalidState, "not a store|damaged|cut off")  # type: ignore[misc]
+    f"cut to {length}": (
+        lambda path, length=length: os.truncate(path, length),  # type: ignore[misc]
+        InvalidState,
+        "not a store|damaged|cut off",
+    )
     for length in CUTS
     if length > 1
 }
@@ -134,9 +160,15 @@ def test_the_files_are_private(tmp_path: Path) -> None:
         os.umask(0)
         store = SqliteStore(tmp_path / "state.db")
         asyncio.run(store.open_sandbox("s1", ""))
-        return " ".join(f"{path.name}:{stat.S_IMODE(path.stat().st_mode):o}" for path in sorted(tmp_path.iterdir()))
+        return " ".join(
+            f"{path.name}:{stat.S_IMODE(path.stat().st_mode):o}"
+            for path in sorted(tmp_path.iterdir())
+        )
 
-    assert in_child(make) == (0, "state.db:600 state.db-owners:600 state.db-shm:600 state.db-wal:600")
+    assert in_child(make) == (
+        0,
+        "state.db:600 state.db-owners:600 state.db-shm:600 state.db-wal:600",
+    )
 
 
 MORE = "CREATE TABLE more (device TEXT); INSERT INTO more SELECT id FROM device;"
@@ -151,7 +183,11 @@ async def test_an_older_version_is_brought_to_this_one(
     await scene.sandbox.close()
     store.close()
     old, released = rows(store.path), len(sqlite_file.MIGRATIONS)
-    monkeypatch.setattr(sqlite_file, "MIGRATIONS", (*sqlite_file.MIGRATIONS, MORE + "INSERT INTO nowhere VALUES (1);"))
+    monkeypatch.setattr(
+        sqlite_file,
+        "MIGRATIONS",
+        (*sqlite_file.MIGRATIONS, MORE + "INSERT INTO nowhere VALUES (1);"),
+    )
     with pytest.raises(InvalidState, match="nowhere"):
         await store.sandboxes()
     assert rows(store.path) == old and version(store.path) == released
@@ -174,7 +210,9 @@ def version(path: Path) -> int:
 
 
 @pytest.mark.parametrize("made", [True, False], ids=["older", "absent"])
-def test_killed_at_each_statement_of_the_making(made: bool, tmp_path: Path, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_at_each_statement_of_the_making(
+    made: bool, tmp_path: Path, make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The next one finds the old version or the new one, and goes on from there."""
     path = tmp_path / "state.db"
     known = []

@@ -1,4 +1,5 @@
-"""Where a store may be: a folder and files that only this user can write, reached by one absolute path and through no link."""
+"""Where a store may be: a folder and files that only this user can write, reached by one absolute
+path and through no link."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 @root_only
-@pytest.mark.parametrize("who", [NOBODY, 0], ids=["of root, used by another", "of another, used by root"])
+@pytest.mark.parametrize(
+    "who", [NOBODY, 0], ids=["of root, used by another", "of another, used by root"]
+)
 @pytest.mark.parametrize("name", ["", *FILES])
 def test_of_somebody_else(name: str, who: int, folder: Path) -> None:
     user, other = (NOBODY, 0) if who == NOBODY else (0, NOBODY)
@@ -58,7 +61,11 @@ def test_of_somebody_else(name: str, who: int, folder: Path) -> None:
         os.chown(folder / name, other, other)
     before = everything(folder)
     status, text = in_child(lambda: opened(folder / "state.db"), uid=user or None)
-    assert status == 0 and text.startswith("StoreError: ") and f"belongs to user {other}, not to {user}" in text
+    assert (
+        status == 0
+        and text.startswith("StoreError: ")
+        and f"belongs to user {other}, not to {user}" in text
+    )
     assert everything(folder) == before
 
 
@@ -79,7 +86,11 @@ def test_a_file_that_others_may_write(name: str, folder: Path) -> None:
     (folder / name).touch()
     (folder / name).chmod(0o602)
     text = opened(folder / "state.db")
-    assert text.startswith("StoreError: ") and "chmod go-w" in text and repr(str(folder / name)) in text
+    assert (
+        text.startswith("StoreError: ")
+        and "chmod go-w" in text
+        and repr(str(folder / name)) in text
+    )
     (folder / name).chmod(0o600)
     assert opened(folder / "state.db") == "opened"
 
@@ -98,7 +109,8 @@ def test_links_are_not_followed(name: str, there: bool, folder: Path, tmp_path: 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_with_two_names(name: str, folder: Path, tmp_path: Path) -> None:
-    """Whoever came by the other name would have other owners' locks and another journal, and the same rows."""
+    """Whoever came by the other name would have other owners' locks and another journal, and the
+    same rows."""
     (folder / name).touch(mode=0o600)
     (tmp_path / name).hardlink_to(folder / name)
     before = everything(folder)
@@ -114,7 +126,9 @@ def test_a_file_with_two_names(name: str, folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FILES)
 def test_what_is_no_plain_file(name: str, make: Callable[[Path], None], folder: Path) -> None:
     make(folder / name)
-    assert opened(folder / "state.db").startswith("StoreError: ") and [path.name for path in folder.iterdir()] == [name]
+    assert opened(folder / "state.db").startswith("StoreError: ") and [
+        path.name for path in folder.iterdir()
+    ] == [name]
 
 
 @pytest.mark.parametrize("text", ["state", "./state", "../state", "~/state"])
@@ -141,7 +155,9 @@ def linked_to_itself(path: Path) -> None:
 
 @pytest.mark.parametrize("make", [Path.touch, linked_to_nothing, linked_to_itself, os.mkfifo])
 @pytest.mark.parametrize("below", ["", "below"])
-def test_a_state_folder_that_cannot_be_one(make: Callable[[Path], None], below: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_folder_that_cannot_be_one(
+    make: Callable[[Path], None], below: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make(folder / "state")
     monkeypatch.setenv("PYBLOCK_STATE_DIR", str(folder / "state" / below))
     with pytest.raises(StoreError, match="state folder"):
@@ -149,7 +165,9 @@ def test_a_state_folder_that_cannot_be_one(make: Callable[[Path], None], below: 
     assert [path.name for path in folder.iterdir()] == ["state"]
 
 
-def test_a_state_folder_behind_a_link_is_the_one_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_folder_behind_a_link_is_the_one_store(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder / "state").mkdir(mode=0o700)
     (folder / "link").symlink_to(folder / "state")
     monkeypatch.setenv("PYBLOCK_STATE_DIR", str(folder / "state"))
@@ -166,7 +184,11 @@ def test_a_state_folder_of_somebody_else(folder: Path, monkeypatch: pytest.Monke
         host_store()
 
 
-@pytest.mark.parametrize("path", ["a\0b", "x" * 300, "nowhere/state.db", "\udfff"], ids=["NUL", "long", "no folder", "surrogate"])
+@pytest.mark.parametrize(
+    "path",
+    ["a\0b", "x" * 300, "nowhere/state.db", "\udfff"],
+    ids=["NUL", "long", "no folder", "surrogate"],
+)
 def test_a_path_that_cannot_be_one(path: str, folder: Path) -> None:
     assert opened(folder / path).startswith("StoreError: ")
 

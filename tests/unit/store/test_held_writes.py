@@ -1,6 +1,8 @@
-"""What gets in each other's way when a store is written meanwhile: each case once left a row, a claim or a disk that contradicted the rest.
+"""What gets in each other's way when a store is written meanwhile: each case once left a row, a
+claim or a disk that contradicted the rest.
 
-A write is held back where it would wait for another process, so that what happens meanwhile happens every time.
+A write is held back where it would wait for another process, so that what happens meanwhile happens
+every time.
 """
 
 from __future__ import annotations
@@ -17,7 +19,20 @@ from typing import Any
 import pytest
 from support import samples
 from support.children import in_child
-from support.held_store import Gate, HeldStore, SlowMachine, ended, facts, kept_only, locked, nothing_left, query, reached, rows, saved_with
+from support.held_store import (
+    Gate,
+    HeldStore,
+    SlowMachine,
+    ended,
+    facts,
+    kept_only,
+    locked,
+    nothing_left,
+    query,
+    reached,
+    rows,
+    saved_with,
+)
 from support.snapshot import MakeImage, MakeStore
 from support.turns import LATE, SOON, until
 
@@ -63,7 +78,8 @@ CHANGES: dict[str, Callable[[Sandbox, BlockDevice], Awaitable[object]]] = {
 async def test_what_failed_was_written_along_with_another_device(
     name: str, note_fails: bool, store: HeldStore, make_image: MakeImage
 ) -> None:
-    """Whoever was told "nothing was changed" finds that so after a restart, too; a count that was written along has been changed."""
+    """Whoever was told "nothing was changed" finds that so after a restart, too; a count that was
+    written along has been changed."""
     async with Sandbox("one", MemoryHypervisor(), store=store) as sandbox:
         device = await sandbox.attach(make_image("a"), device_id="a")
         if name == "one detach of two":
@@ -87,7 +103,11 @@ async def test_what_failed_was_written_along_with_another_device(
             after = along["a"]
             assert rows(store)["a"] == after
         await sandbox.attach(make_image("c"), device_id="c")
-        assert rows(store) == facts(sandbox) == {"a": after, "b": ("attached", 1), "c": ("attached", 1)}
+        assert (
+            rows(store)
+            == facts(sandbox)
+            == {"a": after, "b": ("attached", 1), "c": ("attached", 1)}
+        )
 
 
 async def test_what_failed_is_written_without_another_call(
@@ -108,7 +128,9 @@ async def test_what_failed_is_written_without_another_call(
         await until(lambda: rows(store) == {"a": ("attached", 1), "b": ("attached", 1)})
 
 
-async def test_the_guest_is_asked_when_the_intent_is_written_not_before(store: HeldStore, make_image: MakeImage) -> None:
+async def test_the_guest_is_asked_when_the_intent_is_written_not_before(
+    store: HeldStore, make_image: MakeImage
+) -> None:
     vm = MemoryHypervisor()
     async with Sandbox("one", vm, store=store) as sandbox:
         device = await sandbox.attach(make_image("a"), device_id="a")
@@ -130,7 +152,9 @@ async def test_the_guest_is_asked_when_the_intent_is_written_not_before(store: H
 
 
 @pytest.mark.parametrize("attaches", [True, False], ids=["attach", "detach"])
-async def test_the_store_is_free_in_the_moment_of_the_deadline(attaches: bool, store: HeldStore, make_image: MakeImage) -> None:
+async def test_the_store_is_free_in_the_moment_of_the_deadline(
+    attaches: bool, store: HeldStore, make_image: MakeImage
+) -> None:
     vm = MemoryHypervisor()
     async with Sandbox("one", vm, store=store) as sandbox:
         device = await sandbox.attach(make_image("a"), device_id="a")
@@ -139,7 +163,9 @@ async def test_the_store_is_free_in_the_moment_of_the_deadline(attaches: bool, s
         vm.fail("device-gone", Fault("hold"))
         gate = store.hold()
         b = make_image("b")
-        work: Awaitable[Any] = sandbox.attach(b, timeout=SOON) if attaches else sandbox.detach(device, timeout=SOON)
+        work: Awaitable[Any] = (
+            sandbox.attach(b, timeout=SOON) if attaches else sandbox.detach(device, timeout=SOON)
+        )
         task = asyncio.ensure_future(work)
         await until(lambda: gate.reached)
         late = asyncio.get_running_loop().time() + SOON  # its own deadline began before
@@ -154,7 +180,9 @@ async def test_the_store_is_free_in_the_moment_of_the_deadline(attaches: bool, s
         vm.let_go("device-gone")
 
 
-async def test_a_row_that_cannot_be_written_is_its_own_devices_trouble(store: HeldStore, make_image: MakeImage) -> None:
+async def test_a_row_that_cannot_be_written_is_its_own_devices_trouble(
+    store: HeldStore, make_image: MakeImage
+) -> None:
     vm = MemoryHypervisor()
     async with Sandbox("one", vm, store=store) as sandbox:
         vm.fail("device-add", Fault("hold"))
@@ -193,7 +221,10 @@ async def test_a_path_that_is_not_utf8(kept: bool, store: HeldStore, make_image:
 @pytest.mark.parametrize("free", [True, False], ids=["free", "used elsewhere"])
 async def test_an_attach_beside_a_load(free: bool, store: HeldStore, make_image: MakeImage) -> None:
     state, image = await saved_with(make_image("loaded")), make_image("a")
-    async with Sandbox("other", MemoryHypervisor(), store=store) as other, Sandbox("one", vm := MemoryHypervisor(), store=store) as sandbox:
+    async with (
+        Sandbox("other", MemoryHypervisor(), store=store) as other,
+        Sandbox("one", vm := MemoryHypervisor(), store=store) as sandbox,
+    ):
         if not free:
             await other.attach(image, device_id="theirs")
         theirs = rows(store)
@@ -211,11 +242,16 @@ async def test_an_attach_beside_a_load(free: bool, store: HeldStore, make_image:
         assert rows(store) == {**theirs, **facts(sandbox)}
 
 
-async def test_a_load_that_fails_keeps_what_an_earlier_one_kept(store: HeldStore, make_image: MakeImage) -> None:
+async def test_a_load_that_fails_keeps_what_an_earlier_one_kept(
+    store: HeldStore, make_image: MakeImage
+) -> None:
     image = make_image("a")
     state = await saved_with(image)
     sandbox_row = "SELECT state FROM sandbox WHERE id = 'one'"
-    async with Sandbox("other", MemoryHypervisor(), store=store) as other, Sandbox("one", MemoryHypervisor(), store=store) as sandbox:
+    async with (
+        Sandbox("other", MemoryHypervisor(), store=store) as other,
+        Sandbox("one", MemoryHypervisor(), store=store) as sandbox,
+    ):
         await other.attach(image)
         await sandbox.restore(kept_only())
         before = query(store, sandbox_row)
@@ -228,13 +264,18 @@ async def test_a_load_that_fails_keeps_what_an_earlier_one_kept(store: HeldStore
         assert "VFIODevs" in str(sandbox.state().devices)
 
 
-async def test_a_load_that_fails_gives_back_its_own_indexes_only(store: HeldStore, make_image: MakeImage) -> None:
+async def test_a_load_that_fails_gives_back_its_own_indexes_only(
+    store: HeldStore, make_image: MakeImage
+) -> None:
     """Not those of an earlier load, nor those of the machine's own disks."""
     image, more = make_image("a"), make_image("b")
     state = await saved_with(image)
     vm = SlowMachine()
     vm._existing = (FoundDisk("boot", SD, 0),)
-    async with Sandbox("other", MemoryHypervisor(), store=store) as other, Sandbox("one", vm, store=store) as sandbox:
+    async with (
+        Sandbox("other", MemoryHypervisor(), store=store) as other,
+        Sandbox("one", vm, store=store) as sandbox,
+    ):
         await other.attach(image)
         await sandbox.restore(kept_only())
         await sandbox.detach(await sandbox.attach(more))
@@ -271,7 +312,9 @@ async def test_a_load_that_was_cancelled_does_not_overwrite_the_next(
         assert query(store, sandbox_row) == before and rows(store) == {}
 
 
-async def test_a_load_that_close_overtakes_claims_nothing(store: HeldStore, make_image: MakeImage) -> None:
+async def test_a_load_that_close_overtakes_claims_nothing(
+    store: HeldStore, make_image: MakeImage
+) -> None:
     image = make_image("a")
     state = await saved_with(image)
     sandbox = await Sandbox("one", MemoryHypervisor(), store=store).__aenter__()
@@ -287,11 +330,14 @@ async def test_a_load_that_close_overtakes_claims_nothing(store: HeldStore, make
         await other.attach(image)
 
 
-def test_killed_when_a_load_is_refused(make_store: MakeStore, make_image: MakeImage, tmp_path: Path) -> None:
+def test_killed_when_a_load_is_refused(
+    make_store: MakeStore, make_image: MakeImage, tmp_path: Path
+) -> None:
     """A refused load is one transaction: nobody has to tidy up after it."""
     images = [make_image(name) for name in ("first", "used", "last")]
     devices = [
-        samples.device(number, samples.drive(number, File=str(image), SCSIAddr=f"0:{number}")) for number, image in enumerate(images)
+        samples.device(number, samples.drive(number, File=str(image), SCSIAddr=f"0:{number}"))
+        for number, image in enumerate(images)
     ]
     state = samples.text(samples.sandbox(devices, [0, 1, 2]))
     store = make_store()
@@ -307,7 +353,9 @@ def test_killed_when_a_load_is_refused(make_store: MakeStore, make_image: MakeIm
     def victim() -> str:
         write = SqliteStore.write
 
-        async def last_write(self: SqliteStore, *arguments: Any, **more: Any) -> dict[str, ImageInUse]:
+        async def last_write(
+            self: SqliteStore, *arguments: Any, **more: Any
+        ) -> dict[str, ImageInUse]:
             refused = await write(self, *arguments, **more)
             if refused:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -328,10 +376,15 @@ def test_killed_when_a_load_is_refused(make_store: MakeStore, make_image: MakeIm
 
 
 async def agree(store: SqliteStore, sandbox: Sandbox, device: BlockDevice, image: Path) -> None:
-    """Count, users and row agree; as many detaches end the device, whose image is then free for other access."""
+    """Count, users and row agree; as many detaches end the device, whose image is then free for
+    other access."""
     await until(lambda: device.operation is None)
     assert device.attach_count == device.ref_count
-    assert rows(store) == facts(sandbox) == ({device.id: ("attached", device.attach_count)} if device.attach_count else {})
+    assert (
+        rows(store)
+        == facts(sandbox)
+        == ({device.id: ("attached", device.attach_count)} if device.attach_count else {})
+    )
     for _ in range(device.attach_count):
         await sandbox.detach(device)
     nothing_left(sandbox)
@@ -339,8 +392,12 @@ async def agree(store: SqliteStore, sandbox: Sandbox, device: BlockDevice, image
     await sandbox.detach(await sandbox.attach(image, read_only=True))
 
 
-@pytest.mark.parametrize(("attaches", "before"), [(True, 0), (True, 1), (True, 2), (False, 1), (False, 2)])
-async def test_cancelled_at_each_turn(attaches: bool, before: int, make_store: MakeStore, make_image: MakeImage) -> None:
+@pytest.mark.parametrize(
+    ("attaches", "before"), [(True, 0), (True, 1), (True, 2), (False, 1), (False, 2)]
+)
+async def test_cancelled_at_each_turn(
+    attaches: bool, before: int, make_store: MakeStore, make_image: MakeImage
+) -> None:
     """A count belongs to whoever was told that it has one."""
     store, outcomes = make_store(), []
     for turn in range(200):
@@ -348,7 +405,9 @@ async def test_cancelled_at_each_turn(attaches: bool, before: int, make_store: M
         async with Sandbox(f"sb{turn}", MemoryHypervisor(), store=store) as sandbox:
             for _ in range(before):
                 device: BlockDevice = await sandbox.attach(image, device_id="a")
-            work: Awaitable[Any] = sandbox.attach(image, device_id="a") if attaches else sandbox.detach(device)
+            work: Awaitable[Any] = (
+                sandbox.attach(image, device_id="a") if attaches else sandbox.detach(device)
+            )
             task = asyncio.ensure_future(work)
             for _ in range(turn):
                 await asyncio.sleep(0)
@@ -358,7 +417,8 @@ async def test_cancelled_at_each_turn(attaches: bool, before: int, make_store: M
             if sandbox.devices:
                 device = next(one for one in sandbox.devices if isinstance(one, BlockDevice))
             if sandbox.devices or before:
-                # A detach goes on by itself once it has begun; an attach that nobody hears of is undone.
+                # A detach goes on by itself once it has begun; an attach that nobody hears of is
+                # undone.
                 possible = (
                     (before - 1, before)
                     if not attaches and task.cancelled()
@@ -374,7 +434,9 @@ async def test_cancelled_at_each_turn(attaches: bool, before: int, make_store: M
 
 
 @pytest.mark.parametrize("attaches", [True, False], ids=["attach", "detach"])
-async def test_cancelled_at_each_turn_after_the_store_was_waited_for(attaches: bool, store: HeldStore, make_image: MakeImage) -> None:
+async def test_cancelled_at_each_turn_after_the_store_was_waited_for(
+    attaches: bool, store: HeldStore, make_image: MakeImage
+) -> None:
     outcomes = []
     for turn in range(-1, 200):  # first before the store is free, when the work goes on alone
         image = make_image(f"{turn}")
@@ -434,13 +496,17 @@ async def test_closed_while_the_outcome_of_an_attach_is_being_written(
     store.close()  # as its process ends
     vm.let_go("device-gone")
     async with Sandbox("one", vm, store=make_store()) as sandbox:
-        assert [(one.found, one.outcome) for one in sandbox.recovered] == [(Found.ATTACH, Outcome.REMOVED)]
+        assert [(one.found, one.outcome) for one in sandbox.recovered] == [
+            (Found.ATTACH, Outcome.REMOVED)
+        ]
         nothing_left(sandbox)
         assert not vm.devices and not vm.backends and rows(store) == {}
         await sandbox.attach(image)
 
 
-async def test_closed_while_the_machine_is_being_asked(store: HeldStore, make_store: MakeStore, make_image: MakeImage) -> None:
+async def test_closed_while_the_machine_is_being_asked(
+    store: HeldStore, make_store: MakeStore, make_image: MakeImage
+) -> None:
     vm = SlowMachine()
     sandbox = await Sandbox("one", vm, store=store).__aenter__()
     vm.fail("device-add", Fault("lose"))
@@ -477,7 +543,9 @@ async def test_closed_while_a_removal_is_waited_for(make_image: MakeImage) -> No
     await sandbox.close()
     await ended(reconciling)
     assert not reconciling.cancelled()
-    assert [(one.found, one.outcome) for one in reconciling.result()] == [(Found.ATTACH, Outcome.PENDING)]
+    assert [(one.found, one.outcome) for one in reconciling.result()] == [
+        (Found.ATTACH, Outcome.PENDING)
+    ]
     assert vm.devices.keys() == {"drive-a"}
 
 
@@ -503,7 +571,9 @@ async def test_who_waits_for_a_turn_does_nothing_after_close(make_image: MakeIma
     assert vm.journal == []
 
 
-def test_interrupted_while_a_blocking_sandbox_is_being_opened(tmp_path: Path, make_store: MakeStore, make_image: MakeImage) -> None:
+def test_interrupted_while_a_blocking_sandbox_is_being_opened(
+    tmp_path: Path, make_store: MakeStore, make_image: MakeImage
+) -> None:
     asking = threading.Event()
 
     class Silent(FileMachine):
@@ -530,16 +600,23 @@ def test_interrupted_while_a_blocking_sandbox_is_being_opened(tmp_path: Path, ma
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt), blocking.Sandbox("one", Silent(tmp_path / "vm"), store=store):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        blocking.Sandbox("one", Silent(tmp_path / "vm"), store=store),
+    ):
         pass
     thread.join()
     with blocking.Sandbox("one", f"memory:{tmp_path / 'vm'}", store=store) as sandbox:
         assert [device.id for device in sandbox.devices] == ["a"]
 
 
-async def test_a_count_that_cannot_be_written_is_not_counted(store: HeldStore, make_image: MakeImage) -> None:
+async def test_a_count_that_cannot_be_written_is_not_counted(
+    store: HeldStore, make_image: MakeImage
+) -> None:
     async with Sandbox("one", MemoryHypervisor(), store=store) as sandbox:
-        fuse = sandbox.manager.obtain(DeviceInfo(dev_type="c", major=10, minor=229, id="fuse", options={"x": "caf\udce9"}))
+        fuse = sandbox.manager.obtain(
+            DeviceInfo(dev_type="c", major=10, minor=229, id="fuse", options={"x": "caf\udce9"})
+        )
         with pytest.raises(InvalidValue, match="fuse"):
             await sandbox.manager.attach("fuse", sandbox)
         assert fuse.attach_count == 0

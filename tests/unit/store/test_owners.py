@@ -1,4 +1,5 @@
-"""Whose an image is, and whose a sandbox: one writes or many read or all share; an owner is whoever lives."""
+"""Whose an image is, and whose a sandbox: one writes or many read or all share; an owner is whoever
+lives."""
 
 from __future__ import annotations
 
@@ -33,18 +34,28 @@ ACCESS = [(reads, shares) for reads in (False, True) for shares in (False, True)
 def may_have(holders: list[tuple[bool, bool]], access: tuple[bool, bool]) -> bool:
     """The rule, as one would say it: they all only read, or they all say that they share."""
     everybody = [*holders, access]
-    return len(everybody) == 1 or all(reads for reads, _ in everybody) or all(shares for _, shares in everybody)
+    return (
+        len(everybody) == 1
+        or all(reads for reads, _ in everybody)
+        or all(shares for _, shares in everybody)
+    )
 
 
 @pytest.mark.parametrize("second", ACCESS)
 @pytest.mark.parametrize("first", ACCESS)
 async def test_one_writes_or_many_read_or_all_share(
-    first: tuple[bool, bool], second: tuple[bool, bool], make_store: MakeStore, make_image: MakeImage
+    first: tuple[bool, bool],
+    second: tuple[bool, bool],
+    make_store: MakeStore,
+    make_image: MakeImage,
 ) -> None:
     image = make_image("a")
     ours, theirs = make_store(), make_store()
     vms = MemoryHypervisor(), MemoryHypervisor()
-    async with Sandbox("s1", vms[0], store=ours) as one, Sandbox("s2", vms[1], store=theirs) as other:
+    async with (
+        Sandbox("s1", vms[0], store=ours) as one,
+        Sandbox("s2", vms[1], store=theirs) as other,
+    ):
         device = await one.attach(image, read_only=first[0], share=first[1])
         if not may_have([first], second):
             with refused(other, vms[1], ImageInUse, str(image), "'s1'", f"process {os.getpid()}"):
@@ -55,10 +66,14 @@ async def test_one_writes_or_many_read_or_all_share(
         await agreed(ours, one, vms[0])
 
 
-async def test_claims_of_many_against_the_rule(make_store: MakeStore, make_image: MakeImage) -> None:
+async def test_claims_of_many_against_the_rule(
+    make_store: MakeStore, make_image: MakeImage
+) -> None:
     choose = random.Random(11)
     image = make_image("a")
-    sandboxes = [Sandbox(f"s{number}", MemoryHypervisor(), store=make_store()) for number in range(4)]
+    sandboxes = [
+        Sandbox(f"s{number}", MemoryHypervisor(), store=make_store()) for number in range(4)
+    ]
     held: dict[int, tuple[bool, bool]] = {}
     refusals = 0
     for sandbox in sandboxes:
@@ -85,7 +100,8 @@ async def test_claims_of_many_against_the_rule(make_store: MakeStore, make_image
 
 
 class Child:
-    """A forked process that runs a function and then waits to be ended; the process ID is that of `Child`'s own child."""
+    """A forked process that runs a function and then waits to be ended; the process ID is that of
+    `Child`'s own child."""
 
     def __init__(self, function: Callable[[], str]) -> None:
         self._reader, writer = os.pipe()
@@ -126,12 +142,15 @@ Start = Callable[[Callable[[], str]], Child]
 
 @pytest.fixture
 def owned(tmp_path: Path, make_image: MakeImage) -> Callable[[], str]:
-    """What a process does that opens a sandbox on a machine that outlives it, and attaches a disk."""
+    """What a process does that opens a sandbox on a machine that outlives it, and attaches a
+    disk."""
     (tmp_path / "vm").touch()
     image = make_image("a")
 
     async def own() -> None:
-        sandbox = Sandbox("s1", f"memory:{tmp_path / 'vm'}", store=SqliteStore(tmp_path / "state.db"))
+        sandbox = Sandbox(
+            "s1", f"memory:{tmp_path / 'vm'}", store=SqliteStore(tmp_path / "state.db")
+        )
         await (await sandbox.__aenter__()).attach(image)
         _kept.append(sandbox)
 
@@ -145,7 +164,9 @@ def owned(tmp_path: Path, make_image: MakeImage) -> Callable[[], str]:
 _kept: list[Sandbox] = []  # a process's sandboxes, which are neither closed nor deleted
 
 
-def test_a_sandbox_is_its_owners_until_that_ends(owned: Callable[[], str], start: Start, tmp_path: Path) -> None:
+def test_a_sandbox_is_its_owners_until_that_ends(
+    owned: Callable[[], str], start: Start, tmp_path: Path
+) -> None:
     vm = f"memory:{tmp_path / 'vm'}"
     owner = start(owned)
 
@@ -157,16 +178,22 @@ def test_a_sandbox_is_its_owners_until_that_ends(owned: Callable[[], str], start
             await Sandbox("s1", vm, store=store).__aenter__()
         other = MemoryHypervisor()
         async with Sandbox("s2", other, store=store) as sandbox:
-            with refused(sandbox, other, ImageInUse, "'s1'", f"process {owner.pid} ", str(tmp_path / "a")):
+            with refused(
+                sandbox, other, ImageInUse, "'s1'", f"process {owner.pid} ", str(tmp_path / "a")
+            ):
                 await sandbox.attach(tmp_path / "a")
             owner.kill()
             # The claim stays, for the machine may still write the image.
-            with refused(sandbox, other, ImageInUse, "'s1'", "no process has open", str(tmp_path / "a")):
+            with refused(
+                sandbox, other, ImageInUse, "'s1'", "no process has open", str(tmp_path / "a")
+            ):
                 await sandbox.attach(tmp_path / "a")
         assert (await store.read("s1")).owner == ""
         assert (tmp_path / "vm").read_bytes() == machine_before
         async with Sandbox("s1", vm, store=store) as sandbox:
-            assert [phase for _, phase, _, _ in facts(sandbox)] == [Phase.ATTACHED] and not sandbox.recovered
+            assert [phase for _, phase, _, _ in facts(sandbox)] == [
+                Phase.ATTACHED
+            ] and not sandbox.recovered
             with pytest.raises(SandboxBusy, match=f"process {os.getpid()} "):
                 await Sandbox("s1", vm, store=store).__aenter__()
             second = SqliteStore(store.path)
@@ -181,7 +208,9 @@ def test_a_sandbox_is_its_owners_until_that_ends(owned: Callable[[], str], start
     asyncio.run(attempts())
 
 
-def test_a_child_that_outlives_its_parent_owns_nothing(owned: Callable[[], str], start: Start, tmp_path: Path) -> None:
+def test_a_child_that_outlives_its_parent_owns_nothing(
+    owned: Callable[[], str], start: Start, tmp_path: Path
+) -> None:
     ask, answer = os.pipe(), os.pipe()
 
     def parent() -> str:
@@ -217,9 +246,14 @@ def test_a_child_that_outlives_its_parent_owns_nothing(owned: Callable[[], str],
             os.close(end)
 
 
-@pytest.mark.parametrize(("second", "ends"), [("one", ["first", "SandboxBusy"]), ("two", ["first", "second"])])
-async def test_two_threads_open_at_once(second: str, ends: list[str], make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second comes when the first's transaction has ended, and the first has not gone on yet."""
+@pytest.mark.parametrize(
+    ("second", "ends"), [("one", ["first", "SandboxBusy"]), ("two", ["first", "second"])]
+)
+async def test_two_threads_open_at_once(
+    second: str, ends: list[str], make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second comes when the first's transaction has ended, and the first has not gone on
+    yet."""
     store = make_store()
     transact = store._file.transact
     ended: list[str] = []

@@ -1,6 +1,8 @@
-"""What one process leaves in the store, the next one takes up: devices, counts, indexes, addresses, claims, and Kata's keys.
+"""What one process leaves in the store, the next one takes up: devices, counts, indexes, addresses,
+claims, and Kata's keys.
 
-Two stores on one path are as those of two processes; a machine in memory outlives them as an object.
+Two stores on one path are as those of two processes; a machine in memory outlives them as an
+object.
 """
 
 from __future__ import annotations
@@ -43,7 +45,13 @@ def facts(sandbox: Sandbox) -> dict[str, Any]:
     devices = [device for device in sandbox.devices if isinstance(device, BlockDevice)]
     return {
         device.id: (
-            (device.info.path, device.info.driver, device.info.read_only, device.info.serial, device.info.share),
+            (
+                device.info.path,
+                device.info.driver,
+                device.info.read_only,
+                device.info.serial,
+                device.info.share,
+            ),
             *(device.identity, device.phase, device.attach_count, device.drive),
         )
         for device in devices
@@ -51,9 +59,9 @@ def facts(sandbox: Sandbox) -> dict[str, Any]:
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return {key: value[:-1] for key, value in one.items()} == {key: value[:-1] for key, value in other.items()} and all(
-        repr(one[key][-1]) == repr(other[key][-1]) for key in one
-    )
+    return {key: value[:-1] for key, value in one.items()} == {
+        key: value[:-1] for key, value in other.items()
+    } and all(repr(one[key][-1]) == repr(other[key][-1]) for key in one)
 
 
 async def test_a_restart_keeps_everything(make_image: MakeImage, make_store: MakeStore) -> None:
@@ -61,7 +69,11 @@ async def test_a_restart_keeps_everything(make_image: MakeImage, make_store: Mak
     async with Sandbox("one", vm, store=make_store()) as sandbox:
         for number, driver in enumerate(DRIVERS):
             await sandbox.attach(
-                make_image(driver), driver=driver, read_only=number % 2 == 0, device_id=f"device-{driver}", share=number < 2
+                make_image(driver),
+                driver=driver,
+                read_only=number % 2 == 0,
+                device_id=f"device-{driver}",
+                share=number < 2,
             )
         await sandbox.attach(make_image("long"), device_id="x" * 100)
         await sandbox.attach(make_image("gone"), device_id="gone")
@@ -70,7 +82,12 @@ async def test_a_restart_keeps_everything(make_image: MakeImage, make_store: Mak
         for _ in range(3):
             twice = await sandbox.attach(again)
         await sandbox.detach(twice)
-        before, index, taken, ids = facts(sandbox), list(sandbox.index), ordinals(sandbox), drive_ids(sandbox)
+        before, index, taken, ids = (
+            facts(sandbox),
+            list(sandbox.index),
+            ordinals(sandbox),
+            drive_ids(sandbox),
+        )
     async with Sandbox("one", vm, store=make_store()) as other:
         assert same(facts(other), before) and not other.recovered
         assert (list(other.index), ordinals(other), drive_ids(other)) == (index, taken, ids)
@@ -83,7 +100,9 @@ async def test_a_restart_keeps_everything(make_image: MakeImage, make_store: Mak
     assert await make_store().sandboxes() == []
 
 
-async def test_the_same_object_is_opened_again(make_image: MakeImage, make_store: MakeStore) -> None:
+async def test_the_same_object_is_opened_again(
+    make_image: MakeImage, make_store: MakeStore
+) -> None:
     vm = MemoryHypervisor(slots=1)
     sandbox = Sandbox("one", vm, driver="virtio-blk", store=make_store())
     async with sandbox:
@@ -131,7 +150,9 @@ async def test_who_died_in_the_middle(make_image: MakeImage, make_store: MakeSto
     await asyncio.gather(*held, return_exceptions=True)
 
 
-async def test_what_is_pending_stays_taken_over_restarts(make_image: MakeImage, make_store: MakeStore) -> None:
+async def test_what_is_pending_stays_taken_over_restarts(
+    make_image: MakeImage, make_store: MakeStore
+) -> None:
     vm = MemoryHypervisor()
     image = make_image("image")
     async with Sandbox("one", vm, driver="virtio-blk", store=make_store()) as sandbox:
@@ -143,7 +164,11 @@ async def test_what_is_pending_stays_taken_over_restarts(make_image: MakeImage, 
     vm.dead = True
     for _ in range(3):
         async with Sandbox("one", vm, store=make_store()) as sandbox:
-            assert same(facts(sandbox), before) and not sandbox.recovered and list(sandbox.index) == [0]
+            assert (
+                same(facts(sandbox), before)
+                and not sandbox.recovered
+                and list(sandbox.index) == [0]
+            )
             for work in (sandbox.attach(image), sandbox.detach("x"), sandbox.reconcile()):
                 with pytest.raises(VmmUnreachable):
                     await work
@@ -152,11 +177,15 @@ async def test_what_is_pending_stays_taken_over_restarts(make_image: MakeImage, 
                     await other.attach(image)
     vm.dead = False
     async with Sandbox("one", vm, store=make_store()) as sandbox:
-        assert [one.outcome for one in sandbox.recovered] == [Outcome.REMOVED] and not sandbox.devices
+        assert [one.outcome for one in sandbox.recovered] == [
+            Outcome.REMOVED
+        ] and not sandbox.devices
         await sandbox.detach("x")
 
 
-async def test_an_attach_that_cannot_be_undone_is_finished(make_image: MakeImage, make_store: MakeStore) -> None:
+async def test_an_attach_that_cannot_be_undone_is_finished(
+    make_image: MakeImage, make_store: MakeStore
+) -> None:
     vm = MemoryHypervisor()
     async with Sandbox("one", vm, store=make_store()) as sandbox:
         vm.fail("device-add", Fault("lose"))
@@ -164,15 +193,24 @@ async def test_an_attach_that_cannot_be_undone_is_finished(make_image: MakeImage
             await sandbox.attach(make_image("image"), driver="nvdimm", device_id="x")
     vm.fail("device-del", Fault("refuse"))
     async with Sandbox("one", vm, store=make_store()) as sandbox:
-        assert [(one.found, one.outcome) for one in sandbox.recovered] == [(Found.ATTACH, Outcome.FINISHED)]
+        assert [(one.found, one.outcome) for one in sandbox.recovered] == [
+            (Found.ATTACH, Outcome.FINISHED)
+        ]
     async with Sandbox("one", vm, store=make_store()) as sandbox:
         [device] = sandbox.devices
-        assert isinstance(device, BlockDevice) and device.attached and device.attach_count == 1 and device.held.guest_match == "/region0/"
+        assert (
+            isinstance(device, BlockDevice)
+            and device.attached
+            and device.attach_count == 1
+            and device.held.guest_match == "/region0/"
+        )
         await sandbox.detach(device)
         assert not vm.backends
 
 
-async def test_a_detach_that_is_declined_after_a_restart(make_image: MakeImage, make_store: MakeStore) -> None:
+async def test_a_detach_that_is_declined_after_a_restart(
+    make_image: MakeImage, make_store: MakeStore
+) -> None:
     vm = MemoryHypervisor()
     async with Sandbox("one", vm, store=make_store()) as sandbox:
         device = await sandbox.attach(make_image("image"))
@@ -219,7 +257,9 @@ async def test_owners(make_store: MakeStore, make_image: MakeImage) -> None:
         assert len(other.devices) == 1
 
 
-async def test_a_machine_has_one_sandbox(make_store: MakeStore, tmp_path: Path, make_image: MakeImage) -> None:
+async def test_a_machine_has_one_sandbox(
+    make_store: MakeStore, tmp_path: Path, make_image: MakeImage
+) -> None:
     addresses = []
     for name in ("vm1", "vm2"):
         (tmp_path / name).touch()
@@ -236,11 +276,16 @@ async def test_a_machine_has_one_sandbox(make_store: MakeStore, tmp_path: Path, 
         (tmp_path / "vm1").unlink()
         assert len(await sandbox.forget()) == 1
         assert not sandbox.devices and not len(sandbox.index)
-    async with Sandbox("two", addresses[0], store=make_store()), Sandbox("one", addresses[1], store=make_store()) as sandbox:
+    async with (
+        Sandbox("two", addresses[0], store=make_store()),
+        Sandbox("one", addresses[1], store=make_store()) as sandbox,
+    ):
         await sandbox.attach(tmp_path / "a")
 
 
-async def test_a_store_for_every_machine_that_outlives_the_process(tmp_path: Path, make_image: MakeImage, state_dir: Path) -> None:
+async def test_a_store_for_every_machine_that_outlives_the_process(
+    tmp_path: Path, make_image: MakeImage, state_dir: Path
+) -> None:
     image = make_image("a")
     async with Sandbox("one", "memory:") as sandbox:
         await sandbox.attach(image)
@@ -249,7 +294,8 @@ async def test_a_store_for_every_machine_that_outlives_the_process(tmp_path: Pat
     async with Sandbox("one", f"memory:{tmp_path / 'vm'}") as sandbox:
         await sandbox.attach(image)
     assert (state_dir / "state.db").exists()
-    async with Sandbox("two", f"memory:{tmp_path / 'vm'}", store=None) as sandbox:  # whoever says so goes without
+    # whoever says so goes without
+    async with Sandbox("two", f"memory:{tmp_path / 'vm'}", store=None) as sandbox:
         assert not sandbox.devices
     with blocking.Sandbox("one", f"memory:{tmp_path / 'vm'}") as other:
         assert len(other.devices) == 1
@@ -257,26 +303,47 @@ async def test_a_store_for_every_machine_that_outlives_the_process(tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", samples.KATA)
-async def test_what_was_imported_is_kept_over_restarts(name: str, tmp_path: Path, make_store: MakeStore) -> None:
+async def test_what_was_imported_is_kept_over_restarts(
+    name: str, tmp_path: Path, make_store: MakeStore
+) -> None:
     path = tmp_path / "kata.json"
     path.write_bytes(samples.text(samples.KATA[name]))
     vm = MemoryHypervisor()
     async with Sandbox("one", vm, store=make_store()) as sandbox:
         await sandbox.load(path)
         plug_in(vm, sandbox)
-        before = (list(sandbox.index), ordinals(sandbox), drive_ids(sandbox), [device.ref_count for device in sandbox.devices])
+        before = (
+            list(sandbox.index),
+            ordinals(sandbox),
+            drive_ids(sandbox),
+            [device.ref_count for device in sandbox.devices],
+        )
     for _ in range(2):
         async with Sandbox("one", vm, store=make_store()) as sandbox:
-            assert (list(sandbox.index), ordinals(sandbox), drive_ids(sandbox), [device.ref_count for device in sandbox.devices]) == before
+            assert (
+                list(sandbox.index),
+                ordinals(sandbox),
+                drive_ids(sandbox),
+                [device.ref_count for device in sandbox.devices],
+            ) == before
             text = encode(sandbox.state())
-    assert samples.without_pyblock(json.loads(text)) == samples.without_pyblock(samples.as_written(samples.KATA[name]))
+    assert samples.without_pyblock(json.loads(text)) == samples.without_pyblock(
+        samples.as_written(samples.KATA[name])
+    )
 
 
-async def test_an_import_that_is_refused_changes_nothing(tmp_path: Path, make_store: MakeStore, make_image: MakeImage) -> None:
+async def test_an_import_that_is_refused_changes_nothing(
+    tmp_path: Path, make_store: MakeStore, make_image: MakeImage
+) -> None:
     images = [make_image(name) for name in "abc"]
     path = tmp_path / "kata.json"
     devices = [
-        samples.device(number, samples.drive(number, File=str(image), SCSIAddr=f"0:{number}"), AttachCount=1, RefCount=1)
+        samples.device(
+            number,
+            samples.drive(number, File=str(image), SCSIAddr=f"0:{number}"),
+            AttachCount=1,
+            RefCount=1,
+        )
         for number, image in enumerate(images)
     ]
     path.write_bytes(samples.text(samples.sandbox(devices, [0, 1, 2])))
@@ -301,29 +368,37 @@ async def test_four_transactions_at_most(make_store: MakeStore, make_image: Make
     async with Sandbox("one", MemoryHypervisor(), store=store) as sandbox:
         await sandbox.detach(await sandbox.attach(images[0]))
         assert store._file._db is not None
-        store._file._db.set_trace_callback(lambda sql: commits.append(sql) if sql == "COMMIT" else None)
+        store._file._db.set_trace_callback(
+            lambda sql: commits.append(sql) if sql == "COMMIT" else None
+        )
         await sandbox.detach(await sandbox.attach(images[0]))
         assert len(commits) == 4
         commits.clear()
         await sandbox.detach_many(await sandbox.attach_many(images))
-        # A crowd of attaches shares its intents; where a task begins at once, none comes as a crowd.
+        # A crowd of attaches shares its intents; where a task begins at once, none comes as a
+        # crowd.
         assert len(commits) <= (4 * len(images) if eager.WANTED else 3 * len(images) + 2)
         store._file._db.set_trace_callback(None)
 
 
-async def test_rows_that_contradict_each_other_are_refused(make_store: MakeStore, make_image: MakeImage) -> None:
+async def test_rows_that_contradict_each_other_are_refused(
+    make_store: MakeStore, make_image: MakeImage
+) -> None:
     store = make_store()
     async with Sandbox("one", vm := MemoryHypervisor(), store=store) as sandbox:
         await sandbox.attach(make_image("a"))
     assert store._file._db is not None
-    store._file._db.execute("INSERT INTO device SELECT sandbox, 'copy', state, NULL, NULL FROM device")
+    store._file._db.execute(
+        "INSERT INTO device SELECT sandbox, 'copy', state, NULL, NULL FROM device"
+    )
     for _ in range(2):
         with pytest.raises(InvalidState, match="'one'"):
             await Sandbox("one", vm, store=store).__aenter__()
 
 
 def test_threads_of_the_blocking_door(make_store: MakeStore, make_image: MakeImage) -> None:
-    """Many threads attach and detach one image, and each its own: as many detaches as attaches end it, in the store as well."""
+    """Many threads attach and detach one image, and each its own: as many detaches as attaches end
+    it, in the store as well."""
     image, vm, store = make_image("shared"), MemoryHypervisor(), make_store()
     own = [make_image(f"own{number}") for number in range(8)]
 

@@ -1,4 +1,5 @@
-"""The records of a store: what is written and how much, what is refused, and rows of older versions."""
+"""The records of a store: what is written and how much, what is refused, and rows of older
+versions."""
 
 from __future__ import annotations
 
@@ -27,7 +28,16 @@ from pyblock.kata.schema import encode as encode_file
 from pyblock.kata.translate import device_from_state, device_to_state, sandbox_from_state
 from pyblock.life.recorded import record_of
 from pyblock.store import record
-from pyblock.store.record import FORM, Record, SandboxRecord, decode, decode_sandbox, drive_id_of, encode, encode_sandbox
+from pyblock.store.record import (
+    FORM,
+    Record,
+    SandboxRecord,
+    decode,
+    decode_sandbox,
+    drive_id_of,
+    encode,
+    encode_sandbox,
+)
 from pyblock.store.sqlite import old_rows
 from pyblock.vmm.memory.machine import MemoryHypervisor
 
@@ -68,11 +78,15 @@ async def test_the_rows_of_a_store_are_short(make_store: MakeStore, make_image: 
             await sandbox.attach(image)
         found = rows(store.path)["device"]
     assert len(found) == len(images)
-    assert max(len(row[3]) - len(str(image)) for row, image in zip(found, images, strict=True)) <= 260 - len(PLAIN.path)
+    assert max(
+        len(row[3]) - len(str(image)) for row, image in zip(found, images, strict=True)
+    ) <= 260 - len(PLAIN.path)
 
 
 def test_what_follows_is_not_written() -> None:
-    assert json.loads(encode(Record(id="x", driver="nvdimm", serial=None, index=0, ordinal=0, drive_id="drive-x"))) == {
+    assert json.loads(
+        encode(Record(id="x", driver="nvdimm", serial=None, index=0, ordinal=0, drive_id="drive-x"))
+    ) == {
         "driver": "nvdimm",
         "serial": None,
         "index": 0,
@@ -98,7 +112,10 @@ TEXTS = st.none() | st.text(TEXT, max_size=20)
         dev_type=st.sampled_from(["", "b"]),
         major=st.integers(-1, 300),
         minor=st.integers(-1, 300),
-        identity=st.none() | st.tuples(st.sampled_from(["file", "block"]), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)),
+        identity=st.none()
+        | st.tuples(
+            st.sampled_from(["file", "block"]), st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)
+        ),
         phase=st.sampled_from(["attached", "detach-pending"]),
         attach_count=st.integers(1, 2**64 - 1),
         users=st.none() | st.integers(0, 2**64 - 1),
@@ -141,9 +158,13 @@ DAMAGED: dict[str, bytes] = {
     "ordinal past the last": b'{"driver":"virtio-blk","index":0,"ordinal":1048576}',
     "negative offset": b'{"driver":"virtio-blk","index":0,"offset":-1}',
     "negative count": b'{"driver":"virtio-blk","index":0,"attach_count":-1}',
-    "a count of too many bits": b'{"driver":"virtio-blk","index":0,"attach_count":18446744073709551616}',
+    (
+        "a count of too many bits"
+    ): b'{"driver":"virtio-blk","index":0,"attach_count":18446744073709551616}',
     "attached to nobody": b'{"driver":"virtio-blk","index":0,"attach_count":0}',
-    "detached with a drive": b'{"driver":"virtio-blk","index":0,"attach_count":0,"phase":"detached"}',
+    (
+        "detached with a drive"
+    ): b'{"driver":"virtio-blk","index":0,"attach_count":0,"phase":"detached"}',
     "attached without a drive": b'{"driver":"virtio-blk"}',
     "no kind of image": b'{"driver":"virtio-blk","index":0,"identity":["socket",1,2]}',
     "deep": b'{"kata":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
@@ -165,7 +186,9 @@ def test_an_id_that_is_none_is_refused() -> None:
 
 
 def test_a_newer_form_is_refused() -> None:
-    text = json.dumps({"form": FORM + 1, "driver": "virtio-blk", "index": 0, "new": {"x": 1}, "drive_id": "d"}).encode()
+    text = json.dumps(
+        {"form": FORM + 1, "driver": "virtio-blk", "index": 0, "new": {"x": 1}, "drive_id": "d"}
+    ).encode()
     with pytest.raises(NewerState, match=f"form {FORM + 1}, this one reads up to {FORM}"):
         decode("x", text, where="somewhere")
     with pytest.raises(NewerState, match="somewhere"):
@@ -174,13 +197,16 @@ def test_a_newer_form_is_refused() -> None:
 
 
 def test_an_option_is_in_two_places() -> None:
-    """What is asked for is written by the same names, so nothing between the two names an option."""
+    """What is asked for is written by the same names, so nothing between the two names an
+    option."""
     asked = {field.name: field.default for field in msgspec.structs.fields(DeviceInfo)}
     written = {field.name: field.default for field in msgspec.structs.fields(Record)}
     assert asked.keys() <= written.keys()
     own = {"id", "driver", "serial"}  # of which a device always has one
     assert {name for name in asked if written[name] != asked[name]} == own
-    info = DeviceInfo("/a", "virtio-blk", True, "s", "d", "b", 8, 1, {"fstype": "ext4"}, True, "raw")
+    info = DeviceInfo(
+        "/a", "virtio-blk", True, "s", "d", "b", 8, 1, {"fstype": "ext4"}, True, "raw"
+    )
     record = record_of(BlockDevice("d", info))
     assert record.info() == info
 
@@ -197,32 +223,49 @@ def test_what_a_newer_version_writes_says_so(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_what_is_asked_for_stands_first() -> None:
     """It is handed over as it is, by position."""
-    assert Record.__struct_fields__[: len(DeviceInfo.__struct_fields__)] == DeviceInfo.__struct_fields__
+    assert (
+        Record.__struct_fields__[: len(DeviceInfo.__struct_fields__)]
+        == DeviceInfo.__struct_fields__
+    )
 
 
 def test_every_field_is_told_once() -> None:
-    """Who adds a field raises FORM: an older reader is to refuse what has it, and not to lose it."""
+    """Who adds a field raises FORM: an older reader is to refuse what has it, and not to lose
+    it."""
     assert (FORM, len(Record.__struct_fields__)) == (1, 30)
 
 
 def test_a_field_without_a_key_travels_under_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a saved file, whose version then says so; which file a pyblock without that field refuses."""
+    """In a saved file, whose version then says so; which file a pyblock without that field
+    refuses."""
     monkeypatch.setattr(persist, "_MORE", {"unverified": False})
-    text = encode_file(persist.sandbox_to_state("s1", SandboxRecord(), [msgspec.structs.replace(PLAIN, unverified=True)]))
+    text = encode_file(
+        persist.sandbox_to_state(
+            "s1", SandboxRecord(), [msgspec.structs.replace(PLAIN, unverified=True)]
+        )
+    )
     saved = json.loads(text)
-    assert saved["Pyblock"]["Version"] == VERSION and saved["Devices"][0]["Pyblock"]["More"] == {"unverified": True}
+    assert saved["Pyblock"]["Version"] == VERSION and saved["Devices"][0]["Pyblock"]["More"] == {
+        "unverified": True
+    }
     del saved["Devices"][0]["BlockDrive"]["Pyblock"]["Unverified"]
-    _, [again] = sandbox_from_state(decode_file(json.dumps(saved).encode(), where="a file"), VIRTIO_SCSI, where="a file")
+    _, [again] = sandbox_from_state(
+        decode_file(json.dumps(saved).encode(), where="a file"), VIRTIO_SCSI, where="a file"
+    )
     assert again.unverified
     saved["Devices"][0]["Pyblock"]["More"] = {"unverified": 7}
     with pytest.raises(InvalidState, match="a file: device"):
-        sandbox_from_state(decode_file(json.dumps(saved).encode(), where="a file"), VIRTIO_SCSI, where="a file")
+        sandbox_from_state(
+            decode_file(json.dumps(saved).encode(), where="a file"), VIRTIO_SCSI, where="a file"
+        )
     monkeypatch.undo()
     with pytest.raises(NewerState, match=r"a file: device.*'unverified'"):
         sandbox_from_state(decode_file(text, where="a file"), VIRTIO_SCSI, where="a file")
 
 
-async def test_a_row_that_cannot_be_read_stays_and_hinders_no_other_sandbox(make_store: MakeStore, make_image: MakeImage) -> None:
+async def test_a_row_that_cannot_be_read_stays_and_hinders_no_other_sandbox(
+    make_store: MakeStore, make_image: MakeImage
+) -> None:
     store, images = make_store(), [make_image(name) for name in "ab"]
     for number in range(2):
         async with Sandbox(f"s{number}", MemoryHypervisor(), store=store) as sandbox:
@@ -246,7 +289,9 @@ def without_pyblock(text: bytes) -> Any:
 
 
 @pytest.mark.parametrize("version", [1, 2, 3, 4])
-async def test_an_older_store_is_taken_up_unchanged(version: int, make_store: MakeStore, tmp_path: Path) -> None:
+async def test_an_older_store_is_taken_up_unchanged(
+    version: int, make_store: MakeStore, tmp_path: Path
+) -> None:
     """What is exported of it is what was exported before."""
     store, path = make_store(), tmp_path / "state.json"
     older_store(store.path, version, DEVICES, SANDBOXES)
@@ -258,7 +303,9 @@ async def test_an_older_store_is_taken_up_unchanged(version: int, make_store: Ma
                 await sandbox.save(path)
             assert json.loads(path.read_bytes()) == json.loads(EXPORTS[name])
     found = rows(store.path)
-    assert [row[2] for row in found["device"]] == [device_id for each in DEVICES.values() for device_id, *_ in each]
+    assert [row[2] for row in found["device"]] == [
+        device_id for each in DEVICES.values() for device_id, *_ in each
+    ]
     assert not any(b'"BlockDrive"' in row[3] for row in found["device"] if row[1] == "own")
 
 
@@ -272,12 +319,16 @@ def test_an_old_row_means_what_a_file_does(name: str) -> None:
         old.kata = told.kata
         assert old == told
         assert decode(device_id, encode(old), where="a row") == old
-        assert msgspec.to_builtins(device_to_state(old)) == msgspec.to_builtins(device_to_state(told))
+        assert msgspec.to_builtins(device_to_state(old)) == msgspec.to_builtins(
+            device_to_state(told)
+        )
 
 
 def test_a_sandboxes_own_row_means_what_a_file_does() -> None:
     held = {json.loads(row)["BlockDrive"]["Index"] for _, row, image, _ in DEVICES["kata"] if image}
-    told, _ = sandbox_from_state(decode_file(EXPORTS["kata"], where="a file"), VIRTIO_SCSI, where="a file")
+    told, _ = sandbox_from_state(
+        decode_file(EXPORTS["kata"], where="a file"), VIRTIO_SCSI, where="a file"
+    )
     old = old_rows.sandbox_record_of(SANDBOXES["kata"], held)
     assert (old.offsets, old.taken) == (told.offsets, told.taken) == ({}, [9])
     assert without_pyblock(bytes(old.kata)) == without_pyblock(bytes(told.kata))
@@ -305,18 +356,28 @@ async def test_a_damaged_old_row_stays_as_it_is(what: str, make_store: MakeStore
     device_id, good, *claim = DEVICES["own"][0]
     assert bad != good
     others = DEVICES["own"][1:]
-    older_store(store.path, 4, {"bad": [(device_id, bad, *claim)], "own": others, "worse": []}, {"worse": b"{nothing"})
+    older_store(
+        store.path,
+        4,
+        {"bad": [(device_id, bad, *claim)], "own": others, "worse": []},
+        {"worse": b"{nothing"},
+    )
     for name in ("bad", "worse"):
         with pytest.raises(InvalidState, match=f"'{name}'"):
             await Sandbox(name, MemoryHypervisor(), store=store).__aenter__()
     async with Sandbox("own", MemoryHypervisor(), store=store, recover=False) as sandbox:
         assert len(sandbox.devices) == len(others)
     with closing(sqlite3.connect(store.path)) as db:
-        assert db.execute("SELECT state, image, access FROM device WHERE sandbox = 'bad'").fetchall() == [(bad, *claim)]
-        assert db.execute("SELECT state FROM sandbox WHERE id = 'worse'").fetchall() == [(b"{nothing",)]
+        assert db.execute(
+            "SELECT state, image, access FROM device WHERE sandbox = 'bad'"
+        ).fetchall() == [(bad, *claim)]
+        assert db.execute("SELECT state FROM sandbox WHERE id = 'worse'").fetchall() == [
+            (b"{nothing",)
+        ]
     if b'"ID": "drive-virtio-scsi"' in bad and what not in ("cut off", "no drive"):
         async with Sandbox("own", MemoryHypervisor(), store=store, recover=False):
-            assert "drive-virtio-scsi" in await store.drives_of_others("own", "")  # so that nobody takes it for an orphan
+            # so that nobody takes it for an orphan
+            assert "drive-virtio-scsi" in await store.drives_of_others("own", "")
 
 
 async def test_what_was_imported_goes_on_from_old_rows(make_store: MakeStore) -> None:

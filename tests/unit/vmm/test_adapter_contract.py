@@ -1,4 +1,5 @@
-"""What an adapter may be beside QEMU's, and that nothing above it minds: tests/support/scripted.py has one of each shape."""
+"""What an adapter may be beside QEMU's, and that nothing above it minds: tests/support/scripted.py
+has one of each shape."""
 
 from __future__ import annotations
 
@@ -50,7 +51,12 @@ def phase_of(device: BlockDevice) -> Phase:
 
 # A pool whose members have had their names since boot.
 
-POOL = {"p0": Member(1), "p1": Member(2, read_only=True), "p2": Member(3), "p3": Member(4, read_only=True)}
+POOL = {
+    "p0": Member(1),
+    "p1": Member(2, read_only=True),
+    "p2": Member(3),
+    "p3": Member(4, read_only=True),
+}
 
 
 async def test_the_name_of_a_pool_is_the_members(make_image: MakeImage) -> None:
@@ -60,8 +66,15 @@ async def test_the_name_of_a_pool_is_the_members(make_image: MakeImage) -> None:
         first = await sandbox.attach(make_image("a"), read_only=True)
         second = await sandbox.attach(make_image("b"))
         third = await sandbox.attach(make_image("c"), read_only=True)
-        names = [(one.held.index, one.held.place, one.held.predicted_name, one.held.guest_match) for one in (first, second, third)]
-        assert names == [(0, "p1", "/dev/vdc", "/vdc"), (1, "p0", "/dev/vdb", "/vdb"), (2, "p3", "/dev/vde", "/vde")]
+        names = [
+            (one.held.index, one.held.place, one.held.predicted_name, one.held.guest_match)
+            for one in (first, second, third)
+        ]
+        assert names == [
+            (0, "p1", "/dev/vdc", "/vdc"),
+            (1, "p0", "/dev/vdb", "/vdb"),
+            (2, "p3", "/dev/vde", "/vde"),
+        ]
         assert first.held.virt_path == "/dev/vdc"
         # One of a crowd has its name all the same.
         [fourth] = await sandbox.attach_many([make_image("d")])
@@ -74,7 +87,8 @@ async def test_the_name_of_a_pool_is_the_members(make_image: MakeImage) -> None:
 
 
 async def test_a_pool_after_a_restart(make_image: MakeImage, store: SqliteStore) -> None:
-    """The record has the place, and only the adapter reads it; a member that serves none of ours is none of ours."""
+    """The record has the place, and only the adapter reads it; a member that serves none of ours is
+    none of ours."""
     vm = Pool(POOL, "scripted:pool")
     async with Sandbox("one", vm, driver="virtio-mmio", store=store) as sandbox:
         kept = await sandbox.attach(make_image("a"), read_only=True)
@@ -139,7 +153,9 @@ async def test_a_vmm_that_chooses_the_place(make_image: MakeImage, store: Sqlite
     vm = Chooser(2, "scripted:chooser")
     async with Sandbox("one", vm, driver="virtio-blk", store=store) as sandbox:
         first, second = [await sandbox.attach(make_image(name)) for name in ("a", "b")]
-        assert [(one.held.place, one.held.pci_path, one.held.guest_match) for one in (first, second)] == [
+        assert [
+            (one.held.place, one.held.pci_path, one.held.guest_match) for one in (first, second)
+        ] == [
             ("slot0", "00", "/slot0/"),
             ("slot1", "01", "/slot1/"),
         ]
@@ -152,13 +168,16 @@ async def test_a_vmm_that_chooses_the_place(make_image: MakeImage, store: Sqlite
         assert (third.held.index, third.held.place) == (0, "slot0")
     async with Sandbox("one", vm, driver="virtio-blk", store=store) as sandbox:
         assert sandbox.recovered == ()
-        assert sorted(one.held.place or "" for one in sandbox.devices if isinstance(one, BlockDevice)) == ["slot0", "slot1"]
+        assert sorted(
+            one.held.place or "" for one in sandbox.devices if isinstance(one, BlockDevice)
+        ) == ["slot0", "slot1"]
         await sandbox.detach("d")
         assert vm.disks.keys() == {"slot1"}
 
 
 async def test_a_place_that_was_never_told(make_image: MakeImage, store: SqliteStore) -> None:
-    """The VMM chose, and its reply was lost: the record has no place, and the disk is found all the same, after a restart too."""
+    """The VMM chose, and its reply was lost: the record has no place, and the disk is found all the
+    same, after a restart too."""
     image = make_image("a")
     vm = Chooser(2, "scripted:chooser")
     async with Sandbox("one", vm, driver="virtio-blk", store=store) as sandbox:
@@ -180,7 +199,8 @@ async def test_a_place_that_was_never_told(make_image: MakeImage, store: SqliteS
 
 
 async def test_what_comes_while_the_machine_is_asked_is_no_stranger(make_image: MakeImage) -> None:
-    """The VMM has it under a name of its own, which the adapter knows to be ours; a stranger it does not know counts."""
+    """The VMM has it under a name of its own, which the adapter knows to be ours; a stranger it
+    does not know counts."""
     vm = Chooser(4)
     vm.disks["root"] = "/images/root"
     async with Sandbox("one", vm, driver="virtio-blk") as sandbox:
@@ -200,16 +220,22 @@ async def test_what_comes_while_the_machine_is_asked_is_no_stranger(make_image: 
 # One that is asked whether a disk has left.
 
 
-async def test_all_who_wait_share_one_question(make_image: MakeImage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(poller, "SOONEST", 3600.0)  # so that nothing but what is said here has it asked
+async def test_all_who_wait_share_one_question(
+    make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # so that nothing but what is said here has it asked
+    monkeypatch.setattr(poller, "SOONEST", 3600.0)
     monkeypatch.setattr(poller, "SLOWEST", 3600.0)
     vm = Polled()
     async with Sandbox("one", vm, driver="virtio-blk") as sandbox:
         devices = await sandbox.attach_many([make_image(f"i{number}") for number in range(20)])
         detach = asyncio.create_task(sandbox.detach_many(devices, timeout=None))
-        await until(lambda: len(vm.leaving) == 20 and vm.poller._task is not None and "poll" in vm.sent)
+        await until(
+            lambda: len(vm.leaving) == 20 and vm.poller._task is not None and "poll" in vm.sent
+        )
         asked = vm.sent.count("poll")
-        assert asked <= 2  # all came in one turn of the event loop, or while the first was on its way
+        # all came in one turn of the event loop, or while the first was on its way
+        assert asked <= 2
         for device in devices:
             vm.eject(device.held.id)
         vm.poller.hurry()
@@ -223,7 +249,11 @@ async def test_a_question_that_fails_is_no_outcome(make_image: MakeImage) -> Non
     vm = Polled()
     async with Sandbox("one", vm, driver="virtio-blk") as sandbox:
         device = await sandbox.attach(make_image("a"))
-        vm.script["poll"] = [ConnectionLost("gone"), VmmUnreachable("away"), VmmProtocolError("odd")]
+        vm.script["poll"] = [
+            ConnectionLost("gone"),
+            VmmUnreachable("away"),
+            VmmProtocolError("odd"),
+        ]
         detach = asyncio.create_task(sandbox.detach(device, timeout=None))
         await until(lambda: vm.sent.count("poll") > 3)
         assert phase_of(device) is Phase.DETACHING and not detach.done()
@@ -231,7 +261,9 @@ async def test_a_question_that_fails_is_no_outcome(make_image: MakeImage) -> Non
         await detach
 
 
-async def test_a_deadline_ends_one_wait_and_a_late_confirmation_the_job(make_image: MakeImage) -> None:
+async def test_a_deadline_ends_one_wait_and_a_late_confirmation_the_job(
+    make_image: MakeImage,
+) -> None:
     vm = Polled()
     async with Sandbox("one", vm, driver="virtio-blk") as sandbox:
         device = await sandbox.attach(make_image("a"))
@@ -338,27 +370,36 @@ async def test_a_refused_step_takes_back_those_before(place: int, make_image: Ma
 
 @pytest.mark.parametrize("place", range(3))
 @pytest.mark.parametrize("error", [LOST, UNSENT, KeyError("odd")], ids=["lost", "unsent", "broken"])
-async def test_a_step_of_which_nobody_knows(place: int, error: Exception, make_image: MakeImage) -> None:
-    """Only where nothing was sent at all it is known that nothing is there. Recovery settles the rest."""
+async def test_a_step_of_which_nobody_knows(
+    place: int, error: Exception, make_image: MakeImage
+) -> None:
+    """Only where nothing was sent at all it is known that nothing is there. Recovery settles the
+    rest."""
     vm, name = Stepped(), Stepped.NAMES[place]
     vm.script[name] = [error]
     async with Sandbox("one", vm, driver="virtio-blk") as sandbox:
         known = place == 0 and error is UNSENT
         with pytest.raises(VmmUnreachable if known else AttachPending):
             await sandbox.attach(make_image("a"))
-        assert vm.sent == [*Stepped.NAMES[:place], name]  # nothing is undone: what is there is not known
+        # nothing is undone: what is there is not known
+        assert vm.sent == [*Stepped.NAMES[:place], name]
         assert len(sandbox.devices) == len(sandbox.index) == (0 if known else 1)
         findings = await sandbox.reconcile()
-        assert [one.outcome for one in findings] == ([] if known else [Outcome.REMOVED if place else Outcome.FREED])
+        assert [one.outcome for one in findings] == (
+            [] if known else [Outcome.REMOVED if place else Outcome.FREED]
+        )
         assert not sandbox.devices and not len(sandbox.index) and not any(vm.parts.values())
 
 
-@pytest.mark.parametrize("error", [LOST, refusal("undo one"), KeyError("odd")], ids=["lost", "refused", "broken"])
+@pytest.mark.parametrize(
+    "error", [LOST, refusal("undo one"), KeyError("odd")], ids=["lost", "refused", "broken"]
+)
 async def test_a_step_that_cannot_be_taken_back(error: Exception, make_image: MakeImage) -> None:
     vm = Stepped()
     vm.script = {"three": [refusal("three")], "undo one": [error]}
     async with Sandbox("one", vm, driver="virtio-blk") as sandbox:
-        with pytest.raises(VmmRefused, match="three: no") as caught:  # the first error, and the trouble as its note
+        # the first error, and the trouble as its note
+        with pytest.raises(VmmRefused, match="three: no") as caught:
             await sandbox.attach(make_image("a"))
         assert any("undoing it failed too" in note for note in caught.value.__notes__)
         [device] = sandbox.devices
@@ -381,7 +422,9 @@ async def test_a_step_that_cannot_be_taken_back(error: Exception, make_image: Ma
         ("rest", UNSENT, Phase.DETACH_PENDING),
     ],
 )
-async def test_a_removal_that_fails(step: str, error: Exception, phase: Phase, make_image: MakeImage) -> None:
+async def test_a_removal_that_fails(
+    step: str, error: Exception, phase: Phase, make_image: MakeImage
+) -> None:
     vm = Stepped()
     async with Sandbox("one", vm, driver="virtio-blk") as sandbox:
         device = await sandbox.attach(make_image("a"))
@@ -418,8 +461,16 @@ def adapters() -> list[tuple[str, Hypervisor, str]]:
     return [(type(vm).__name__, vm, driver) for vm in made for driver in vm.offers]
 
 
-@pytest.mark.parametrize(("vm", "driver"), [(vm, driver) for _, vm, driver in adapters()], ids=[f"{a}-{d}" for a, _, d in adapters()])
-async def test_every_driver_on_offer_ends_with_an_address(vm: Hypervisor, driver: str, tmp_path: Path, make_image: MakeImage) -> None:
+@pytest.mark.parametrize(
+    ("vm", "driver"),
+    [(vm, driver) for _, vm, driver in adapters()],
+    ids=[f"{a}-{d}" for a, _, d in adapters()],
+)
+async def test_every_driver_on_offer_ends_with_an_address(
+    vm: Hypervisor, driver: str, tmp_path: Path, make_image: MakeImage
+) -> None:
     async with Sandbox("one", vm, driver=driver, store=None) as sandbox:
         device = await sandbox.attach(make_image("a"))
-        assert device.held.guest_match or vm.offers[driver].unlocated, f"nothing finds a {driver} disk in the guest, and nothing says why"
+        assert device.held.guest_match or vm.offers[driver].unlocated, (
+            f"nothing finds a {driver} disk in the guest, and nothing says why"
+        )

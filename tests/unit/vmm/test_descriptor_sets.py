@@ -1,4 +1,5 @@
-"""Which set of descriptors is whose: an answer of QEMU that is older than what happened meanwhile changes nothing about that."""
+"""Which set of descriptors is whose: an answer of QEMU that is older than what happened meanwhile
+changes nothing about that."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ class Monitor(QmpSession):
         self.breaks = False
         self.first_fd = 10
 
-    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None, **_: Any) -> msgspec.Raw:
+    async def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None, **_: Any
+    ) -> msgspec.Raw:
         assert command == "add-fd" and arguments is not None
         number = min(set(range(len(self.sets) + 1)) - self.sets.keys())
         self.sets[number] = arguments["opaque"]
@@ -57,7 +60,8 @@ async def hand_over(sets: DescriptorSets, drive_id: str, image: Path) -> int:
 
 
 async def test_a_drive_that_came_back_while_qemu_was_asked(image: Path) -> None:
-    """Found by the storm: the answer knew its set of before, whose number was another drive's by then."""
+    """Found by the storm: the answer knew its set of before, whose number was another drive's by
+    then."""
     monitor = Monitor()
     sets = DescriptorSets(monitor)
     assert await hand_over(sets, "drive-a", image) == 0
@@ -134,8 +138,11 @@ async def test_what_was_unused_in_another_machine_stays(image: Path) -> None:
 
 
 @pytest.mark.parametrize("program", ["cat", "qemu-system-none"])
-async def test_the_number_is_looked_up_in_qemu_alone(program: str, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is in between has its own descriptors under that number, and has passed on the right one all the same."""
+async def test_the_number_is_looked_up_in_qemu_alone(
+    program: str, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in between has its own descriptors under that number, and has passed on the right one
+    all the same."""
     path = tmp_path / program
     shutil.copy(shutil.which("cat") or "", path)
     with subprocess.Popen([str(path)], stdin=subprocess.PIPE) as peer:
@@ -152,8 +159,8 @@ async def test_the_number_is_looked_up_in_qemu_alone(program: str, image: Path, 
 
 
 async def test_a_set_whose_node_is_about_to_come_is_not_removed_for_the_next(image: Path) -> None:
-    """Found by the storm: QEMU had listed the set of one that was being passed, and the next one, which goes before its node, had it
-    removed as unused, and got its number."""
+    """Found by the storm: QEMU had listed the set of one that was being passed, and the next one,
+    which goes before its node, had it removed as unused, and got its number."""
     monitor = Monitor()
     sets = DescriptorSets(monitor)
     answered = asyncio.Event()

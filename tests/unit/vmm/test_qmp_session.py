@@ -1,4 +1,5 @@
-"""A session against servers that send too much, too little, or what would drive a terminal: nothing grows, and each is told by name."""
+"""A session against servers that send too much, too little, or what would drive a terminal: nothing
+grows, and each is told by name."""
 
 from __future__ import annotations
 
@@ -21,7 +22,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from pyblock import ConnectionLost, DeadlinePassed, Sandbox, VmmProtocolError, VmmRefused, VmmUnreachable
+from pyblock import (
+    ConnectionLost,
+    DeadlinePassed,
+    Sandbox,
+    VmmProtocolError,
+    VmmRefused,
+    VmmUnreachable,
+)
 from pyblock.disk.drivers import VIRTIO_SCSI
 from pyblock.disk.model import BlockDrive, DeviceInfo
 from pyblock.vmm.qemu import qmp, qmp_connection
@@ -32,8 +40,14 @@ from pyblock.vmm.turns import MESSAGES_MAX
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
 
-GREETING = b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, "capabilities": ["oob"]}}\r\n'
-EVENT = b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "BLOCK_IO_ERROR", "data": {"device": "drive-x", "reason": "no"}}\r\n'
+GREETING = (
+    b'{"QMP": {"version": {"qemu": {"micro": 0, "minor": 2, "major": 7}, "package": ""}, '
+    b'"capabilities": ["oob"]}}\r\n'
+)
+EVENT = (
+    b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "BLOCK_IO_ERROR", "data": '
+    b'{"device": "drive-x", "reason": "no"}}\r\n'
+)
 ENOUGH = 60.0  # seconds: a deadline that is not meant to pass
 
 Command = dict[str, Any]
@@ -42,17 +56,22 @@ Answer = Callable[[Command, asyncio.StreamWriter], Awaitable[None]]
 
 @pytest.fixture
 def path() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="pyblock-") as folder:  # short: a unix socket's path ends at 107 bytes
+    # short: a unix socket's path ends at 107 bytes
+    with tempfile.TemporaryDirectory(prefix="pyblock-") as folder:
         yield Path(folder, "qmp")
 
 
 def reply(command: Command, value: Any = None) -> bytes:
-    return json.dumps({"return": {} if value is None else value, "id": command["id"]}).encode() + b"\r\n"
+    return (
+        json.dumps({"return": {} if value is None else value, "id": command["id"]}).encode()
+        + b"\r\n"
+    )
 
 
 @asynccontextmanager
 async def monitor(path: Path, answer: Answer, *, behind: bytes = b"") -> AsyncIterator[None]:
-    """Greets, takes capabilities, and leaves the rest to `answer`. `behind` goes out with the first reply to the capabilities."""
+    """Greets, takes capabilities, and leaves the rest to `answer`. `behind` goes out with the first
+    reply to the capabilities."""
     clients: set[asyncio.Task[None]] = set()
     more = [behind]
 
@@ -120,7 +139,8 @@ async def test_events_are_kept_nowhere(path: Path) -> None:
             after, _ = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        assert after - before < 500_000  # one byte an event would be 45,000 bytes, qemu.qmp's 1.7 KB 75 MB
+        # one byte an event would be 45,000 bytes, qemu.qmp's 1.7 KB 75 MB
+        assert after - before < 500_000
 
 
 async def test_a_flood_loses_its_connection(path: Path) -> None:
@@ -173,11 +193,13 @@ async def test_a_peer_that_does_not_read(path: Path, monkeypatch: pytest.MonkeyP
                     task.result()
         await session.close()
         ends = await asyncio.gather(*going, return_exceptions=True)
-        assert {type(end) for end in ends} == {ConnectionLost, VmmUnreachable}  # some were on their way, the others were not sent
+        # some were on their way, the others were not sent
+        assert {type(end) for end in ends} == {ConnectionLost, VmmUnreachable}
 
 
 async def test_what_nobody_waits_for_any_more_is_not_sent(path: Path) -> None:
-    """A caller looks at a stopped machine again and again. When it goes on, it has little to catch up with."""
+    """A caller looks at a stopped machine again and again. When it goes on, it has little to catch
+    up with."""
     stopped = asyncio.Event()
     heard: list[str] = []
 
@@ -191,7 +213,9 @@ async def test_what_nobody_waits_for_any_more_is_not_sent(path: Path) -> None:
         while not heard:
             await asyncio.sleep(0)
         for number in range(5000):
-            asking = asyncio.create_task(session.execute("query", {"padding": "x" * 1000, "number": number}))
+            asking = asyncio.create_task(
+                session.execute("query", {"padding": "x" * 1000, "number": number})
+            )
             await asyncio.sleep(0)
             asking.cancel()
             await asyncio.wait([asking])
@@ -233,7 +257,9 @@ async def test_a_removal_is_asked_for_again_once_at_a_time(path: Path) -> None:
         await adapter.close()
 
 
-async def test_a_peer_that_reads_and_never_answers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_peer_that_reads_and_never_answers(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(qmp_connection, "UNANSWERED_MAX", 10)
 
     async def mute(command: Command, writer: asyncio.StreamWriter) -> None:
@@ -259,7 +285,8 @@ class Node(msgspec.Struct):
 
 
 async def test_a_large_reply_is_read_in_linear_time(path: Path) -> None:
-    """Twice as much takes about twice as long: what was read is not looked at again with every piece that comes."""
+    """Twice as much takes about twice as long: what was read is not looked at again with every
+    piece that comes."""
     node = {"node-name": "drive-x", "file": "x" * 800}
 
     async def large(command: Command, writer: asyncio.StreamWriter) -> None:
@@ -276,7 +303,10 @@ async def test_a_large_reply_is_read_in_linear_time(path: Path) -> None:
 
 async def test_replies_of_an_earlier_client(path: Path) -> None:
     async def stray(command: Command, writer: asyncio.StreamWriter) -> None:
-        writer.write(b'{"return": {"fd": 5}, "id": 3}\r\n{"return": {}, "id": "libvirt-7"}\r\n' + reply(command, {"node-name": "x"}))
+        writer.write(
+            b'{"return": {"fd": 5}, "id": 3}\r\n{"return": {}, "id": "libvirt-7"}\r\n'
+            + reply(command, {"node-name": "x"})
+        )
 
     async with opened(path, stray) as session:
         assert (await session.ask(Node, "query")).name == "x"
@@ -293,7 +323,9 @@ async def test_a_command_that_was_cancelled_is_answered_to_nobody(path: Path) ->
     async with opened(path, slow) as session:
         late: list[bytes] = []
         await session.execute("first")
-        task = asyncio.create_task(session.execute("slow", late=lambda raw: late.append(bytes(raw))))
+        task = asyncio.create_task(
+            session.execute("slow", late=lambda raw: late.append(bytes(raw)))
+        )
         await asyncio.sleep(0)
         other = asyncio.create_task(session.ask(Node, "other"))
         await asyncio.sleep(0)
@@ -307,7 +339,10 @@ async def test_a_command_that_was_cancelled_is_answered_to_nobody(path: Path) ->
 
 async def test_what_would_drive_a_terminal_is_escaped(path: Path) -> None:
     async def rude(command: Command, writer: asyncio.StreamWriter) -> None:
-        error = {"class": "Generic\x1b[2J", "desc": "Could not open '\x1b]0;owned\x07\u202egmi.\n" + "x" * 10_000}
+        error = {
+            "class": "Generic\x1b[2J",
+            "desc": "Could not open '\x1b]0;owned\x07\u202egmi.\n" + "x" * 10_000,
+        }
         writer.write(json.dumps({"error": error, "id": command["id"]}).encode() + b"\r\n")
 
     async with opened(path, rude) as session:
@@ -328,7 +363,9 @@ async def test_each_descriptor_goes_with_its_own_command(path: Path) -> None:
         files = [os.open("/dev/null", os.O_RDONLY), os.open("/dev/zero", os.O_RDONLY)]
         loop = asyncio.get_running_loop()
         try:
-            first = asyncio.create_task(session.execute("add-fd", {"opaque": "null"}, descriptor=files[0]))
+            first = asyncio.create_task(
+                session.execute("add-fd", {"opaque": "null"}, descriptor=files[0])
+            )
             peer, _ = await loop.sock_accept(listening)
             with peer:
                 peer.setblocking(True)
@@ -339,7 +376,9 @@ async def test_each_descriptor_goes_with_its_own_command(path: Path) -> None:
                 await loop.sock_sendall(peer, reply(command))
                 await until_readable(peer)
                 data, got, _, _ = socket.recv_fds(peer, 65536, 8)
-                second = asyncio.create_task(session.execute("add-fd", {"opaque": "zero"}, descriptor=files[1]))
+                second = asyncio.create_task(
+                    session.execute("add-fd", {"opaque": "zero"}, descriptor=files[1])
+                )
                 first.cancel()
                 for _ in range(20):
                     await asyncio.sleep(0)
@@ -351,7 +390,10 @@ async def test_each_descriptor_goes_with_its_own_command(path: Path) -> None:
                 await loop.sock_sendall(peer, reply(json.loads(data)))
                 await second
                 assert json.loads(data)["arguments"]["opaque"] == "zero"
-                assert [str(Path(f"/proc/self/fd/{fd}").readlink()) for fd in got + more] == ["/dev/null", "/dev/zero"]
+                assert [str(Path(f"/proc/self/fd/{fd}").readlink()) for fd in got + more] == [
+                    "/dev/null",
+                    "/dev/zero",
+                ]
                 for fd in got + more:
                     os.close(fd)
         finally:
@@ -373,7 +415,9 @@ async def until_readable(peer: socket.socket) -> None:
 # A monitor that does not greet.
 
 
-async def test_a_monitor_that_another_client_holds(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_monitor_that_another_client_holds(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(qmp, "CONNECT_TIMEOUT", 0.05)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
@@ -390,7 +434,8 @@ async def test_a_monitor_that_another_client_holds(path: Path, monkeypatch: pyte
 
 
 async def test_a_monitor_whose_queue_is_full(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel refuses a further client at once; it is tried again until the time is up, or there is a place."""
+    """The kernel refuses a further client at once; it is tried again until the time is up, or there
+    is a place."""
     monkeypatch.setattr(qmp, "CONNECT_TIMEOUT", 0.2)
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(path))
@@ -425,20 +470,27 @@ async def test_a_deadline_says_what_it_was_waited_for(path: Path, tmp_path: Path
 
 
 STOPPED = (
-    "import os, signal, socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); s.listen(); print(flush=True); signal.pause()"
+    "import os, signal, socket, sys; s = socket.socket(socket.AF_UNIX); s.bind(sys.argv[1]); "
+    "s.listen(); print(flush=True); signal.pause()"
 )
 
 
-async def test_a_process_that_is_stopped_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_process_that_is_stopped_is_named(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(qmp, "CONNECT_TIMEOUT", 0.05)
-    with subprocess.Popen([sys.executable, "-c", STOPPED, str(path)], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", STOPPED, str(path)], stdout=subprocess.PIPE
+    ) as process:
         try:
             assert process.stdout is not None
             process.stdout.readline()
             process.send_signal(signal.SIGSTOP)
             os.waitid(os.P_PID, process.pid, os.WSTOPPED)
             session = QmpSession(str(path))
-            with pytest.raises(VmmUnreachable, match=f"process {process.pid}, which has it open, is stopped"):
+            with pytest.raises(
+                VmmUnreachable, match=f"process {process.pid}, which has it open, is stopped"
+            ):
                 await session.execute("query-status")
             await session.close()
         finally:
@@ -446,7 +498,8 @@ async def test_a_process_that_is_stopped_is_named(path: Path, monkeypatch: pytes
 
 
 async def test_a_connection_that_ends_as_it_begins(path: Path) -> None:
-    """What ended it came with the very reply that opened it. It is not kept for the commands to come."""
+    """What ended it came with the very reply that opened it. It is not kept for the commands to
+    come."""
     session = QmpSession(str(path))
     async with monitor(path, answered, behind=b"no JSON {\n"):
         with pytest.raises(VmmProtocolError, match="does not speak QMP"):
@@ -523,8 +576,15 @@ async def test_both_go_in_one_write(path: Path, refused: tuple[int, ...]) -> Non
         both = await session.send_both(NODE, DEVICE)
         lines = [json.loads(line) for line in peer.recv(65536).splitlines()]  # all of it is there
         assert [(one["execute"], one["arguments"]) for one in lines] == [NODE[:2], DEVICE[:2]]
-        peer.sendall(b"".join(refusal(one) if number in refused else reply(one) for number, one in enumerate(lines)))
-        assert await ends(both) == [VmmRefused if number in refused else b"{}" for number in range(2)]
+        peer.sendall(
+            b"".join(
+                refusal(one) if number in refused else reply(one)
+                for number, one in enumerate(lines)
+            )
+        )
+        assert await ends(both) == [
+            VmmRefused if number in refused else b"{}" for number in range(2)
+        ]
         for number in refused:
             error = both[number].exception()
             assert isinstance(error, VmmRefused) and error.step == (NODE, DEVICE)[number].step
@@ -554,7 +614,8 @@ async def test_an_odd_answer_to_the_first_of_both(path: Path) -> None:
 
 
 async def test_how_much_of_both_was_sent(path: Path) -> None:
-    """Each is told by its own bytes: of what the peer may have read nobody can know, of the rest everybody."""
+    """Each is told by its own bytes: of what the peer may have read nobody can know, of the rest
+    everybody."""
     large = Wanted("blockdev-add", {"node-name": "x" * (1 << 20)}, "backend-add")
     async with by_hand(path) as (session, _):
         first, second = await session.send_both(large, DEVICE)
@@ -576,7 +637,9 @@ async def test_both_are_cut_in_the_second(path: Path) -> None:
         assert await ends(both) == [b"{}", ConnectionLost]
 
 
-async def test_neither_is_sent_when_nobody_waits_for_the_first(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_neither_is_sent_when_nobody_waits_for_the_first(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One of them alone would be half of what was wanted."""
     monkeypatch.setattr(qmp_connection, "_TIDY_MIN", 1)
     loop = asyncio.get_running_loop()
@@ -596,7 +659,9 @@ async def test_neither_is_sent_when_nobody_waits_for_the_first(path: Path, monke
             heard += await loop.sock_recv(peer, 1 << 20)
         names = [json.loads(line)["execute"] for line in heard.splitlines()]
         assert names == ["large", *["blockdev-add", "device_add"] * 2, "last"]
-        await loop.sock_sendall(peer, b"".join(reply(json.loads(line)) for line in heard.splitlines()))
+        await loop.sock_sendall(
+            peer, b"".join(reply(json.loads(line)) for line in heard.splitlines())
+        )
         await asyncio.gather(large, last)
 
 
@@ -605,17 +670,22 @@ async def test_a_descriptor_leaves_with_its_own_command(path: Path) -> None:
     loop, size = asyncio.get_running_loop(), 1 << 20
     async with by_hand(path) as (session, peer):
         waiting = [asyncio.ensure_future(session.execute("large", {"text": "x" * size}))]
-        waiting += [asyncio.ensure_future(session.execute(f"query-{number}")) for number in range(3)]
+        waiting += [
+            asyncio.ensure_future(session.execute(f"query-{number}")) for number in range(3)
+        ]
         await asyncio.sleep(0)
         with open("/dev/null", "rb") as file:  # noqa: PTH123
-            waiting.append(asyncio.ensure_future(session.execute("add-fd", descriptor=file.fileno())))
+            waiting.append(
+                asyncio.ensure_future(session.execute("add-fd", descriptor=file.fileno()))
+            )
             await asyncio.sleep(0)
         waiting.append(asyncio.ensure_future(session.execute("query-last")))
         await asyncio.sleep(0)
         heard, found = b"", []
         while b"query-last" not in heard:
             await until_readable(peer)
-            data, descriptors, _, _ = socket.recv_fds(peer, max(1, size - len(heard)), 8)  # in the end byte by byte, as QEMU
+            # in the end byte by byte, as QEMU
+            data, descriptors, _, _ = socket.recv_fds(peer, max(1, size - len(heard)), 8)
             found += [(heard.count(b"\n"), descriptor) for descriptor in descriptors]
             heard += data
         [(line, descriptor)] = found
@@ -624,7 +694,9 @@ async def test_a_descriptor_leaves_with_its_own_command(path: Path) -> None:
         os.close(descriptor)
         await until_readable(peer)
         heard += peer.recv(65536)
-        await loop.sock_sendall(peer, b"".join(reply(json.loads(one)) for one in heard.splitlines()))
+        await loop.sock_sendall(
+            peer, b"".join(reply(json.loads(one)) for one in heard.splitlines())
+        )
         await asyncio.gather(*waiting)
 
 
@@ -642,11 +714,16 @@ async def test_many_questions_are_one_write(path: Path) -> None:
         lines = [json.loads(line) for line in peer.recv(1 << 20).splitlines()]
         assert [line["arguments"]["number"] for line in lines] == list(range(100))
         peer.sendall(
-            b"".join(refusal(line) if number == 7 else reply(line, {"node-name": f"n{number}"}) for number, line in enumerate(lines))
+            b"".join(
+                refusal(line) if number == 7 else reply(line, {"node-name": f"n{number}"})
+                for number, line in enumerate(lines)
+            )
         )
         answers = await asking
         assert isinstance(answers.pop(7), VmmRefused)
-        assert [answer.name for answer in answers] == [f"n{number}" for number in range(100) if number != 7]
+        assert [answer.name for answer in answers] == [
+            f"n{number}" for number in range(100) if number != 7
+        ]
 
 
 async def test_one_of_many_answers_is_none(path: Path) -> None:
@@ -654,7 +731,12 @@ async def test_one_of_many_answers_is_none(path: Path) -> None:
         asking = asyncio.ensure_future(session.ask_all(QUESTIONS))
         await asyncio.sleep(0)
         lines = [json.loads(line) for line in peer.recv(1 << 20).splitlines()]
-        peer.sendall(b"".join(reply(line, 5 if number == 7 else {"node-name": "n"}) for number, line in enumerate(lines)))
+        peer.sendall(
+            b"".join(
+                reply(line, 5 if number == 7 else {"node-name": "n"})
+                for number, line in enumerate(lines)
+            )
+        )
         with pytest.raises(VmmProtocolError, match="the reply to query is none"):
             await asking
 
@@ -664,7 +746,12 @@ async def test_many_questions_and_the_end(path: Path) -> None:
     async with by_hand(path) as (session, peer):
         asking = asyncio.ensure_future(session.ask_all(QUESTIONS))
         await asyncio.sleep(0)
-        peer.sendall(b"".join(reply(json.loads(line), {"node-name": "n"}) for line in peer.recv(1 << 20).splitlines()[:50]))
+        peer.sendall(
+            b"".join(
+                reply(json.loads(line), {"node-name": "n"})
+                for line in peer.recv(1 << 20).splitlines()[:50]
+            )
+        )
         peer.close()
         with pytest.raises(ConnectionLost):
             await asking
@@ -674,14 +761,17 @@ async def test_many_questions_and_the_end(path: Path) -> None:
 
 
 async def test_a_few_answers_are_handed_over_in_each_turn(path: Path) -> None:
-    """However many have come, on one connection or on several: whoever else is in the loop has its turn in between."""
+    """However many have come, on one connection or on several: whoever else is in the loop has its
+    turn in between."""
     with tempfile.TemporaryDirectory(prefix="pyblock-") as folder:
         async with by_hand(path) as one, by_hand(Path(folder, "other")) as other:
             futures: list[asyncio.Future[msgspec.Raw]] = []
             for session, peer in (one, other):
                 assert session._connection is not None
                 futures += [session._connection.send("query-status") for _ in range(100)]
-                peer.sendall(b"".join(reply(json.loads(line)) for line in peer.recv(65536).splitlines()))
+                peer.sendall(
+                    b"".join(reply(json.loads(line)) for line in peer.recv(65536).splitlines())
+                )
             most, done = 0, 0
             while done < len(futures):
                 await asyncio.sleep(0)
@@ -694,6 +784,8 @@ async def test_what_waits_for_its_turn_comes_before_the_end(path: Path) -> None:
     async with by_hand(path) as (session, peer):
         assert session._connection is not None
         futures = tuple(session._connection.send("query-status") for _ in range(50))
-        peer.sendall(b"".join(reply(json.loads(line)) for line in peer.recv(65536).splitlines()[:40]))
+        peer.sendall(
+            b"".join(reply(json.loads(line)) for line in peer.recv(65536).splitlines()[:40])
+        )
         peer.close()
         assert await ends(futures) == [b"{}"] * 40 + [ConnectionLost] * 10
