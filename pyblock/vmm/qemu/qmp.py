@@ -31,7 +31,6 @@ from pyblock.vmm import unix
 from pyblock.vmm.base import CONNECT_TIMEOUT
 from pyblock.vmm.qemu.qmp_connection import Command, Connection
 
-_OUT_OF_BAND = "oob"
 _CROWD_PAUSE = 0.05  # seconds until a monitor that too many wait for is tried again
 
 Reply = TypeVar("Reply")
@@ -261,10 +260,11 @@ class QmpSession:
 
     async def _negotiate(self, connection: Connection) -> None:
         try:
-            # Then QEMU reads the next command while it carries out the last; else it reads none
-            # until that is answered.
-            enable = {"enable": [_OUT_OF_BAND]} if _OUT_OF_BAND in connection.offers else None
-            await connection.send("qmp_capabilities", enable)
+            # Not out-of-band, although QEMU would then read a command while it carries out the
+            # last one: what it reads while it takes a descriptor for `add-fd` crashes it. Its
+            # monitor's thread goes over the descriptors with each byte that it reads, and its main
+            # loop frees them meanwhile, without a lock (7.2, tcp_chr_recv and tcp_get_msgfds).
+            await connection.send("qmp_capabilities")
         except VmmUnreachable as error:  # it greeted, so it was reached
             raise ConnectionLost(str(error)) from error
         if connection.ended is not None:  # right after its reply

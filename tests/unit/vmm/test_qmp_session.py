@@ -550,8 +550,9 @@ async def ends(futures: tuple[asyncio.Future[msgspec.Raw], ...]) -> list[Any]:
 
 
 @pytest.mark.parametrize("offered", [["oob"], [], ["other"], "text", [5]], ids=str)
-async def test_out_of_band_is_asked_for_where_it_is_offered(path: Path, offered: object) -> None:
-    """With it QEMU reads a command while it carries out the one before."""
+async def test_out_of_band_is_not_asked_for(path: Path, offered: object) -> None:
+    """With it QEMU reads a command while it carries out the one before, and crashes when that one
+    passes a descriptor."""
     greeting = json.dumps({"QMP": {"version": {}, "capabilities": offered}}).encode() + b"\r\n"
     asked: list[Command] = []
 
@@ -567,7 +568,7 @@ async def test_out_of_band_is_asked_for_where_it_is_offered(path: Path, offered:
         await session.execute("query-status")
         await session.close()
     assert asked[0]["execute"] == "qmp_capabilities"
-    assert asked[0].get("arguments") == ({"enable": ["oob"]} if offered == ["oob"] else None)
+    assert not asked[0].get("arguments")
 
 
 @pytest.mark.parametrize("refused", [(), (0,), (1,), (0, 1)], ids=str)
