@@ -42,7 +42,7 @@ from pyblock.kata.schema import (
     encode_device,
     encode_short,
 )
-from pyblock.store.record import UNTOLD, Record, SandboxRecord, SavedPhase
+from pyblock.store.record import NOTHING, UNTOLD, Record, SandboxRecord, SavedPhase
 
 _LOWEST, _SIGNED, _UNSIGNED = -(2**63), 2**63, 2**64  # what the original's integers hold
 
@@ -246,9 +246,12 @@ def _block(state: DeviceState, default: Driver, *, share: bool) -> Record:
     path = notes.path or (saved.file if saved is not None else "")
     ours = _is_our_own(state, saved, driver)
     if ours:  # it is written anew from the driver
-        options = {
-            name: value for name, value in options.items() if name != _DRIVER_OPTION
-        } or _NO_OPTIONS
+        others = len(options) > 1
+        options = (
+            {name: value for name, value in options.items() if name != _DRIVER_OPTION}
+            if others
+            else _NO_OPTIONS
+        )
     plain = ours and state.major <= 0  # a file, which the original has no words for
     special = ("", -1, -1) if plain else (state.dev_type, state.major, state.minor)
     record = Record(
@@ -257,7 +260,7 @@ def _block(state: DeviceState, default: Driver, *, share: bool) -> Record:
         share=share or notes.share or _is_shared(held),
         dev_type=special[0], major=special[1], minor=special[2],
         identity=notes.identity or _identity(state, path, driver), phase=phase,
-        kata=Raw() if ours else Raw(encode_device(state)),
+        kata=NOTHING if ours else Raw(encode_device(state)),
     )  # fmt: skip
     if held is not None:
         _take_drive(record, held, driver)
