@@ -308,6 +308,15 @@ def _left_out(count: int) -> list[str]:
     return [f"… (+{count})"] if count else []
 
 
+def said(value: object) -> str:
+    """What was given instead of something else, in an error's message: as Python writes it, where
+    it writes it (of an int it writes 4,300 digits at most)."""
+    try:
+        return repr(value)
+    except Exception:
+        return str(plain(value))
+
+
 def plain(value: object, depth: int = 0) -> Any:
     """Anything as JSON has it: bounded, escaped, and free of what JSON cannot say."""
     if value is None or isinstance(value, bool):
@@ -326,7 +335,10 @@ def plain(value: object, depth: int = 0) -> Any:
     if depth < DEPTH_MAX and isinstance(value, Mapping):
         items = list(value.items())
         kept = {
-            shown(str(key), SHOWN_MAX): plain(item, depth + 1) for key, item in items[:ITEMS_MAX]
+            shown(key if isinstance(key, str) else str(plain(key, DEPTH_MAX)), SHOWN_MAX): plain(
+                item, depth + 1
+            )
+            for key, item in items[:ITEMS_MAX]
         }
         return kept | dict.fromkeys(_left_out(len(items) - len(items[:ITEMS_MAX])))
     if depth < DEPTH_MAX and isinstance(value, list | tuple | set | frozenset):
@@ -334,7 +346,11 @@ def plain(value: object, depth: int = 0) -> Any:
         return [plain(item, depth + 1) for item in several[:ITEMS_MAX]] + _left_out(
             len(several) - len(several[:ITEMS_MAX])
         )
-    return shown(repr(value), SHOWN_MAX)
+    try:
+        text = repr(value)
+    except Exception as error:  # whoever handles an error is not to get another
+        text = f"a {type(value).__name__} whose repr raises {type(error).__name__}"
+    return shown(text, SHOWN_MAX)
 
 
 class CallerError(PyblockError):

@@ -472,3 +472,12 @@ def test_the_blocking_door_says_the_same(make_image: MakeImage) -> None:
             (images[0], "vmm-refused", False, None),
             (images[1], None, False, None),
         ]
+
+
+def test_to_dict_of_a_value_that_cannot_be_written() -> None:
+    class Odd:
+        def __repr__(self) -> str:
+            raise RuntimeError("no")
+
+    for value in (Odd(), {Odd(): 1}, [Odd()], {10**5000: 1}):
+        assert json.dumps(pyblock.InvalidValue("odd", value=value).to_dict()["value"])
