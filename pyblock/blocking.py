@@ -178,8 +178,9 @@ class Sandbox:
     ) -> list[AttachedDevice]:
         """See pyblock.Sandbox.attach_many. `progress` is called in the event-loop thread."""
         attach = partial(
-            self._sandbox.attach_many, list(images), timeout=timeout, progress=progress, **options
-        )
+            self._sandbox.attach_many, door.several(images, "images", "attach"),
+            timeout=timeout, progress=progress, **options,
+        )  # fmt: skip
         take_back: Callable[[list[AttachedDevice]], Awaitable[None]] = partial(
             self._sandbox.detach_many, timeout=GRACE
         )
@@ -200,8 +201,11 @@ class Sandbox:
     ) -> None:
         """See pyblock.Sandbox.detach_many."""
         self._call(
-            partial(self._sandbox.detach_many, list(devices), timeout=timeout, released=released)
-        )
+            partial(
+                self._sandbox.detach_many, door.several(devices, "devices", "detach"),
+                timeout=timeout, released=released,
+            )
+        )  # fmt: skip
 
     @property
     def recovered(self) -> tuple[Finding, ...]:
@@ -271,7 +275,12 @@ class Sandbox:
         portal = self._loop
         call = _Call(function, undo)
         try:
-            portal.start_task_soon(call.run)
+            try:
+                portal.start_task_soon(call.run)
+            except RuntimeError as error:
+                if self._portal is portal:
+                    raise
+                raise self._not_open() from error  # another thread has closed it since
             return call.result()
         except BaseException as error:
             if error is not call.error:
@@ -283,10 +292,14 @@ class Sandbox:
 
     @property
     def _loop(self) -> BlockingPortal:
-        if self._portal is None or self._pid != os.getpid():
-            text = f"sandbox {self.id} is not open in this process; use it inside 'with'"
-            raise SandboxClosed(text, sandbox=self.id)
-        return self._portal
+        portal = self._portal  # once: another thread may be closing it
+        if portal is None or self._pid != os.getpid():
+            raise self._not_open()
+        return portal
+
+    def _not_open(self) -> SandboxClosed:
+        text = f"sandbox {self.id} is not open in this process; use it inside 'with'"
+        return SandboxClosed(text, sandbox=self.id)
 
 
 class Host:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack
 
 from pyblock.core.index import BlockIndex
 from pyblock.disk.model import DeviceInfo, DiskOptions, Options, SharedOptions
@@ -26,6 +26,7 @@ from pyblock.errors import (
     PyblockError,
     UnknownDevice,
     knowing,
+    said,
 )
 from pyblock.life import road
 from pyblock.life.allotment import Allotment
@@ -61,6 +62,8 @@ SANDBOX_ID_MAX = 128
 
 
 Image = str | os.PathLike[str] | DeviceInfo
+
+T = TypeVar("T")
 
 
 class Sandbox:
@@ -109,13 +112,14 @@ class Sandbox:
     ) -> None:
         if not _is_sandbox_id(sandbox_id):
             text = (
-                f"sandbox ID {sandbox_id!r} is not 1 to 128 of A-Z a-z 0-9 _ . - beginning with a "
-                "letter or digit"
+                f"sandbox ID {said(sandbox_id)} is not 1 to 128 of A-Z a-z 0-9 _ . - beginning "
+                "with a letter or digit"
             )
             raise InvalidID(text, value=sandbox_id)
         if block_offset is not None and not 0 <= block_offset < capacity:
             raise InvalidValue(
-                f"block offset {block_offset!r} is not in 0 … {capacity - 1}", value=block_offset
+                f"block offset {said(block_offset)} is not in 0 … {capacity - 1}",
+                value=block_offset,
             )
         vmm = open_hypervisor(vm) if isinstance(vm, str) else vm
         offsets = None if block_offset is None else {"vd": block_offset}
@@ -243,9 +247,9 @@ class Sandbox:
             `read_only`, `serial`, `share` (others of this host may write the image too, if they say
             so as well), `format` ("raw": it is plugged in whatever it begins with) and `device_id`,
             as DeviceInfo explains them.
-        Raises CallerError (ImageInUse among them), CapacityError, StoreError, DeadlinePassed
-        (nothing was changed), VmmRefused, TransportError (everything was undone), AttachPending
-        (the outcome is not known; it is undone as soon as the VMM answers).
+        Raises CallerError, Conflict (ImageInUse among them), CapacityError, StoreError,
+        DeadlinePassed (nothing was changed), VmmRefused, TransportError (everything was undone),
+        AttachPending (the outcome is not known; it is undone as soon as the VMM answers).
         """
         info = _info(image, options)
         deadline = deadline_after(timeout)
@@ -315,11 +319,9 @@ class Sandbox:
         :param progress: called with each device when it is attached.
         :param options: as for `attach`, without `serial` and `device_id`.
         """
-        if isinstance(images, str | bytes | os.PathLike):
-            raise InvalidValue(
-                f"images {images!r} is one path; give a list of them, or use attach", value=images
-            )
-        infos = [_info(image, options, SharedOptions) for image in images]
+        infos = [
+            _info(image, options, SharedOptions) for image in several(images, "images", "attach")
+        ]
         deadline = deadline_after(timeout)
         devices = self._obtain(infos, many=True)
         if not devices:
@@ -420,7 +422,7 @@ class Sandbox:
     ) -> None:
         """Detaches many devices at once. All are tried; the first error is raised, the others are
         its notes, and its `outcomes` say of each position what became of it (DeviceOutcome)."""
-        wanted = list(devices)
+        wanted = several(devices, "devices", "detach")
         known = [
             self.manager.get(device) or device if isinstance(device, str) else device
             for device in wanted
@@ -655,6 +657,16 @@ class Sandbox:
             await self._machine.count(device, -1, deadline)
 
 
+def several(given: Iterable[T], what: str, one_by_one: str) -> list[T]:
+    """All of what a call about many was given. Raises InvalidValue for a text or a path, whose
+    letters would be taken for names."""
+    if isinstance(given, str | bytes | os.PathLike):
+        raise InvalidValue(
+            f"{what} {given!r} is one; give a list of them, or use {one_by_one}", value=given
+        )
+    return list(given)
+
+
 def _outcome(device: Device | str, error: BaseException | None) -> DeviceOutcome:
     return (
         DeviceOutcome(device, None, error)
@@ -665,13 +677,13 @@ def _outcome(device: Device | str, error: BaseException | None) -> DeviceOutcome
 
 def _info(image: Image, options: Mapping[str, object], known: type = Options) -> DeviceInfo:
     """What is wanted. Raises TypeError for an option that is none of those."""
+    if strange := options.keys() - known.__annotations__.keys():
+        raise TypeError(
+            f"unexpected options {', '.join(sorted(strange))}; there are "
+            f"{', '.join(known.__annotations__)}"
+        )
     if not isinstance(image, DeviceInfo):
         told: dict[str, Any] = dict(options)
-        if strange := told.keys() - known.__annotations__.keys():
-            raise TypeError(
-                f"unexpected options {', '.join(sorted(strange))}; there are "
-                f"{', '.join(known.__annotations__)}"
-            )
         return DeviceInfo(os.fsdecode(image), id=told.pop("device_id", None), **told)
     if any(value is not None and value is not False for value in options.values()):
         raise InvalidValue(f"a DeviceInfo says {', '.join(options)} itself; give that there")

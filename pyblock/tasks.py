@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
-from pyblock.errors import DeadlinePassed, InvalidTimeout
+from pyblock.errors import DeadlinePassed, InvalidTimeout, said
 
 Result = TypeVar("Result")
 
@@ -63,7 +63,7 @@ def deadline_after(timeout: float | None) -> float | None:
         or not 0 <= timeout <= TIMEOUT_MAX
     ):
         raise InvalidTimeout(
-            f"timeout {timeout!r} is not a number of seconds that is 0 or more; None waits "
+            f"timeout {said(timeout)} is not a number of seconds that is 0 or more; None waits "
             "without end",
             value=timeout,
         )

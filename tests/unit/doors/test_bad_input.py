@@ -3,7 +3,10 @@ sent."""
 
 from __future__ import annotations
 
+import asyncio
 import math
+import os
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +19,7 @@ from pyblock import (
     IndexesExhausted,
     IndexFree,
     InvalidAddress,
+    InvalidID,
     InvalidImage,
     InvalidIndex,
     InvalidName,
@@ -75,6 +79,17 @@ def test_unknown_scheme(address: str) -> None:
 def test_capacity(capacity: int) -> None:
     with pytest.raises(InvalidIndex, match=str(capacity)):
         Sandbox("s1", "memory:", capacity=capacity)
+
+
+async def test_numbers_that_python_does_not_write(make_image: MakeImage) -> None:
+    for offset in (10**5000, -(10**5000)):
+        with pytest.raises(InvalidValue, match="bits"):
+            Sandbox("s1", "memory:", block_offset=offset)
+    with pytest.raises(InvalidID, match="bits"):
+        Sandbox(10**5000, "memory:")  # type: ignore[arg-type]
+    async with Sandbox("s1", "memory:") as sandbox:
+        with pytest.raises(InvalidTimeout, match="bits"):
+            await sandbox.attach(make_image("image"), timeout=10**5000)
 
 
 @pytest.mark.parametrize("offset", [-1, 65536, 2**70])
@@ -286,6 +301,62 @@ async def test_a_device_info_says_all_itself(
 ) -> None:
     with refused(busy.sandbox, busy.vm, InvalidValue, "DeviceInfo"):
         await busy.sandbox.attach(DeviceInfo(path=str(make_image("new"))), **more)
+
+
+@pytest.mark.parametrize("value", [True, False, None])
+async def test_an_unknown_option_beside_a_device_info(
+    busy: Busy, make_image: MakeImage, value: object
+) -> None:
+    unknown: dict[str, Any] = {"readonly": value}
+    before = snapshot(busy.sandbox)
+    with pytest.raises(TypeError, match="readonly"):
+        await busy.sandbox.attach(DeviceInfo(path=str(make_image("new"))), **unknown)
+    assert snapshot(busy.sandbox) == before
+
+
+async def test_one_name_where_many_are_asked_for(
+    make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make_image("a").parent)
+    make_image("b")
+    async with Sandbox("s1", "memory:") as sandbox:
+        for name in ("a", "b"):
+            await sandbox.attach(name, device_id=name)
+        with pytest.raises(InvalidValue, match="'ab' is one"):
+            await sandbox.attach_many("ab")
+        with pytest.raises(InvalidValue, match="'ab' is one"):
+            await sandbox.detach_many("ab")
+        assert len(sandbox.devices) == 2
+    await asyncio.to_thread(one_name_at_the_blocking_door)
+
+
+def one_name_at_the_blocking_door() -> None:
+    with BlockingSandbox("s1", "memory:") as sandbox:
+        with pytest.raises(InvalidValue, match="'ab' is one"):
+            sandbox.attach_many("ab")
+        assert not sandbox.devices
+        sandbox.attach("a", device_id="a")
+        with pytest.raises(InvalidValue, match="'a' is one"):
+            sandbox.detach_many("a")
+        assert len(sandbox.devices) == 1
+
+
+def test_another_thread_closes_it_in_the_moment_of_a_call(
+    make_image: MakeImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox = BlockingSandbox("s1", "memory:").open()
+    getpid, closed = os.getpid, threading.Event()
+
+    def closing() -> int:
+        if not closed.is_set():
+            closed.set()
+            sandbox.close()
+        return getpid()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "getpid", closing)  # the door asks for it at each call
+        with pytest.raises(SandboxClosed, match="s1"):
+            sandbox.attach(make_image("image"))
 
 
 @pytest.mark.parametrize("place", [0, 2, 4])
