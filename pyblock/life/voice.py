@@ -321,7 +321,7 @@ class Voice:
         if self.on_event is not None:
             try:
                 self.on_event(event)
-            except Exception:
+            except (Exception, asyncio.CancelledError):  # of a future of its own, say
                 log.exception("sandbox %s: on_event failed at: %s", self._sandbox, event.kind)
 
 

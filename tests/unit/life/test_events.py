@@ -386,11 +386,12 @@ async def test_a_listener_that_never_listens_holds_nothing_up(make_image: MakeIm
         assert len(drain(lazy)) == WAITING_MAX - 1
 
 
+@pytest.mark.parametrize("kind", [ZeroDivisionError, asyncio.CancelledError])
 async def test_what_on_event_raises_changes_nothing(
-    make_image: MakeImage, caplog: pytest.LogCaptureFixture
+    kind: type[BaseException], make_image: MakeImage, caplog: pytest.LogCaptureFixture
 ) -> None:
     def listener(event: SandboxEvent) -> None:
-        raise ZeroDivisionError(event.kind)
+        raise kind(event.kind)
 
     async with Sandbox("one", MemoryHypervisor(), store=None, on_event=listener) as sandbox:
         await sandbox.detach(await sandbox.attach(make_image("a")))
