@@ -691,7 +691,7 @@ class ClosedMeanwhile(PyblockError):
 
 
 class AttachPending(PyblockError):
-    """The outcome of an attach is unknown. Index, ID, slot and address stay taken until it is
+    """The outcome of an attach is unknown. Index, ID, place and address stay taken until it is
     settled.
 
     Attaching the same image again has the machine asked what it has, where that can be told: it
@@ -705,7 +705,7 @@ class AttachPending(PyblockError):
 class DetachPending(PyblockError):
     """The VMM did not confirm a removal before the deadline.
 
-    Index, ID, slot and address stay taken. Calling detach again is safe, and a late confirmation
+    Index, ID, place and address stay taken. Calling detach again is safe, and a late confirmation
     finishes the job by itself.
     """
 
