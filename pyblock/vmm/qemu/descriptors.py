@@ -149,14 +149,12 @@ class DescriptorSets:
         finally:
             self._one.release()
         if self._waiting:
-            # Those that wait go first, and what follows goes all at once: QEMU then reads one while
-            # it works at another, and nothing may follow a descriptor that is on its way.
+            # the next one goes first: it is then answered while QEMU works at what follows here
             try:
-                await self._one.acquire()
+                await asyncio.sleep(0)
             except asyncio.CancelledError:
                 self.remove(drive_id)
                 raise
-            self._one.release()
             self._check_losses(losses, drive_id)
         # Of something in between that passes descriptors on, the number says nothing.
         if is_open_as(self._qmp.peer, passed.descriptor, image) is False and qemu_process(

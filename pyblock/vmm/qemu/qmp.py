@@ -31,7 +31,6 @@ from pyblock.vmm import unix
 from pyblock.vmm.base import CONNECT_TIMEOUT
 from pyblock.vmm.qemu.qmp_connection import Command, Connection
 
-_OUT_OF_BAND = "oob"
 _CROWD_PAUSE = 0.05  # seconds until a monitor that too many wait for is tried again
 
 Reply = TypeVar("Reply")
@@ -85,11 +84,6 @@ class QmpSession:
         """The process ID at the other end, in this process's namespace; 0 while there is no
         connection, or it cannot be told."""
         return self._connection.pid if self._connection is not None else 0
-
-    @property
-    def reads_ahead(self) -> bool:
-        """See Connection.reads_ahead."""
-        return self._connection is not None and self._connection.reads_ahead
 
     async def execute(
         self,
@@ -266,12 +260,11 @@ class QmpSession:
 
     async def _negotiate(self, connection: Connection) -> None:
         try:
-            # With out-of-band QEMU reads the next command while it carries out the last one. Only
-            # of QEMU itself: what is in between might wait for the end of each line.
-            ahead = _OUT_OF_BAND in connection.offers and bool(qemu_process(connection.pid))
-            enable = {"enable": [_OUT_OF_BAND]} if ahead else None
-            await connection.send("qmp_capabilities", enable)
-            connection.reads_ahead = ahead
+            # Not out-of-band, although QEMU would then read a command while it carries out the
+            # last one: what it reads while it takes a descriptor for `add-fd` crashes it. Its
+            # monitor's thread goes over the descriptors with each byte that it reads, and its main
+            # loop frees them meanwhile, without a lock (7.2, tcp_chr_recv and tcp_get_msgfds).
+            await connection.send("qmp_capabilities")
         except VmmUnreachable as error:  # it greeted, so it was reached
             raise ConnectionLost(str(error)) from error
         if connection.ended is not None:  # right after its reply

@@ -150,10 +150,6 @@ class Connection:
 
     :ivar ended: why it ended; None while it stands.
     :ivar offers: the capabilities that the peer's greeting names.
-    :ivar reads_ahead: the peer reads a command while it carries out the last one (out-of-band).
-        Nothing is then sent between a descriptor and its answer, not even the end of its line: QEMU
-        goes over the descriptors that it has with each byte that it reads, in the monitor's thread,
-        and `add-fd` frees them in the main loop, without a lock. QEMU 7.2 dies of that.
     :ivar pid: the process at the other end, 0 where that is not known.
     """
 
@@ -166,7 +162,6 @@ class Connection:
     ) -> None:
         self.ended: PyblockError | None = None
         self.offers: list[Any] = []
-        self.reads_ahead = False
         self.pid = peer_of(peer)
         self._where = where
         self._socket = peer
@@ -239,8 +234,6 @@ class Connection:
         if descriptor is not None:
             self._passing = request
             self._passed.clear()
-            if self.reads_ahead:
-                request.data = request.data[:-1]
         self._enqueue(request)
         return request.future
 
@@ -340,25 +333,13 @@ class Connection:
         self._unsent = kept
         self._tidy_at = max(_TIDY_MIN, 2 * len(kept))
 
-    def _next(self) -> list[Request]:
-        """What goes in the next write; nothing while a descriptor is to be left alone."""
-        if not self._unsent:
-            return []
-        first = self._unsent[0]
-        if self.reads_ahead and self._passing is not None:
-            if self._passing.begun and self._passing is not first:
-                return []
-            if self._passing is first:
-                return [first]
-        together = [first]
-        for request in islice(self._unsent, 1, _TOGETHER_MAX):
-            if request.descriptor is not None:  # leaves with the first byte of its own command
-                break
-            together.append(request)
-        return together
-
     def _writable(self) -> None:
-        while together := self._next():
+        while self._unsent:
+            together = [self._unsent[0]]
+            for request in islice(self._unsent, 1, _TOGETHER_MAX):
+                if request.descriptor is not None:  # leaves with the first byte of its own command
+                    break
+                together.append(request)
             try:
                 self._sent(
                     self._socket.sendmsg(
@@ -491,7 +472,6 @@ class Connection:
                 )
             )
         del self._asked[message.id]
-        passing = self._passing
         self._answered(request)
         future = request.future
         if future.cancelled():
@@ -507,8 +487,6 @@ class Connection:
             _fail(future, _refused(request, message.error))
         elif message.returned is not msgspec.UNSET:
             future.set_result(message.returned)
-        if request is passing and self._unsent:
-            self._writable()
 
     def _answered(self, request: Request | None) -> None:
         if request is not None and request is self._passing:
