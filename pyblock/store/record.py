@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Raw
 
-from pyblock.core.naming import DRIVE, make_name_id
+from pyblock.core.naming import DRIVE, ID_MAX, make_name_id
 from pyblock.disk.drivers import DRIVERS
 from pyblock.disk.lineage import Identity
 from pyblock.disk.model import BlockDrive, DeviceInfo, check_device_id
@@ -164,12 +164,14 @@ def encode(record: Record) -> bytes:
 def encode_in_place(short: Record) -> bytes:
     """The same for a record that is not used after it."""
     short.form = FORM
-    if short.serial == short.id:
+    if not short.serial:
+        short.serial = None  # an empty serial is none to a guest, and "" says the device ID here
+    elif short.serial == short.id:
         short.serial = _AS_ID
     if short.index != NO_DRIVE:
-        if short.drive_id == f"{DRIVE}-{short.id}" or short.drive_id == make_name_id(
-            DRIVE, short.id
-        ):
+        # A loaded state may have an ID that is longer than any of ours: the VMM knows it by that.
+        fits = len(short.drive_id) <= ID_MAX and short.drive_id == f"{DRIVE}-{short.id}"
+        if fits or short.drive_id == make_name_id(DRIVE, short.id):
             short.drive_id = _AS_ID
         if short.ordinal == short.index:
             short.ordinal = _AS_INDEX

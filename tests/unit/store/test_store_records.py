@@ -19,7 +19,16 @@ from support.released_rows import DEVICES, EXPORTS, SANDBOXES
 from support.snapshot import MakeImage, MakeStore, plug_in
 from support.store_scene import older_store, rows
 
-from pyblock import DRIVERS, BlockDevice, DeviceInfo, InvalidState, NewerState, Sandbox, stored
+from pyblock import (
+    DRIVERS,
+    BlockDevice,
+    DeviceInfo,
+    InvalidState,
+    NewerState,
+    Sandbox,
+    make_name_id,
+    stored,
+)
 from pyblock.disk.drivers import VIRTIO_SCSI
 from pyblock.kata import translate as persist
 from pyblock.kata.schema import VERSION, decode_device, encode_device
@@ -393,3 +402,20 @@ async def test_what_was_imported_goes_on_from_old_rows(make_store: MakeStore) ->
         saved = {device.id[-1]: device for device in sandbox.state().devices or ()}
         assert saved.keys() == found.keys() - {"1", "7"}  # the pending detach is settled before
         assert b'"Deep":{"a":[1,{"b":null}]}' in encode_device(saved["0"])
+
+
+@pytest.mark.parametrize("letters", [1, 25, 26, 40, 255])
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "made"])
+def test_a_drive_keeps_the_id_that_the_vmm_knows(letters: int, cut: bool) -> None:
+    """One that is longer than pyblock's own is not taken for what would be made of it."""
+    device_id = "a" * letters
+    drive_id = make_name_id("drive", device_id) if cut else f"drive-{device_id}"
+    told = Record(id=device_id, driver="virtio-blk", path="/x", drive_id=drive_id, index=0)
+    kept = encode(told)
+    assert decode(device_id, kept, where="test").drive_id == drive_id
+    assert drive_id_of(device_id, kept) == drive_id
+
+
+def test_an_empty_serial_is_none() -> None:
+    told = Record(id="a", driver="virtio-blk", path="/x", serial="", drive_id="drive-a", index=0)
+    assert decode("a", encode(told), where="test").serial is None
