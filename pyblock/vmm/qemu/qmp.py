@@ -115,8 +115,7 @@ class QmpSession:
         """Sends two commands in one write; each future is done with its reply, or raises as
         `execute` does.
 
-        QEMU reads the second while it carries out the first, and carries it out whatever became of
-        the first. It answers the second last.
+        QEMU carries out the second whatever became of the first, and answers it last.
         """
         connection = await self._open()
         return connection.send_both(first, second)

@@ -240,10 +240,10 @@ class Connection:
     def send_both(
         self, first: Command, second: Command
     ) -> tuple[asyncio.Future[msgspec.Raw], asyncio.Future[msgspec.Raw]]:
-        """Sends two commands in one write, so that the peer can read the second while it carries
-        out the first. See `send`.
+        """Sends two commands in one write, so that no answer is waited for in between. See
+        `send`.
 
-        It carries out the second whatever became of the first. When nobody waits for the first any
+        The peer carries out the second whatever became of the first. When nobody waits for the first any
         more and no byte of it was sent, both may be left out; never one of them.
         """
         self._check(first.name)

@@ -252,7 +252,7 @@ def test_a_blocking_sandbox_may_be_opened_again(make_image: MakeImage) -> None:
 
 async def test_paths_that_are_no_list(make_image: MakeImage) -> None:
     async with pyblock.Sandbox("sb", "memory:") as sandbox:
-        with pytest.raises(pyblock.InvalidValue, match="one path"):
+        with pytest.raises(pyblock.InvalidValue, match="is one; give a list"):
             await sandbox.attach_many(str(make_image("a")))
         assert await sandbox.attach_many([]) == []
 
