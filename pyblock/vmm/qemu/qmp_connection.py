@@ -243,8 +243,8 @@ class Connection:
         """Sends two commands in one write, so that no answer is waited for in between. See
         `send`.
 
-        The peer carries out the second whatever became of the first. When nobody waits for the first any
-        more and no byte of it was sent, both may be left out; never one of them.
+        The peer carries out the second whatever became of the first. When nobody waits for the
+        first any more and no byte of it was sent, both may be left out; never one of them.
         """
         self._check(first.name)
         leading = Request(*first, next(self._numbers))
