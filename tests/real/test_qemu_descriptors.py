@@ -21,6 +21,7 @@ from pyblock import BlockDevice, ImageReplaced, Sandbox
 from pyblock.disk.image import OpenedImage
 from pyblock.life.recovery import Found, Outcome
 from pyblock.store.sqlite.store import SqliteStore
+from pyblock.vmm.qemu.adapter import QemuHypervisor
 from pyblock.vmm.qemu.descriptors import DescriptorSets
 
 pytestmark = [pytest.mark.anyio, pytest.mark.timeout(120)]
@@ -167,6 +168,27 @@ async def test_many_at_once_each_get_their_own(bare_machine: Machine, store: Sql
         assert len(list(Path("/proc/self/fd").iterdir())) <= ours + 5, (
             "descriptors of images are still open here"
         )
+
+
+async def test_qemu_outlives_descriptors_among_other_commands(bare_machine: Machine) -> None:
+    """QEMU 7.2 frees a descriptor in one thread while another reads: it died, in some of such runs,
+    of what had been sent behind it."""
+    images = [bare_machine.image(f"image-{number}", MIB) for number in range(100)]
+    adapter = QemuHypervisor(str(bare_machine.qmp_path))
+
+    async def ask() -> None:
+        while True:
+            await asyncio.gather(*(adapter._qmp.execute("query-status") for _ in range(5)))
+
+    async with Sandbox("one", adapter, store=None) as sandbox:
+        await sandbox.reconcile()
+        asking = asyncio.create_task(ask())
+        for _ in range(2):
+            devices = await sandbox.attach_many(images, timeout=ENOUGH)
+            await sandbox.detach_many(devices, timeout=ENOUGH)
+        asking.cancel()
+        await asyncio.wait([asking])
+        assert asking.cancelled(), "QEMU answers no more"
 
 
 async def test_an_attach_that_is_cancelled_leaves_no_descriptor(

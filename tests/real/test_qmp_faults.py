@@ -520,7 +520,9 @@ async def test_a_foreign_node_that_the_guest_does_not_let_go(
         await foreign_node(bench, sandbox)
         bench.proxy.expect()
         attach = asyncio.ensure_future(sandbox.attach(bench.image, device_id=given, timeout=ENOUGH))
-        while "device_del" not in bench.proxy.commands:
+        connection = cast(QemuHypervisor, sandbox._machine.vmm)._qmp._connection
+        assert connection is not None
+        while "device_del" not in bench.proxy.commands or connection._asked:
             await asyncio.sleep(0)
         attach.cancel()
         await asyncio.wait([attach])
