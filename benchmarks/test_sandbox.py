@@ -110,7 +110,7 @@ def test_restore(
         rival_units=count,
         unit="sandbox",
         rounds=5,
-        slack=2.5,  # what bounds it stands in README.md: a saved file is no store's record
+        slack=2,  # what bounds it stands in README.md: a saved file is no store's record
     )
 
 

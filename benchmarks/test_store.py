@@ -207,6 +207,6 @@ def test_recovery(record: Callable[[Row], None], short: bool, tmp_path: Path) ->
             mine * 1e9,
             theirs * 1e9,
             "sandbox",
-            slack=2,  # most of it is QEMU's, see README.md
+            slack=1.5,
         )
     )

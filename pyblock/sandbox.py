@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack
 
@@ -45,6 +45,7 @@ from pyblock.vmm.base import Hypervisor, typed
 if TYPE_CHECKING:
     from pyblock.kata.schema import SandboxState
     from pyblock.store.base import Store
+    from pyblock.store.record import Record, SandboxRecord
 
 log = logging.getLogger(__name__)
 
@@ -490,12 +491,11 @@ class Sandbox:
         self, state: SandboxState, *, where: str = "the state", share: bool = False
     ) -> None:
         """Restores a decoded state; see `load`."""
-        with loading("a saved state"):
-            from pyblock.kata.translate import sandbox_from_state  # noqa: PLC0415
-
         with knowing(sandbox=self.id):
             self._machine.check()
-            own, records = sandbox_from_state(state, self.manager.driver, where=where, share=share)
+            own, records = _sandbox_from_state()(
+                state, self.manager.driver, where=where, share=share
+            )
             await self._machine.load(own, records, where=where)
 
     async def reconcile(
@@ -708,3 +708,12 @@ def _is_sandbox_id(text: object) -> bool:
 
 
 _WITHOUT_MARKS = str.maketrans("", "", "_.-")
+
+
+@cache
+def _sandbox_from_state() -> Callable[..., tuple[SandboxRecord, list[Record]]]:
+    """What makes records of a saved state, loaded when it is first needed."""
+    with loading("a saved state"):
+        from pyblock.kata.translate import sandbox_from_state  # noqa: PLC0415
+
+    return sandbox_from_state

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine
 from contextvars import ContextVar
 from enum import StrEnum
@@ -85,7 +86,7 @@ class Waiters(StrEnum):
     ABANDONED = "abandoned"  # nobody does; an attach is then undone
 
 
-class Operation:
+class Operation(ABC):
     """A task and who waits for it.
 
     :ivar waiters: who hears of its outcome.
@@ -108,9 +109,9 @@ class Operation:
         # tasks weakly. It may be over before that has returned (asyncio's eager tasks).
         self._task: asyncio.Task[None] | None = None
 
+    @abstractmethod
     async def work(self) -> None:
         """What it does."""
-        raise NotImplementedError
 
     async def _run(self) -> None:
         try:

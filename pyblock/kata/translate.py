@@ -42,7 +42,7 @@ from pyblock.kata.schema import (
     encode_device,
     encode_short,
 )
-from pyblock.store.record import NOTHING, UNTOLD, Record, SandboxRecord, SavedPhase
+from pyblock.store.record import NO_DRIVE, NOTHING, UNTOLD, Record, SandboxRecord, SavedPhase
 
 _LOWEST, _SIGNED, _UNSIGNED = -(2**63), 2**63, 2**64  # what the original's integers hold
 
@@ -244,14 +244,12 @@ def _block(state: DeviceState, default: Driver, *, share: bool) -> Record:
     driver = _driver(notes.driver or options.get(_DRIVER_OPTION), saved, default)
     held = saved if phase != "detached" else None
     path = notes.path or (saved.file if saved is not None else "")
-    ours = _is_our_own(state, saved, driver)
+    ours = options.get(_DRIVER_OPTION) == driver.name and _is_our_own(state, saved)
     if ours:  # it is written anew from the driver
-        others = len(options) > 1
-        options = (
-            {name: value for name, value in options.items() if name != _DRIVER_OPTION}
-            if others
-            else _NO_OPTIONS
-        )
+        if len(options) > 1:
+            options = {name: value for name, value in options.items() if name != _DRIVER_OPTION}
+        else:
+            options = _NO_OPTIONS
     plain = ours and state.major <= 0  # a file, which the original has no words for
     special = ("", -1, -1) if plain else (state.dev_type, state.major, state.minor)
     record = Record(
@@ -299,15 +297,15 @@ def _identity(state: DeviceState, path: str, driver: Driver) -> Identity | None:
     return identity_of(path)
 
 
-def _is_our_own(state: DeviceState, drive: DriveState | None, driver: Driver) -> bool:
-    """Whether pyblock wrote all of it, and would write it again from the record."""
+def _is_our_own(state: DeviceState, drive: DriveState | None) -> bool:
+    """Whether pyblock wrote all of it but for the driver, and would write it again from the
+    record."""
     return (
         state.notes is not UNSET
         and bool(state.notes.path)
         and state.extra is UNSET
         and not state.cold_plug
         and state.dev_type == "b"
-        and (state.driver_options or _NO_OPTIONS).get(_DRIVER_OPTION) == driver.name
         and (
             drive is None
             or (
@@ -459,7 +457,8 @@ def sandbox_from_state(
         else:
             records.append(record)
     offsets = state.notes.offsets if state.notes is not UNSET else {}
-    held = {record.index for record in records if record.holds}
+    held = {record.index for record in records}
+    held.discard(NO_DRIVE)
     if offsets and (lowest := min(offsets.values())) < 0:
         raise InvalidState(
             f"{where} contradicts itself: block offset {lowest} is negative; it is left as it is"

@@ -299,13 +299,19 @@ class Allotment:
         them. Raises IndexTaken, DeviceConflict or InvalidIndex when the state contradicts itself;
         nothing is then taken.
         """
-        drive_ids = {drive.id for drive in drives}
+        drive_ids: set[str] = set()
+        indexes: list[int] = []
+        imported: list[BlockDrive] = []
+        crowded: list[BlockDrive] = []
+        for drive in drives:
+            drive_ids.add(drive.id)
+            indexes.append(drive.index)
+            if drive.imported and drive.offset == drive.kind.offset:
+                imported.append(drive)
+            if drive.crowded:
+                crowded.append(drive)
         if len(drive_ids) != len(drives):
             raise DeviceConflict("two drives have one ID")
-        indexes = [drive.index for drive in drives]
-        imported = [
-            drive for drive in drives if drive.imported and drive.offset == drive.kind.offset
-        ]
         if others:
             indexes += set(others).difference(indexes)
         ordinals = self._restored_ordinals(drives)
@@ -316,9 +322,8 @@ class Allotment:
         self._ordinals, self._drive_ids, self.unused = ordinals, drive_ids, False
         if imported:
             self._imported = sorted(imported, key=lambda drive: drive.ordinal)
-        for drive in drives:
-            if drive.crowded:
-                self._crowd(drive).restore(drive)
+        for drive in crowded:
+            self._crowd(drive).restore(drive)
         if offsets:
             self._offsets = {
                 **self._offsets,
@@ -329,11 +334,9 @@ class Allotment:
         told: dict[str, list[int]] = {}
         untold: list[BlockDrive] = []
         for drive in drives:
-            prefix = drive.kind.family.prefix
-            if prefix not in told:
-                told[prefix] = []
+            ordinals_told = told.setdefault(drive.kind.family.prefix, [])
             if drive.ordinal >= 0:
-                told[prefix].append(drive.ordinal)
+                ordinals_told.append(drive.ordinal)
             else:
                 untold.append(drive)
         below = _Below(drives) if untold else None

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
 from pyblock.disk.formats import RAW
@@ -98,7 +99,7 @@ class Machine:
         self._met = ""  # the machine, as its adapter tells it from others
 
     def __del__(self) -> None:
-        if (voice := getattr(self, "voice", None)) is not None:
+        if (voice := getattr(self, "voice", None)) is not None and voice.listeners:
             voice.close()
         if (ledger := getattr(self, "ledger", None)) is not None and ledger.abandon():
             # Not its repr: what it consists of may have been deleted before it.
@@ -450,9 +451,7 @@ class Machine:
     ) -> tuple[list[Device], Allotment]:
         """What records say. Raises StateError; nothing is changed by it but the allotment, if that
         was unused."""
-        with loading("a saved state"):
-            from pyblock.life.recorded import device_of  # noqa: PLC0415
-
+        device_of = _device_of()
         allotment = (
             self.allotment
             if self.allotment.unused
@@ -477,13 +476,15 @@ class Machine:
         self.manager.take_in(devices)
         self.allotment, self.kata = allotment, kata
         self.doubt()  # the machine's own disks are asked for anew
+        attached, coming, leaving = Phase.ATTACHED, Phase.ATTACH_PENDING, Phase.DETACH_PENDING
         for device in devices:
             if isinstance(device, BlockDevice):
                 phase = device.phase
-                device.said_count = device.attach_count if phase is Phase.ATTACHED else 0
-                if phase is Phase.ATTACH_PENDING and device.drive is not None:
+                if phase is attached:
+                    device.said_count = device.attach_count
+                elif phase is coming and device.drive is not None:
                     allotment.comes(device.drive)
-                elif phase is Phase.DETACH_PENDING and device.drive is not None:
+                elif phase is leaving and device.drive is not None:
                     allotment.leaves(device.drive)
 
     def _adopt(self, devices: list[Device], *, where: str) -> list[BlockDrive]:
@@ -576,3 +577,13 @@ class Machine:
             log.warning(
                 "sandbox %s: what was not written yet, recovery will find: %s", self.id, error
             )
+
+
+@cache
+def _device_of() -> Callable[[Record], Device]:
+    """What makes a device of a record. It is loaded when it is first needed: the types of a record
+    are a tenth of the time to import pyblock."""
+    with loading("a saved state"):
+        from pyblock.life.recorded import device_of  # noqa: PLC0415
+
+    return device_of

@@ -71,7 +71,8 @@ def device_of(record: Record) -> BlockDevice | GenericDevice:
         device.phase, device.drive = _PHASES[record.phase], record.drive(info)
     device.attach_count = record.attach_count
     device.ref_count = record.attach_count if record.users is None else record.users
-    device.kata = bytes(record.kata)
+    if record.kata:
+        device.kata = bytes(record.kata)
     return device
 
 
